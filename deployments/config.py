@@ -1,0 +1,120 @@
+"""What a serve YAML may say: Corral's own `args:` as closed types, and a check of everything around them.
+
+Ray drops unknown keys under `deployments:` and `autoscaling_config:` without a word, so `check_serve_config`
+compares the whole file with Ray's schema before anything is deployed.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deployments.errors import ServeConfigError
+from training.base_models import EMBEDDED_MODEL, Quantization
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineArgs(_Closed):
+    """Size of one replica's engine."""
+
+    max_model_len: int | None = Field(None, ge=8, description="longest prompt plus answer; default: the base's context")
+    max_num_seqs: int = Field(16, ge=1, description="sequences that run at once; more wait")
+    max_num_batched_tokens: int = Field(512, ge=32, description="tokens of one step; longer prompts come in chunks")
+    max_loras: int = Field(8, ge=1, description="adapters loaded at once")
+    num_threads: int | None = Field(None, ge=1, description="torch threads on a CPU; default: all cores")
+
+
+class ServeArgs(_Closed):
+    """`args:` of `deployments.app:build_app`."""
+
+    base_model: str = EMBEDDED_MODEL
+    base_revision: str | None = None
+    quantization: Quantization = Quantization()
+    chat_format: str = "auto"
+    registry: str | None = Field(None, description="any fsspec path; default: CORRAL_HOME/registry")
+    engine: EngineArgs = EngineArgs()
+
+
+class UIArgs(_Closed):
+    """`args:` of `deployments.app:build_ui`."""
+
+    api_app: str = Field("corral", description="name of the Serve application that has the API")
+    title: str = "Corral"
+
+
+_ARGS_BY_BUILDER: dict[str, type[_Closed]] = {
+    "deployments.app:build_app": ServeArgs,
+    "deployments.app:build_ui": UIArgs,
+}
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def load_serve_config(path: str | Path) -> dict[str, Any]:
+    """Read a serve YAML and check every key of it.
+
+    Raises:
+        ServeConfigError: the file is missing, no YAML, or has a key or value that Ray or Corral does not know.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ServeConfigError(f"serve config {str(path)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ServeConfigError(f"serve config {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ServeConfigError(f"serve config {str(path)!r} holds no mapping: see configs/serve/quickstart.yaml")
+    check_serve_config(content, str(path))
+    return content
+
+
+def check_serve_config(content: dict[str, Any], source: str) -> None:
+    """Refuse keys and values that Ray would drop or that Corral's own arguments do not have."""
+    from ray.serve.schema import ServeDeploySchema
+
+    _check_keys(content, ServeDeploySchema, source, "")
+    try:
+        schema = ServeDeploySchema.model_validate(content)
+        for application in schema.applications:
+            args = _ARGS_BY_BUILDER.get(application.import_path)
+            if args is not None:
+                _check_keys(application.args, args, source, f"applications.{application.name}.args.")
+                args.model_validate(application.args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ServeConfigError(f"{source}: {place}: {first['msg']}, given {first['input']!r}") from error
+    host = schema.http_options.host
+    if host not in LOOPBACK_HOSTS:
+        raise ServeConfigError(
+            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models: no API keys are "
+            "configured, so bind 127.0.0.1 and put an authenticating proxy or an SSH tunnel in front"
+        )
+
+
+def _check_keys(value: Any, model: type[BaseModel], source: str, place: str) -> None:
+    """Walk mappings beside the pydantic types that will read them, and refuse keys those do not have."""
+    if not isinstance(value, dict):
+        return
+    for key, inner in value.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            nearest = difflib.get_close_matches(str(key), model.model_fields, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(model.model_fields))}"
+            raise ServeConfigError(f"{source}: unknown key '{place}{key}' (value {inner!r}): {hint}")
+        for nested in _models_in(field.annotation):
+            if isinstance(inner, list):
+                for i, item in enumerate(inner):
+                    _check_keys(item, nested, source, f"{place}{key}.{i}.")
+            else:
+                _check_keys(inner, nested, source, f"{place}{key}.")
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

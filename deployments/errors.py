@@ -1,0 +1,99 @@
+"""The errors of the serving side and the one map from errors to status codes.
+
+    CorralError                        (training.errors; each message is written for who can mend it)
+    ├── ChatFormatError       400
+    ├── AdapterNotFound       404      model_not_found
+    ├── AdapterRefused        500      adapter_unhealthy
+    └── ServeError
+        ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
+        ├── InvalidRequest    400
+        ├── ContextLengthExceeded 400  context_length_exceeded
+        ├── ModelNotFound     404      model_not_found
+        ├── BodyTooLarge      413
+        ├── EngineFault       500      engine_error
+        ├── Overloaded        503      overloaded
+        └── NotReady          503      not_ready
+"""
+
+from deployments.protocol import ErrorDetail, ErrorResponse
+from training.errors import AdapterNotFound, AdapterRefused, ChatFormatError, CorralError, RegistryError
+
+
+class ServeError(CorralError):
+    """A failure on the serving side; `param` is the request's field it is about."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type["ServeError"], tuple[str, str | None]]:
+        return type(self), (str(self), self.param)
+
+
+class ServeConfigError(ServeError):
+    """A serve YAML that is not accepted."""
+
+
+class InvalidRequest(ServeError):
+    """A request field that is not accepted."""
+
+
+class ContextLengthExceeded(ServeError):
+    """Prompt and answer do not fit the context."""
+
+
+class ModelNotFound(ServeError):
+    """`model` names nothing that is served here."""
+
+
+class BodyTooLarge(ServeError):
+    """The request body is over the limit."""
+
+
+class EngineFault(ServeError):
+    """The engine could not finish an answer."""
+
+
+class Overloaded(ServeError):
+    """No capacity now; worth another try soon."""
+
+
+class NotReady(ServeError):
+    """No model replica can generate a token now."""
+
+
+_STATUS: list[tuple[type[CorralError], int, str | None]] = [
+    (ChatFormatError, 400, None),
+    (InvalidRequest, 400, None),
+    (ContextLengthExceeded, 400, "context_length_exceeded"),
+    (ModelNotFound, 404, "model_not_found"),
+    (AdapterNotFound, 404, "model_not_found"),
+    (BodyTooLarge, 413, "body_too_large"),
+    (AdapterRefused, 500, "adapter_unhealthy"),
+    (RegistryError, 500, "registry_error"),
+    (EngineFault, 500, "engine_error"),
+    (Overloaded, 503, "overloaded"),
+    (NotReady, 503, "not_ready"),
+]
+
+
+def error_response(error: Exception) -> tuple[int, ErrorResponse]:
+    """Status code and body for any error; what is not ours says nothing about its insides."""
+    for kind, status, code in _STATUS:
+        if isinstance(error, kind):
+            return status, error_body(status, str(error), _param(error), code)
+    return 500, error_body(500, "internal error: the server's log has the cause under this x-request-id", None, "internal")
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorResponse:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+
+
+def _param(error: CorralError) -> str | None:
+    if isinstance(error, ServeError):
+        return error.param
+    if isinstance(error, ChatFormatError):
+        return "messages" if error.message_index is None else f"messages.{error.message_index}"
+    return "model" if isinstance(error, AdapterNotFound) else None

@@ -1,0 +1,90 @@
+"""ChatUI: the chat page as a Serve deployment, Gradio mounted in a FastAPI app.
+
+One replica, because Gradio keeps its sessions in process. It reaches the API application by handle and holds no
+model state: what a conversation says is in the browser.
+"""
+
+import os
+from collections.abc import AsyncIterator, Awaitable
+from typing import cast
+
+import gradio as gr
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse, Response
+
+from deployments.config import UIArgs
+from deployments.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from deployments.protocol import ChatCompletionRequest, Model
+from deployments.ui_guard import SameOriginMiddleware, SecurityHeadersMiddleware
+from deployments.ui_page import CSS, build_page, theme
+
+_MAX_BODY_BYTES = 2 * 1024 * 1024
+
+
+class ServeBackend:
+    """The API application by handle, looked up anew for each call: it may be redeployed while the page is open."""
+
+    def __init__(self, api_app: str) -> None:
+        self.api_app = api_app
+
+    async def models(self) -> list[Model]:
+        """The base and every adapter version."""
+        return await cast(Awaitable[list[Model]], self._handle().models.remote())
+
+    def chat(self, request: ChatCompletionRequest) -> AsyncIterator[str]:
+        """Pieces of an answer; `cancel()` on what is returned ends the generation on the replica."""
+        return cast(AsyncIterator[str], self._handle().options(stream=True).chat.remote(request))
+
+    def _handle(self) -> DeploymentHandle:
+        return serve.get_app_handle(self.api_app)
+
+
+@serve.deployment(
+    num_replicas=1,
+    max_ongoing_requests=1000,  # every open page holds a heartbeat stream
+    ray_actor_options={"num_cpus": 0},
+    graceful_shutdown_timeout_s=5,
+)
+@serve.ingress()
+class ChatUI:
+    """The page; `UIArgs.api_app` names the Serve application that answers."""
+
+    def __init__(self, args: UIArgs) -> None:
+        self._args = args
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_asgi_app(self._args)
+
+
+def build_asgi_app(args: UIArgs) -> FastAPI:
+    """The page with everything around it; serves below whatever path it is mounted on."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.api_route("/gradio_api/upload", methods=["POST", "PUT"])
+    async def refuse_upload() -> Response:
+        return PlainTextResponse("this page takes no files", 404)
+
+    app.add_middleware(SameOriginMiddleware)
+    app.add_middleware(CORSMiddleware)  # no origin is allowed; without it Gradio reflects any
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=_MAX_BODY_BYTES)
+    app.add_middleware(SecurityHeadersMiddleware)
+    app.add_middleware(RequestIdMiddleware)
+    return gr.mount_gradio_app(
+        app,
+        build_page(ServeBackend(args.api_app), args.title),
+        path="/",
+        theme=theme(),
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        max_file_size="1kb",
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+    )

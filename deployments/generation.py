@@ -1,0 +1,16 @@
+"""What the ingress sends to a model replica: importable without torch."""
+
+from dataclasses import dataclass
+
+from deployments.engine.request import SamplingParams
+from training.registry import AdapterManifest
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A rendered prompt, and exactly which adapter version continues it (None: the base)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapter: AdapterManifest | None

@@ -1,0 +1,106 @@
+"""How the chat page looks, and which event does what. The doing is in `deployments.ui_chat`."""
+
+from typing import Any
+
+import gradio as gr
+
+from deployments.ui_chat import Backend, Conversations
+
+_EXAMPLES = [
+    ("Say hello", "Hello! How are you doing today?"),
+    ("What is Python?", "Explain briefly what the Python programming language is."),
+    ("A story in one sentence", "Tell me the story of Cinderella in one sentence."),
+    ("A helicopter and a human", "How long does it take a human to eat a helicopter?"),
+    ("Write an article", "Write a short article about the benefits of open source in artificial intelligence."),
+]
+_MAX_CONCURRENT_ANSWERS = 256
+_MAX_WAITING = 512
+
+CSS = """
+.gradio-container { padding: 0 !important; }
+main.fillable { padding: 12px 20px 8px !important; max-width: 1180px !important; }
+#title h1 { font-size: 1.25rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
+#title p { margin: 0; color: var(--body-text-color-subdued); font-size: .875rem; }
+#chat { flex-grow: 1; min-height: 300px; border-radius: 14px; }
+#message textarea { font-size: 1rem; }
+#pick { align-items: end; flex-wrap: nowrap; }
+#refresh { min-width: 40px; max-width: 40px; height: 40px; padding: 0; font-size: 1.15rem; }
+@media (max-width: 768px) { main.fillable { padding: 8px 8px 4px 8px !important; } }
+"""
+
+
+def theme() -> gr.themes.Base:
+    """Fonts of the system: the page loads nothing from outside."""
+    return gr.themes.Soft(
+        primary_hue="orange",
+        secondary_hue="amber",
+        neutral_hue="stone",
+        font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
+        font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],
+    )
+
+
+def build_page(backend: Backend, title: str) -> gr.Blocks:
+    """The page; answers come from `backend`."""
+    on = Conversations(backend)
+    with gr.Blocks(title=title, analytics_enabled=False, fill_height=True, fill_width=True) as page:
+        with gr.Sidebar(position="right", width=320, elem_id="settings"):
+            with gr.Row(elem_id="pick"):
+                model = gr.Dropdown([], label="Model", elem_id="model", scale=1, min_width=160)
+                refresh = gr.Button("↻", elem_id="refresh", scale=0)
+            system = gr.Textbox(label="System prompt", placeholder="None", lines=3, max_lines=8, elem_id="system")
+            sliders = [
+                gr.Slider(1, 2048, 1024, step=1, label="Max new tokens", elem_id="max-tokens"),
+                # the API follows OpenAI and takes at most 2
+                gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", elem_id="temperature"),
+                gr.Slider(0.05, 1.0, 0.95, step=0.05, label="Top-p", elem_id="top-p"),
+                gr.Slider(1, 1000, 50, step=1, label="Top-k", elem_id="top-k"),
+                gr.Slider(1.0, 2.0, 1.2, step=0.05, label="Repetition penalty", elem_id="repetition-penalty"),
+            ]
+        with gr.Row(elem_id="head", equal_height=True):
+            gr.Markdown(f"# {title}\nChat with the base model and its fine-tuned adapters.", elem_id="title")
+            clear = gr.Button("Clear", variant="secondary", size="sm", scale=0, min_width=90, elem_id="clear")
+        chat = gr.Chatbot(
+            elem_id="chat",
+            show_label=False,
+            height="auto",
+            scale=1,
+            editable="user",
+            buttons=["copy", "copy_all"],
+            sanitize_html=True,
+            allow_tags=False,
+            placeholder="### What do you want to talk about?",
+            examples=[{"display_text": label, "text": text} for label, text in _EXAMPLES],
+        )
+        message = gr.Textbox(
+            elem_id="message",
+            show_label=False,
+            container=False,
+            placeholder="Write a message; Shift+Enter for a new line",
+            lines=1,
+            max_lines=10,
+            autofocus=True,
+            submit_btn=True,
+        )
+
+        settings = [model, system, *sliders]
+        answers: dict[str, Any] = {
+            "outputs": [chat, message],
+            "concurrency_limit": _MAX_CONCURRENT_ANSWERS,
+            "concurrency_id": "answers",
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        message.submit(on.send, [message, chat, *settings], **answers)
+        chat.example_select(on.example, [message, *settings], **answers)
+        chat.retry(on.retry, [message, chat, *settings], **answers)
+        chat.edit(on.edit, [message, chat, *settings], **answers)
+        message.stop(on.stop, **at_once)
+        chat.undo(on.undo, [message, chat], [chat, message], **at_once)
+        clear.click(on.clear, None, [chat, message], **at_once)
+        refresh.click(on.refresh, model, model, **at_once)
+        page.load(on.refresh, model, model, **at_once)
+        page.unload(on.leave)
+    page.queue(max_size=_MAX_WAITING, api_open=False)
+    return page

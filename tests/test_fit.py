@@ -1,0 +1,175 @@
+"""Runs on real Ray: one worker, two workers, a worker killed, a run that diverged."""
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from training.base_models import BaseModel
+from training.config import TrainConfig
+from training.errors import ConfigError, TrainingError
+from training.fit import FitResult, _forget_steps_after, _is_whole, _open_run, _tighten_token, fit, fresh_run_name
+
+WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of this module's own, with a short socket path, gone afterwards."""
+    import ray
+
+    temp_dir = f"/tmp/corral-{os.getpid()}"
+    ray.init(
+        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": f"Where is the {word} number {n}?", "completion": f"The {word} is by post {n}."}
+        for word in WORDS
+        for n in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(tiny_base: BaseModel, dataset: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "base_model": str(tiny_base.path),
+            "adapter": "tiny",
+            "data": {"path": str(dataset), "held_out": 0.2},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+            "per_device_train_batch_size": 4,
+            "max_steps": 12,
+            "learning_rate": 5e-3,
+            "max_length": 128,
+            "save_steps": 4,
+            "sample_prompts": 1,
+            "use_gpu": False,
+            "storage_path": str(tmp_path / "runs"),
+        }
+    )
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
+    ray_cluster: None, config: TrainConfig, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(dataset.parent)
+    data = config.data.model_copy(update={"path": dataset.name})
+    result = fit(config.model_copy(update={"num_workers": 2, "max_steps": 4, "data": data}))
+    assert steps_of(result.run_dir) == [1, 2, 3, 4]
+    assert (result.adapter_dir / "adapter_model.safetensors").is_file()
+    assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
+    assert result.metrics["eval_tokens"] > 50
+
+
+def test_d13_d14_killed_worker_and_cut_checkpoint_resume_to_the_loss_of_the_uninterrupted_run(
+    ray_cluster: None, config: TrainConfig
+) -> None:
+    whole = fit(config.model_copy(update={"run_name": "whole"}))
+    killed = threading.Event()
+
+    def kill_after_first_checkpoint() -> None:
+        run_dir = Path(str(config.storage_path)) / "killed"
+        while not killed.is_set():
+            with contextlib.suppress(OSError, ValueError, psutil.Error):
+                if steps_of(run_dir)[-1:] >= [6]:
+                    for process in psutil.Process().children(recursive=True):
+                        if "RayTrainWorker" in " ".join(process.cmdline()):
+                            process.kill()
+                            killed.set()
+            time.sleep(0.005)
+
+    threading.Thread(target=kill_after_first_checkpoint, daemon=True).start()
+    resumed = fit(config.model_copy(update={"run_name": "killed", "max_failures": 1}))
+    assert killed.is_set()
+    assert_same_run(resumed, whole)
+
+    # The newest checkpoint is cut short: the same name goes on from the one before.
+    checkpoints = sorted(path for path in resumed.run_dir.glob("checkpoint_*") if path.is_dir())
+    weights = checkpoints[-1] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    again = fit(config.model_copy(update={"run_name": "killed"}))
+    assert_same_run(again, whole)
+
+
+def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
+    assert resumed.metrics["num_steps"] == 12
+    assert steps_of(resumed.run_dir) == list(range(1, 13))
+    assert resumed.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], abs=1e-3)
+    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-3)
+
+
+def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
+    named = config.model_copy(update={"run_name": "again"})
+    _open_run(named, "again")
+    with pytest.raises(ConfigError, match=r"learning_rate=0\.005, now learning_rate is 0\.1.*another run_name"):
+        fit(named.model_copy(update={"learning_rate": 0.1}))
+
+
+def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(
+    ray_cluster: None, config: TrainConfig
+) -> None:
+    wild = config.model_copy(update={"learning_rate": 0.99, "max_grad_norm": 1e9, "max_steps": 200, "max_failures": 2})
+    with pytest.raises(TrainingError, match=r"training stopped at step \d+: the (loss|gradient norm) .*learning_rate"):
+        fit(wild)
+    run_dir = next(Path(str(config.storage_path)).iterdir())
+    assert not (run_dir / "adapter").exists()
+    assert not (run_dir / "result.json").exists()
+
+
+def test_b11_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:
+    with pytest.raises(TrainingError, match=r"num_workers is 9 with 1 CPU each, but the Ray cluster has 2 .* set num_workers to 2"):
+        fit(config.model_copy(update={"num_workers": 9}))
+
+
+def test_d14_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"12345")
+    (tmp_path / "contents.json").write_text(json.dumps({"step": 4, "sizes": {"weights": 5}}))
+    assert _is_whole(tmp_path)
+    (tmp_path / "weights").write_bytes(b"123")
+    assert not _is_whole(tmp_path)
+    (tmp_path / "contents.json").write_text('{"step": 4, "si')
+    assert not _is_whole(tmp_path)
+
+
+def test_resumed_run_takes_its_metrics_up_where_the_checkpoint_was(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    _forget_steps_after(metrics, 2)
+    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_run_names_differ() -> None:
+    assert len({fresh_run_name("a") for _ in range(20)}) == 20
+
+
+def test_ray_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _tighten_token()  # none there
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    token.chmod(0o644)
+    _tighten_token()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600

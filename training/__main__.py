@@ -1,0 +1,103 @@
+"""`python -m training --config X.yaml key=value ...`: train an adapter and register it.
+
+Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m training --config X.yaml`.
+`run_training` is what `corral train` calls too.
+"""
+
+import argparse
+import sys
+
+import yaml
+
+from training.config import TrainConfig, load_config, resolved
+from training.errors import ConfigError, CorralError
+from training.fit import FitResult, fit
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry
+
+
+def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
+    """Train, evaluate on the held-out rows, register, and print what came of it.
+
+    Args:
+        force: register an adapter that does not pass `gate` all the same; its manifest says so.
+
+    Raises:
+        CorralError: the run failed, or its adapter is refused.
+    """
+    result = fit(config, debug=debug)
+    manifest = register(config, result, force=force)
+    print(summary(manifest, result))
+    return manifest
+
+
+def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> AdapterManifest:
+    """Publish the adapter of a finished run as the next version of `config.adapter`."""
+    draft = AdapterDraft(
+        name=config.adapter,
+        base=result.inputs.base,
+        chat_format=result.inputs.chat_format.name,
+        quantization=config.quantization,
+        metrics=result.metrics,
+        dataset=result.inputs.dataset,
+        config=dict(resolved(config)),
+        run_name=result.run_name,
+    )
+    registry = AdapterRegistry()
+    return registry.register(result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement)
+
+
+def summary(manifest: AdapterManifest, result: FitResult) -> str:
+    """A few lines for the person who waited: what was learned, and which model id to ask."""
+    metrics = result.metrics
+    lines = [f"\n{manifest.model_id} is registered" + (" (forced)" if manifest.forced else "")]
+    minutes, seconds = divmod(round(metrics["train_s"]), 60)
+    lines.append(f"  trained        {metrics['num_steps']:.0f} steps in {minutes}:{seconds:02d}")
+    if "eval_loss" in metrics:
+        share = metrics["eval_loss"] / metrics["base_eval_loss"]
+        lines.append(
+            f"  held-out loss  base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f} ({share:.0%})"
+        )
+    if result.inputs.skipped:
+        first = result.inputs.skipped[0]
+        lines.append(f"  rows skipped   {len(result.inputs.skipped)}, the first {first.source}: {first.reason}")
+    for sample in result.samples:
+        lines += [f"  > {_one_line(sample['prompt'])}"]
+        lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]
+    lines.append(f"  run            {result.run_dir}")
+    lines.append(f"  ask it with    corral chat --model {manifest.base.name}:{manifest.name}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train an adapter and register it.")
+    parser.add_argument("--config", required=True, help="YAML file, such as configs/train/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8 learning_rate=1e-4")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--force", action="store_true", help="register even if the held-out loss is no better")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and Ray's own log")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            print(yaml.safe_dump(dict(resolved(config)), sort_keys=False), end="")
+        else:
+            run_training(config, force=args.force, debug=args.debug)
+    except CorralError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""What a training run is told: `TrainConfig`, and `load_config`, which reads it from YAML and `key=value` overrides.
+
+Every default lives here. A key that is unknown, misspelt, doubled or of the wrong type is refused before anything
+heavy is imported. Knows nothing of Ray: `check_resources` takes plain numbers.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from training.base_models import EMBEDDED_MODEL, Quantization
+from training.data import DataConfig
+from training.errors import ConfigError, TrainingError
+from training.registry import ADAPTER_NAME
+
+LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
+LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraSettings(_Section):
+    """The adapter's shape (arXiv:2106.09685); `use_rslora` scales by 1/sqrt(r) (arXiv:2312.03732)."""
+
+    r: int = Field(default=16, ge=1, le=512)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
+    use_rslora: bool = False
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError(f"name at least one of {', '.join(LLAMA_LINEARS)}, or 'all-linear'")
+        return value
+
+
+class GateConfig(_Section):
+    """When an adapter may be registered: its held-out loss must be at most `(1 - min_improvement)` x the base's."""
+
+    min_improvement: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainConfig(_Section):
+    """One training run. Names are those of transformers, PEFT and Ray Train wherever they have one."""
+
+    base_model: str = EMBEDDED_MODEL
+    base_revision: str | None = None
+    adapter: str  # name in the registry
+    chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"
+    data: DataConfig
+    quantization: Quantization = Quantization()
+    lora: LoraSettings = LoraSettings()
+
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    max_steps: int = Field(default=-1, ge=-1)  # -1: as many as num_train_epochs needs
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: float = Field(default=0, ge=0)  # below 1: a fraction of all steps
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    max_length: int = Field(default=1024, ge=8)  # tokens of one conversation
+    gradient_checkpointing: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    logging_steps: int = Field(default=1, ge=1)
+    save_steps: int = Field(default=100, ge=1)
+    sample_prompts: int = Field(default=3, ge=0, le=100)  # held-out prompts answered after training
+
+    gate: GateConfig = GateConfig()
+
+    num_workers: int = Field(default=1, ge=1)
+    use_gpu: bool | Literal["auto"] = "auto"
+    resources_per_worker: dict[str, float] | None = None  # None: an equal share of the CPUs, and a GPU where used
+    max_failures: int = Field(default=1, ge=0)  # times a run goes on from its last checkpoint after a worker died
+    storage_path: str | None = None  # a directory that all workers share; None: CORRAL_HOME/runs
+    run_name: str | None = None  # None: a fresh one; the name of an earlier run resumes it
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_name(cls, value: str) -> str:
+        if not re.fullmatch(ADAPTER_NAME, value):
+            raise ValueError("use 1 to 63 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _run_name(cls, value: str | None) -> str | None:
+        if value is not None and not _RUN_NAME.fullmatch(value):
+            raise ValueError("use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @field_validator("storage_path")
+    @classmethod
+    def _storage_path(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError("name a directory that every worker sees: metrics are appended to a file there")
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _max_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("use -1 for all steps of num_train_epochs, or a positive number")
+        return value
+
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _resources(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for resource, amount in (value or {}).items():
+            if amount <= 0:
+                raise ValueError(f"{resource} must be above 0")
+        return value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a `TrainConfig` from the YAML file `path`, with `overrides` such as `lora.r=8` applied to it.
+
+    Raises:
+        ConfigError: the file, a key or a value is not accepted; one line that names them.
+    """
+    values = _read_yaml(Path(path))
+    overridden = {_apply_override(values, override) for override in overrides}
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), overridden)) from None
+
+
+def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
+    """Refuse a run that `where` (words for the machine or cluster) with that many CPUs and GPUs cannot hold.
+
+    Raises:
+        TrainingError: naming key, value and what there is.
+    """
+    if config.use_gpu is True and gpus < 1:
+        raise TrainingError(f"use_gpu is true, but {where} has no GPU: set use_gpu=false or 'auto'")
+    per_worker = config.resources_per_worker or {}
+    on_gpu = wants_gpu(config, gpus)
+    gpus_each = per_worker.get("GPU", 1.0) if on_gpu else per_worker.get("GPU", 0.0)
+    if config.num_workers * gpus_each > gpus:
+        raise TrainingError(
+            f"num_workers is {config.num_workers} with {gpus_each:g} GPU each, but {where} has {gpus:g} GPU(s): "
+            f"set num_workers to {max(1, int(gpus / gpus_each))} or less" + ("" if gpus else ", or use_gpu=false")
+        )
+    cpus_each = per_worker.get("CPU", 1.0)
+    if config.num_workers * cpus_each > cpus:
+        raise TrainingError(
+            f"num_workers is {config.num_workers} with {cpus_each:g} CPU each, but {where} has {cpus:g} CPU(s): "
+            f"set num_workers to {max(1, int(cpus / cpus_each))} or less"
+        )
+    if config.quantization.compute_dtype == "float16" and not on_gpu:
+        raise TrainingError("quantization.compute_dtype is 'float16', which needs a GPU: set it to 'bfloat16'")
+
+
+def check_this_machine(config: TrainConfig) -> None:
+    """`check_resources` for the machine that this runs on."""
+    gpus, bf16 = 0, True
+    if (config.use_gpu is not False and Path("/dev/nvidiactl").exists()) or config.use_gpu is True:
+        import torch
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        bf16 = gpus == 0 or torch.cuda.is_bf16_supported(including_emulation=False)
+    check_resources(config, os.cpu_count() or 1, gpus, "this machine")
+    if not bf16 and config.quantization.compute_dtype == "bfloat16":
+        raise TrainingError(
+            "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=float16"
+        )
+
+
+def wants_gpu(config: TrainConfig, gpus: float) -> bool:
+    """Whether the run uses GPUs where there are `gpus` of them."""
+    return gpus >= 1 if config.use_gpu == "auto" else config.use_gpu
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice and reads 2e-4 as a number, which YAML 1.1 does not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"key {key!r} is given twice (line {line}): remove one of them")
+            if isinstance(key, str | int | float | bool):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "check the path"
+        raise ConfigError(f"configuration {str(path)!r} does not exist: {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {str(path)!r} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, got {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Set one `a.b=value` in `values`; returns the dotted key."""
+    key, equals, text = override.partition("=")
+    key = key.strip().removeprefix("--")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as lora.r=8")
+    try:
+        value = _parse_yaml(text)
+    except (yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(
+            f"override {override!r} has a value that is not YAML: {' '.join(str(error).split())}"
+        ) from None
+    *sections, leaf = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override {override!r} goes into {section!r}, which is not a section but {target!r}")
+    target[leaf] = value
+    return key
+
+
+def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
+    first, *others = error.errors(include_url=False)
+    # Where a value may be of several types, the location ends in the name of the type that was tried.
+    known = set(_dotted_keys(TrainConfig))
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
+    if first["type"] != "extra_forbidden":
+        key = next((k for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in known), key)
+    where = "override" if key in overridden else source
+    more = len({tuple(map(str, e["loc"]))[: key.count(".") + 1] for e in others} - {tuple(key.split("."))})
+    also = f" (and {more} more)" if more else ""
+    if first["type"] == "missing":
+        return f"{where}: key '{key}' is missing: set it{also}"
+    given = _short(first["input"])
+    if first["type"] == "extra_forbidden":
+        near = _nearest_key(key, known)
+        hint = f"did you mean '{near}'?" if near else f"known keys here: {', '.join(_siblings(key, known))}"
+        return f"{where}: unknown key '{key}' (value {given}): {hint}{also}"
+    messages = [
+        e["msg"].removeprefix("Value error, ") for e in (first, *others) if ".".join(map(str, e["loc"])).startswith(key)
+    ]
+    reason = " or ".join(dict.fromkeys(m[:1].lower() + m[1:] for m in messages))
+    return f"{where}: key '{key}' has value {given}: {reason}{also}"
+
+
+def _nearest_key(key: str, known: set[str]) -> str | None:
+    parent, _, leaf = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
+    if near := difflib.get_close_matches(leaf, siblings, n=1):
+        return siblings[near[0]]
+    leaves = {k.rpartition(".")[2]: k for k in sorted(known)}  # the right key in the wrong section
+    near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    return leaves[near[0]] if near else None
+
+
+def _siblings(key: str, known: set[str]) -> list[str]:
+    parent = key.rpartition(".")[0]
+    return sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def resolved(config: TrainConfig) -> Mapping[str, Any]:
+    """The whole configuration as plain values, defaults included."""
+    return config.model_dump(mode="json")

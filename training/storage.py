@@ -1,0 +1,194 @@
+"""Files under one root, on a local disk or an object store: what the adapter registry is built from.
+
+A file written here is there whole or not at all. On a local disk that is a temporary file, fsync and a rename;
+on an object store (any fsspec filesystem) a put is whole by nature, and only `exclusive` has no counterpart.
+It does not know what an adapter is. Paths are relative to the root and use `/`.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from training.errors import CorralError, RegistryError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_LOCK_TIMEOUT_S = 30
+
+
+class Storage:
+    """One root; `root` may be a path or any fsspec address such as `s3://bucket/registry`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.address = str(root)
+        try:
+            self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(self.address))
+        except (ImportError, ValueError) as error:
+            raise RegistryError(f"registry {self.address!r} cannot be opened: {_one_line(error)}") from error
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._root: str = os.path.abspath(path) if self._is_local else path.rstrip("/")
+
+    @contextmanager
+    def guard(self, action: str) -> Iterator[None]:
+        """Turn a failure of disk or network while doing `action` into one line."""
+        try:
+            yield
+        except CorralError:
+            raise
+        except OSError as error:
+            advice = "check that the path is right and can be reached"
+            if error.errno in _NO_SPACE:
+                advice = "free some space or set CORRAL_HOME to a larger disk"
+            elif error.errno in _READ_ONLY or isinstance(error, PermissionError):
+                advice = "it is read-only for this user: give write access or name another registry"
+            raise RegistryError(
+                f"registry {self.address}: cannot {action}: {error.strerror or _one_line(error)}: {advice}"
+            ) from error
+        except Exception as error:
+            if self._is_local:
+                raise
+            # An object store's client has its own exceptions (no credentials, no such endpoint).
+            raise RegistryError(f"registry {self.address}: cannot {action}: {_one_line(error)}") from error
+
+    def local_path(self, path: str) -> Path | None:
+        """Where the file is on this machine's disk; None on an object store."""
+        return Path(self._root, path) if self._is_local else None
+
+    def find(self, path: str = "") -> list[str]:
+        """All files at or below `path`, sorted; none if it does not exist."""
+        if self._is_local:
+            return sorted(_walk(self._at(path), f"{path}/" if path else ""))
+        self._fs.invalidate_cache()
+        start = len(self._root) + 1
+        return sorted(found[start:] for found in self._fs.find(self._at(path)))
+
+    def exists(self, path: str) -> bool:
+        self._fs.invalidate_cache()
+        return bool(self._fs.exists(self._at(path)))
+
+    def read(self, path: str) -> bytes:
+        """The file's bytes; FileNotFoundError if it is not there."""
+        data: bytes = self._fs.cat_file(self._at(path))
+        return data
+
+    def age_s(self, path: str) -> float:
+        """Seconds since the file was written."""
+        if self._is_local:
+            return time.time() - os.stat(self._at(path)).st_mtime
+        return time.time() - float(self._fs.modified(self._at(path)).timestamp())
+
+    def create(self, path: str) -> bool:
+        """Make an empty file; False if somebody else has made it. One caller of many gets True."""
+        try:
+            if self._is_local:
+                self._make_parent(path)
+                os.close(os.open(self._at(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            else:
+                self._fs.pipe_file(self._at(path), b"", mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put `data` in place of the file, at once."""
+        with self._replacing(path) as file:
+            file.write(data)
+
+    def upload(self, source: Path, path: str) -> str:
+        """Copy a local file here; returns the sha256 of what was copied."""
+        digest = hashlib.sha256()
+        with source.open("rb") as original, self._replacing(path) as copy:
+            while block := original.read(1 << 20):
+                digest.update(block)
+                copy.write(block)
+        return digest.hexdigest()
+
+    def download(self, path: str, target: Path) -> None:
+        with self._fs.open(self._at(path), "rb") as remote, target.open("wb") as local:
+            shutil.copyfileobj(remote, local, 1 << 20)
+
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(path))
+
+    def remove_folder(self, path: str) -> None:
+        """Remove a folder that nobody writes to any more."""
+        for file in self.find(path):
+            self.remove(file)
+        if self._is_local:
+            with suppress(OSError):  # not empty after all, or gone
+                os.rmdir(self._at(path))
+
+    def exclusive(self, path: str) -> AbstractContextManager[Any]:
+        """Keep other writers on this disk out; on an object store the last writer wins."""
+        if not self._is_local:
+            return nullcontext()
+        from filelock import FileLock
+
+        self._make_parent(path)
+        return FileLock(self._at(path), timeout=_LOCK_TIMEOUT_S)
+
+    @contextmanager
+    def _replacing(self, path: str) -> Iterator[Any]:
+        if not self._is_local:
+            with self._fs.open(self._at(path), "wb") as file:
+                yield file
+            return
+        target = self._at(path)
+        self._make_parent(path)
+        temporary = os.path.join(os.path.dirname(target), f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_directory(os.path.dirname(target))
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def _make_parent(self, path: str) -> None:
+        os.makedirs(os.path.dirname(self._at(path)), exist_ok=True)
+
+
+def _walk(directory: str, prefix: str) -> Iterator[str]:
+    try:
+        with os.scandir(directory) as entries:
+            found = list(entries)
+    except FileNotFoundError:
+        return
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, f"{prefix}{entry.name}/")
+        else:
+            yield f"{prefix}{entry.name}"
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
