@@ -4,8 +4,9 @@
 their YAML (configs/serve/).
 """
 
-from ray import serve
-from ray.serve import Application
+from typing import cast
+
+from ray.serve import Application, Deployment
 
 from deployments.config import ServeArgs, UIArgs
 
@@ -15,11 +16,12 @@ def build_app(args: ServeArgs) -> Application:
     from deployments.ingress import ChatIngress
     from deployments.model import LlamaModel
 
-    return ChatIngress.bind(LlamaModel.bind(args), args)
+    ingress, model = cast(Deployment, ChatIngress), cast(Deployment, LlamaModel)
+    return ingress.bind(model.bind(args), args)
 
 
 def build_ui(args: UIArgs) -> Application:
     """The chat page; one replica, because Gradio keeps its sessions in process."""
     from deployments.frontend import ChatUI
 
-    return ChatUI.bind(args)
+    return cast(Deployment, ChatUI).bind(args)

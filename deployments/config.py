@@ -91,8 +91,8 @@ def check_serve_config(content: dict[str, Any], source: str) -> None:
     host = schema.http_options.host
     if host not in LOOPBACK_HOSTS:
         raise ServeConfigError(
-            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models: no API keys are "
-            "configured, so bind 127.0.0.1 and put an authenticating proxy or an SSH tunnel in front"
+            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models: no API keys "
+            "are configured, so bind 127.0.0.1 and put an authenticating proxy or an SSH tunnel in front"
         )
 
 
@@ -104,7 +104,9 @@ def _check_keys(value: Any, model: type[BaseModel], source: str, place: str) -> 
         field = model.model_fields.get(key)
         if field is None:
             nearest = difflib.get_close_matches(str(key), model.model_fields, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(model.model_fields))}"
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(model.model_fields))}"
+            )
             raise ServeConfigError(f"{source}: unknown key '{place}{key}' (value {inner!r}): {hint}")
         for nested in _models_in(field.annotation):
             if isinstance(inner, list):

@@ -1,18 +1,18 @@
 """The errors of the serving side and the one map from errors to status codes.
 
-    CorralError                        (training.errors; each message is written for who can mend it)
-    ├── ChatFormatError       400
-    ├── AdapterNotFound       404      model_not_found
-    ├── AdapterRefused        500      adapter_unhealthy
-    └── ServeError
-        ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
-        ├── InvalidRequest    400
-        ├── ContextLengthExceeded 400  context_length_exceeded
-        ├── ModelNotFound     404      model_not_found
-        ├── BodyTooLarge      413
-        ├── EngineFault       500      engine_error
-        ├── Overloaded        503      overloaded
-        └── NotReady          503      not_ready
+CorralError                        (training.errors; each message is written for who can mend it)
+├── ChatFormatError       400
+├── AdapterNotFound       404      model_not_found
+├── AdapterRefused        500      adapter_unhealthy
+└── ServeError
+    ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
+    ├── InvalidRequest    400
+    ├── ContextLengthExceeded 400  context_length_exceeded
+    ├── ModelNotFound     404      model_not_found
+    ├── BodyTooLarge      413
+    ├── EngineFault       500      engine_error
+    ├── Overloaded        503      overloaded
+    └── NotReady          503      not_ready
 """
 
 from deployments.protocol import ErrorDetail, ErrorResponse
@@ -82,7 +82,9 @@ def error_response(error: Exception) -> tuple[int, ErrorResponse]:
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
             return status, error_body(status, str(error), _param(error), code)
-    return 500, error_body(500, "internal error: the server's log has the cause under this x-request-id", None, "internal")
+    return 500, error_body(
+        500, "internal error: the server's log has the cause under this x-request-id", None, "internal"
+    )
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorResponse:

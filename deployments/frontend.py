@@ -16,10 +16,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from deployments.config import UIArgs
-from deployments.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from deployments.http_app import BodyLimitMiddleware, RequestIdMiddleware
 from deployments.protocol import ChatCompletionRequest, Model
 from deployments.ui_guard import SameOriginMiddleware, SecurityHeadersMiddleware
-from deployments.ui_page import CSS, build_page, theme
+from deployments.ui_page import CSS, HEAD, build_page, theme
 
 _MAX_BODY_BYTES = 2 * 1024 * 1024
 
@@ -79,6 +79,7 @@ def build_asgi_app(args: UIArgs) -> FastAPI:
         path="/",
         theme=theme(),
         css=CSS,
+        head=HEAD,
         footer_links=[],
         run_history=False,
         show_error=False,

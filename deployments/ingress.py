@@ -14,13 +14,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
 from deployments.config import ServeArgs
 from deployments.detokenizer import Detokenizer
@@ -30,11 +28,10 @@ from deployments.errors import (
     EngineFault,
     ModelNotFound,
     NotReady,
-    error_body,
     error_response,
 )
 from deployments.generation import GenerationRequest
-from deployments.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from deployments.http_app import create_api
 from deployments.protocol import (
     AssistantMessage,
     ChatCompletion,
@@ -51,7 +48,7 @@ from deployments.protocol import (
 )
 from training.base_models import load_tokenizer, resolve_base_model
 from training.chat_format import ChatFormat, load_chat_format
-from training.errors import CorralError, RegistryError
+from training.errors import RegistryError
 from training.registry import AdapterManifest, AdapterRegistry, parse_model_id
 
 _READY_TIMEOUT_S = 10.0
@@ -64,7 +61,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 logger = logging.getLogger("ray.serve")
-api = FastAPI(title="Corral", description="Llama chat models and their adapters, OpenAI-compatible.", docs_url="/docs")
+api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +96,7 @@ class Prepared:
 class ChatIngress:
     """One replica of the API. Holds tokenizer and chat formats, no weights."""
 
-    def __init__(self, model: DeploymentHandle, args: ServeArgs) -> None:
+    def __init__(self, model: DeploymentHandle[Any], args: ServeArgs) -> None:
         self._model = model
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
@@ -222,7 +219,7 @@ class ChatIngress:
         if room < (max_tokens or 1):
             asked = f" and {max_tokens} for the answer" if max_tokens else ""
             raise ContextLengthExceeded(
-                f"this model's context is {self._max_model_len} tokens: the messages take {len(prompt_token_ids)}{asked}; "
+                f"the context is {self._max_model_len} tokens, and the messages take {len(prompt_token_ids)}{asked}: "
                 "shorten the messages or lower max_tokens",
                 "messages" if room < 1 or max_tokens is None else "max_tokens",
             )
@@ -248,7 +245,7 @@ class ChatIngress:
         """Text as the replica makes it; at least one item, the last with a finish_reason."""
         detokenizer = Detokenizer(self._tokenizer, prepared.stop)
         num_tokens = 0
-        answer = self._model.options(stream=True).generate.remote(prepared.generation)
+        answer: Any = self._model.options(stream=True).generate.remote(prepared.generation)
         try:
             async for delta in answer:
                 text = ""
@@ -303,38 +300,3 @@ class ChatIngress:
             logger.exception("answer %s broke off", prepared.generation.request_id)
             yield f"data: {error_response(error)[1].model_dump_json()}\n\n"
         yield "data: [DONE]\n\n"
-
-
-@api.exception_handler(CorralError)
-async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
-    status, body = error_response(error)
-    return JSONResponse(body.model_dump(), status, {"retry-after": "1"} if status == 503 else None)
-
-
-@api.exception_handler(RequestValidationError)
-async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        body = error_body(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    else:
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        body = error_body(400, f"{param or 'the body'}: {first['msg']}", param)
-    return JSONResponse(body.model_dump(), 400)
-
-
-@api.exception_handler(HTTPException)
-async def _answer_http_exception(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return JSONResponse(error_body(error.status_code, str(error.detail)).model_dump(), error.status_code, error.headers)
-
-
-@api.exception_handler(Exception)
-async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
-    logger.exception("request %s failed", getattr(request.state, "request_id", "?"), exc_info=error)
-    status, body = error_response(error)
-    return JSONResponse(body.model_dump(), status)
-
-
-api.add_middleware(BodyLimitMiddleware, max_body_bytes=2 * 1024 * 1024)
-api.add_middleware(RequestIdMiddleware)

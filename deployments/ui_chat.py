@@ -42,14 +42,15 @@ class Backend(Protocol):
 
 
 class Conversations:
-    """The page's events. `settings` is always model, system prompt, then the five sliders from the top."""
+    """The page's events. `settings` is always model, system prompt, then the five sliders from the top; Gradio puts
+    in `event` and `request` by their types."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._running: dict[str, Any] = {}  # browser session -> its answer's stream
 
     async def send(
-        self, message: str, history: list[Turn], *settings: Any, request: gr.Request
+        self, request: gr.Request, message: str, history: list[Turn], *settings: Any
     ) -> AsyncIterator[Update]:
         """Submit or Enter: what is in the input box is asked."""
         if not message.strip():
@@ -59,14 +60,14 @@ class Conversations:
             yield update
 
     async def example(
-        self, draft: str, *settings: Any, event: gr.SelectData, request: gr.Request
+        self, event: gr.SelectData, request: gr.Request, draft: str, *settings: Any
     ) -> AsyncIterator[Update]:
         """An example was clicked, which is possible only while the conversation is empty."""
         async for update in self._ask([], event.value["text"], [], draft, settings, request):
             yield update
 
     async def retry(
-        self, draft: str, history: list[Turn], *settings: Any, event: gr.RetryData, request: gr.Request
+        self, event: gr.RetryData, request: gr.Request, draft: str, history: list[Turn], *settings: Any
     ) -> AsyncIterator[Update]:
         """Ask the same question again; the answer it had stays if there is no new one."""
         asked = _last_question(history, event.index)
@@ -74,7 +75,7 @@ class Conversations:
             yield update
 
     async def edit(
-        self, draft: str, history: list[Turn], *settings: Any, event: gr.EditData, request: gr.Request
+        self, event: gr.EditData, request: gr.Request, draft: str, history: list[Turn], *settings: Any
     ) -> AsyncIterator[Update]:
         """Ask in other words; what came after the edited message is dropped once there is an answer."""
         edited = _index(event.index)
@@ -87,7 +88,7 @@ class Conversations:
         if (answer := self._running.get(_session(request))) is not None:
             answer.cancel()
 
-    async def undo(self, draft: str, history: list[Turn], event: gr.UndoData, request: gr.Request) -> Update:
+    async def undo(self, event: gr.UndoData, request: gr.Request, draft: str, history: list[Turn]) -> Update:
         """Take the last question back into the input box."""
         self._abandon(request)
         asked = _last_question(history, event.index)

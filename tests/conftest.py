@@ -1,11 +1,129 @@
-"""Fixtures that several test modules share."""
+"""Fixtures that several test modules share.
 
+Every session has its own empty CORRAL_HOME and Ray directory, under short paths (Ray's sockets need that). The
+quickstart is trained once, by the command a user types, and served once, likewise.
+"""
+
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import yaml
 
 from training.base_models import EMBEDDED_MODEL, BaseModel, resolve_base_model
+from training.registry import AdapterManifest, AdapterRegistry
+
+_SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
+os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
+os.environ["RAY_TMPDIR"] = f"{_SCRATCH}/ray"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """`corral serve` in a process of its own."""
+
+    url: str
+    ui_url: str
+    base_model: str
+    adapter: str
+    log: Path
+    pid: int
+
+
+@pytest.fixture(scope="session")
+def embedded_base() -> BaseModel:
+    """The embedded model, converted into this session's CORRAL_HOME."""
+    return resolve_base_model(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def quickstart(embedded_base: BaseModel) -> AdapterManifest:
+    """The quickstart recipe, trained and registered by `python -m training`."""
+    command = [sys.executable, "-m", "training", "--config", "configs/train/quickstart.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return AdapterRegistry().resolve("ranch-hand")
+
+
+def serve_config(**changes: Any) -> dict[str, Any]:
+    """The quickstart's serve YAML on a free port; `changes` go to the options of LlamaModel."""
+    content: dict[str, Any] = yaml.safe_load(Path("configs/serve/quickstart.yaml").read_text())
+    content["http_options"]["port"] = free_port()
+    content["applications"][0]["deployments"][0].update(changes)
+    return content
+
+
+def start_server(content: dict[str, Any], folder: Path) -> tuple[subprocess.Popen[bytes], RunningServer]:
+    """Run `corral serve` on a YAML and wait until it is ready."""
+    config, log = folder / "serve.yaml", folder / "serve.log"
+    config.write_text(yaml.safe_dump(content))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clients.cli", "serve", str(config)], stdout=output, stderr=subprocess.STDOUT
+        )
+    prefix = content["applications"][0]["route_prefix"].rstrip("/")
+    url = f"http://127.0.0.1:{content['http_options']['port']}"
+    ui_url = url + content["applications"][1]["route_prefix"] + "/"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}{prefix}/readyz", timeout=30).status_code == 200 and httpx.get(ui_url).status_code == 200:
+                server = RunningServer(
+                    url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
+                )
+                return process, server
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.3)
+    process.kill()
+    raise AssertionError(f"corral serve did not start: {log.read_text()[-4000:]}")
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> int:
+    """End it as a service manager would; returns its exit code."""
+    process.send_signal(signal.SIGTERM)
+    return process.wait(timeout=90)
+
+
+@pytest.fixture(scope="session")
+def server(quickstart: AdapterManifest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The quickstart's server with the trained adapter in its registry."""
+    process, running = start_server(serve_config(), tmp_path_factory.mktemp("server"))
+    yield running
+    assert stop_server(process) == 0, running.log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="session")

@@ -27,9 +27,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     temp_dir = f"/tmp/corral-{os.getpid()}"
-    ray.init(
-        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir
-    )
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
     yield
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
@@ -62,6 +60,7 @@ def config(tiny_base: BaseModel, dataset: Path, tmp_path: Path) -> TrainConfig:
             "save_steps": 4,
             "sample_prompts": 1,
             "use_gpu": False,
+            "resources_per_worker": {"CPU": 1},
             "storage_path": str(tmp_path / "runs"),
         }
     )
@@ -83,34 +82,30 @@ def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
     assert result.metrics["eval_tokens"] > 50
 
 
-def test_d13_d14_killed_worker_and_cut_checkpoint_resume_to_the_loss_of_the_uninterrupted_run(
+def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(
     ray_cluster: None, config: TrainConfig
 ) -> None:
     whole = fit(config.model_copy(update={"run_name": "whole"}))
+    run_dir = Path(str(config.storage_path)) / "killed"
     killed = threading.Event()
 
-    def kill_after_first_checkpoint() -> None:
-        run_dir = Path(str(config.storage_path)) / "killed"
+    def kill_and_cut_the_newest_checkpoint() -> None:
         while not killed.is_set():
             with contextlib.suppress(OSError, ValueError, psutil.Error):
-                if steps_of(run_dir)[-1:] >= [6]:
+                if steps_of(run_dir)[-1:] >= [9]:
                     for process in psutil.Process().children(recursive=True):
                         if "RayTrainWorker" in " ".join(process.cmdline()):
                             process.kill()
                             killed.set()
             time.sleep(0.005)
+        newest = max(path for path in run_dir.glob("checkpoint_*") if path.is_dir())
+        weights = newest / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
 
-    threading.Thread(target=kill_after_first_checkpoint, daemon=True).start()
+    threading.Thread(target=kill_and_cut_the_newest_checkpoint, daemon=True).start()
     resumed = fit(config.model_copy(update={"run_name": "killed", "max_failures": 1}))
     assert killed.is_set()
     assert_same_run(resumed, whole)
-
-    # The newest checkpoint is cut short: the same name goes on from the one before.
-    checkpoints = sorted(path for path in resumed.run_dir.glob("checkpoint_*") if path.is_dir())
-    weights = checkpoints[-1] / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    again = fit(config.model_copy(update={"run_name": "killed"}))
-    assert_same_run(again, whole)
 
 
 def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
@@ -127,10 +122,9 @@ def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, 
         fit(named.model_copy(update={"learning_rate": 0.1}))
 
 
-def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(
-    ray_cluster: None, config: TrainConfig
-) -> None:
-    wild = config.model_copy(update={"learning_rate": 0.99, "max_grad_norm": 1e9, "max_steps": 200, "max_failures": 2})
+def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_cluster: None, config: TrainConfig) -> None:
+    lora = config.lora.model_copy(update={"lora_alpha": 10**38})
+    wild = config.model_copy(update={"lora": lora, "max_failures": 1})
     with pytest.raises(TrainingError, match=r"training stopped at step \d+: the (loss|gradient norm) .*learning_rate"):
         fit(wild)
     run_dir = next(Path(str(config.storage_path)).iterdir())
@@ -139,7 +133,7 @@ def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(
 
 
 def test_b11_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:
-    with pytest.raises(TrainingError, match=r"num_workers is 9 with 1 CPU each, but the Ray cluster has 2 .* set num_workers to 2"):
+    with pytest.raises(TrainingError, match=r"num_workers is 9 .* the Ray cluster has 2 .* set num_workers to 2"):
         fit(config.model_copy(update={"num_workers": 9}))
 
 

@@ -167,7 +167,8 @@ def load_quantized(
     )
     if quantization.compute_dtype == "float32":
         use_packed_cpu_kernel(model, False)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def use_packed_cpu_kernel(model: "torch.nn.Module", allowed: bool) -> None:
@@ -226,7 +227,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
         raise BaseModelError(
-            f"base model {hub_id!r} is gated: accept its licence on its hub page, then set HF_TOKEN or run 'hf auth login'"
+            f"base model {hub_id!r} is gated: accept its licence on its hub page, "
+            "then set HF_TOKEN or run 'hf auth login'"
         ) from error
     except RevisionNotFoundError as error:
         raise BaseModelError(f"base model {hub_id!r} has no revision {revision!r}: check base_revision") from error
@@ -236,7 +238,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise BaseModelError(
-            f"base model {hub_id!r} is not in the local cache and the hub cannot be reached: connect once, or name a directory"
+            f"base model {hub_id!r} is not in the local cache and the hub cannot be reached: "
+            "connect once, or name a directory"
         ) from error
 
 

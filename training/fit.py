@@ -218,6 +218,11 @@ def _equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
 
 def _train_func(loop_config: dict[str, Any]) -> None:
     """What Ray Train calls on every worker."""
+    config = TrainConfig.model_validate(loop_config["config"])
+    run_dir = Path(loop_config["run_dir"])
+    if (run_dir / "failure.json").exists():
+        return  # a restart after an error that would only come again
+
     import ray
     import torch
     from ray.train import get_context
@@ -225,10 +230,6 @@ def _train_func(loop_config: dict[str, Any]) -> None:
 
     from training import sft
 
-    config = TrainConfig.model_validate(loop_config["config"])
-    run_dir = Path(loop_config["run_dir"])
-    if (run_dir / "failure.json").exists():
-        return  # a restart after an error that would only come again
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     torch.set_num_threads(max(1, int(cpus)))
     _keep_quiet()

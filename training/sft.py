@@ -199,7 +199,7 @@ class LengthBucketSampler(Sampler[int]):
             yield from batch
 
 
-class _Trainer(SFTTrainer):
+class _Trainer(SFTTrainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthBucketSampler:
         rows: Any = self.train_dataset
         lengths = [len(input_ids) for input_ids in rows["input_ids"]]

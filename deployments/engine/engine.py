@@ -19,7 +19,6 @@ from deployments.engine.request import Delta, EngineRequest
 from deployments.engine.sampling import random_stream, sample
 from deployments.engine.scheduler import Scheduler, Sequence
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -15,7 +15,13 @@ class KVCache:
         self, config: LlamaConfig, num_rows: int, max_model_len: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, num_rows, max_model_len, config.num_key_value_heads, head_dim)
+        shape = (
+            config.num_hidden_layers,
+            num_rows,
+            max_model_len,
+            config.num_key_value_heads or config.num_attention_heads,
+            head_dim,
+        )
         self.max_model_len = max_model_len
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

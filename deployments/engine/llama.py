@@ -84,8 +84,12 @@ class Llama:
         for i, layer in enumerate(self._layers):
             h = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, self._eps)
             attention = layer.self_attn
-            q = _rotate(self._linear(i, "q_proj", attention.q_proj, h, lora).unflatten(-1, (-1, self.head_dim)), cos, sin)
-            k = _rotate(self._linear(i, "k_proj", attention.k_proj, h, lora).unflatten(-1, (-1, self.head_dim)), cos, sin)
+            q = _rotate(
+                self._linear(i, "q_proj", attention.q_proj, h, lora).unflatten(-1, (-1, self.head_dim)), cos, sin
+            )
+            k = _rotate(
+                self._linear(i, "k_proj", attention.k_proj, h, lora).unflatten(-1, (-1, self.head_dim)), cos, sin
+            )
             v = self._linear(i, "v_proj", attention.v_proj, h, lora).unflatten(-1, (-1, self.head_dim))
             cache.write(i, rows, positions, k, v)
             keys, values = cache.keys[i], cache.values[i]

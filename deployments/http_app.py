@@ -1,16 +1,39 @@
-"""What happens to every HTTP request before a route sees it: an id, and a limit on its body's size."""
+"""The FastAPI application under the ingress: what every HTTP request meets before and after its route.
 
+A request id, a limit on the body's size, and every error in OpenAI's shape. The routes are `ingress.py`'s.
+"""
+
+import logging
 import re
 import uuid
 
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.errors import BodyTooLarge, error_response
+from deployments.errors import BodyTooLarge, error_body, error_response
+from training.errors import CorralError
 
+MAX_BODY_BYTES = 2 * 1024 * 1024
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+logger = logging.getLogger("ray.serve")
+
+
+def create_api() -> FastAPI:
+    """An application without routes."""
+    api = FastAPI(title="Corral", description="Llama chat models and their adapters, OpenAI-compatible.")
+    api.add_exception_handler(CorralError, _answer_corral_error)
+    api.add_exception_handler(RequestValidationError, _answer_validation_error)
+    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(Exception, _answer_unexpected)
+    api.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
+    api.add_middleware(RequestIdMiddleware)
+    return api
 
 
 class RequestIdMiddleware:
@@ -76,3 +99,33 @@ class BodyLimitMiddleware:
         error = BodyTooLarge(f"the request body is over {self._max_body_bytes} bytes: send less")
         status, body = error_response(error)
         await JSONResponse(body.model_dump(), status)(scope, receive, send)
+
+
+async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
+    status, body = error_response(error)
+    return JSONResponse(body.model_dump(), status, {"retry-after": "1"} if status == 503 else None)
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        body = error_body(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    else:
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        body = error_body(400, f"{param or 'the body'}: {first['msg']}", param)
+    return JSONResponse(body.model_dump(), 400)
+
+
+async def _answer_http_exception(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if message == "There was an error parsing the body":  # FastAPI's word for what its JSON parser gave up on
+        message = "the body is not acceptable JSON: it nests too deeply or is not UTF-8"
+    return JSONResponse(error_body(error.status_code, message).model_dump(), error.status_code, error.headers)
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.exception("request %s failed", getattr(request.state, "request_id", "?"), exc_info=error)
+    status, body = error_response(error)
+    return JSONResponse(body.model_dump(), status)

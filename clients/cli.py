@@ -1,0 +1,206 @@
+"""`corral`: the command line. Each command is a few lines around the module that does the work.
+
+Exit codes are 0 ok, 1 failure, 2 usage; an error is one line on stderr, with a traceback only under `--debug`.
+Nothing heavy is imported before the command that needs it runs.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer._click.exceptions import ClickException
+from typer.core import TyperGroup
+
+from clients import adapters
+
+_DEFAULT_URL = "http://127.0.0.1:8000"  # clients.api has it too, but is not imported for `--help`
+
+
+class _Corral(TyperGroup):
+    """The group of all commands: takes `--debug` anywhere, and turns exceptions into one line and an exit code."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        options = given[: given.index("--")] if "--" in given else given
+        debug = "--debug" in options
+        if debug:
+            given = ["--debug", *(o for o in options if o != "--debug"), *given[len(options) :]]
+        sys.exit(_run(lambda: super(_Corral, self).main(given, "corral", complete_var, False, **extra), debug))
+
+
+def _run(command: Callable[[], Any], debug: bool) -> int:
+    from training.errors import ConfigError, CorralError
+
+    def fail(error: Exception, message: str, code: int) -> int:
+        if debug:
+            traceback.print_exception(error)
+        return _fail(message, code)
+
+    try:
+        code = command()
+    except ClickException as error:
+        return _fail(error.format_message() or "no command given: see 'corral --help'", 2)
+    except typer.Abort:
+        return _fail("stopped", 1)
+    except CorralError as error:
+        usage = isinstance(error, ConfigError) or type(error).__name__ == "ServeConfigError"  # not imported for a name
+        return fail(error, str(error), 2 if usage else 1)
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return fail(error, f"{what} (unexpected: run it again with --debug and report what it prints)", 1)
+    if code == 130:  # what typer makes of Ctrl-C
+        return _fail("stopped", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+app = typer.Typer(
+    cls=_Corral,
+    help="Fine-tune Llama chat models with QLoRA, and serve every adapter from one 4-bit base.",
+    epilog="--debug, anywhere on the line, shows tracebacks and Ray's own log.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(adapters.app, name="adapters")
+
+
+@app.callback(invoke_without_command=True)
+def _corral(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and Ray's own log")] = False,
+) -> None:
+    context.obj = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="stop everything at the end")] = False,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: what the serve YAML says")] = None,
+) -> None:
+    """Train, register, serve and ask: the whole main job on the embedded model."""
+    from clients.demo import run_demo
+
+    with _stopped_by_signal():
+        run_demo(once=once, port=port, debug=context.obj)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="such as configs/train/quickstart.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as lora.r=8 learning_rate=1e-4")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
+    force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
+) -> None:
+    """Train an adapter here and register it."""
+    from training.config import load_config, resolved
+
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        import yaml
+
+        print(yaml.safe_dump(dict(resolved(settings)), sort_keys=False), end="")
+        return
+    from training.__main__ import run_training
+
+    run_training(settings, force=force, debug=context.obj)
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="a serve YAML; default: configs/serve/quickstart.yaml")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="instead of the YAML's")] = None,
+) -> None:
+    """Serve a base and its adapters here until Ctrl-C."""
+    from clients.server import read_serve_config, running, urls, wait_for_signal
+
+    with _stopped_by_signal(), running(read_serve_config(config, port), debug=context.obj) as server:
+        print(urls(server), flush=True)
+        wait_for_signal()
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="without it: a conversation, or what is piped in")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="a model id; default: the server's base")] = None,
+    url: Annotated[str, typer.Option(help="where the server is")] = _DEFAULT_URL,
+    system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="default: as many as fit")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same answer")] = None,
+) -> None:
+    """Talk to a server: one question, or a conversation with /clear and /quit."""
+    from clients.api import CorralClient, Sampling
+    from clients.terminal_chat import TerminalChat
+
+    sampling: Sampling = {}
+    if max_tokens is not None:
+        sampling["max_tokens"] = max_tokens
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    if seed is not None:
+        sampling["seed"] = seed
+    with CorralClient(url, os.environ.get("CORRAL_API_KEY")) as client:
+        conversation = TerminalChat(client, model or client.models()[0].id, system, sampling)
+        if prompt is None and sys.stdin.isatty():
+            conversation.loop()
+        else:
+            conversation.ask(sys.stdin.read() if prompt is None else prompt)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
+    """Check that this machine can train and serve, and say what to do where it cannot."""
+    from clients.doctor import examine, report
+
+    checks = examine()
+    print(report(checks, as_json=as_json))
+    return 1 if any(check.status == "broken" for check in checks) else 0
+
+
+@contextlib.contextmanager
+def _stopped_by_signal() -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does, and count either as the wanted end."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ray's own SIGTERM handler exits
+        print("stopped", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of `corral`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Starting a server for `corral serve` and `corral demo`: which YAML, which port, what to show, when to stop."""
+
+import contextlib
+import errno
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from training.errors import ConfigError, CorralError
+
+if TYPE_CHECKING:
+    from deployments.launch import Server
+
+DEFAULT_PORT = 8000
+
+
+def shipped_config(name: str) -> Path:
+    """A file under `configs/`: of this checkout, else of the installed distribution.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    places = [Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "llama-corral"]
+    for place in places:
+        if (place / "configs" / name).is_file():
+            return place / "configs" / name
+    looked = " nor ".join(repr(str(place / "configs")) for place in places)
+    raise ConfigError(f"configs/{name} is neither in {looked}: name a file of your own")
+
+
+def read_serve_config(path: Path | None, port: int | None = None) -> dict[str, Any]:
+    """The serve YAML at `path`, by default the quickstart's, checked, with another port if one is given."""
+    from deployments.config import load_serve_config
+
+    content = load_serve_config(path or shipped_config("serve/quickstart.yaml"))
+    if port is not None:
+        content.setdefault("http_options", {})["port"] = port
+    return content
+
+
+def http_address(content: dict[str, Any]) -> tuple[str, int]:
+    """Host and port of a serve YAML's content."""
+    options = content.get("http_options") or {}
+    return options.get("host", "127.0.0.1"), options.get("port", DEFAULT_PORT)
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def check_port(content: dict[str, Any]) -> None:
+    """Refuse a port in use before anything long begins.
+
+    Raises:
+        CorralError: another program listens there.
+    """
+    host, port = http_address(content)
+    if not port_is_free(host, port):
+        raise CorralError(f"port {port} on {host} is in use: stop what listens there, or choose another with --port")
+
+
+@contextlib.contextmanager
+def running(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server"]:
+    """A server that answers for as long as the block lasts; says meanwhile what is being waited for."""
+    names = [app["args"]["base_model"] for app in content["applications"] if "base_model" in (app.get("args") or {})]
+    with contextlib.ExitStack() as up:
+        with waiting(f"loading {', '.join(names) or 'the applications'} …"):
+            from deployments.launch import serving
+
+            server = up.enter_context(serving(content, debug=debug))
+        try:
+            yield server
+        finally:
+            with waiting("stopping …"):
+                up.close()
+
+
+def urls(server: "Server", *, stays: bool = True) -> str:
+    """Where a server answers, for the person who started it."""
+    ui = [f"chat  {server.ui_url}"] if server.ui_url else []
+    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", *(["Ctrl-C stops it"] if stays else [])]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show on stderr that the block is at work: a moving line on a terminal, else a line now."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False)
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, soft_wrap=True)
+        yield
+
+
+def wait_for_signal() -> None:
+    """Return at SIGINT (Ctrl-C) or SIGTERM."""
+    stopped = threading.Event()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not stopped.wait(0.5):  # a wait without limit would hold signals back on some platforms
+            pass
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,137 @@
+"""A serve YAML on a private Ray of this machine: what `corral serve` and `corral demo` do.
+
+Starts Ray, starts Serve, deploys the applications as `serve deploy` would, waits until a token can be generated,
+and takes everything down again. On a cluster, `serve deploy` does the deploying and this module has no part.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from deployments.errors import ServeConfigError, ServeError
+
+_START_TIMEOUT_S = 900.0  # a 70B model loads for minutes
+_POLL_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a running server answers."""
+
+    url: str
+    ui_url: str | None
+
+    @property
+    def docs_url(self) -> str:
+        """The API's interactive documentation."""
+        return f"{self.url}/docs"
+
+
+@contextlib.contextmanager
+def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | None = None) -> Iterator[Server]:
+    """Serve what `deployments.config.load_serve_config` returned for as long as the block lasts.
+
+    Args:
+        content: a checked serve YAML.
+        debug: show Ray's own log.
+        temp_dir: Ray's session directory, for tests that keep apart; default: Ray's own.
+
+    Raises:
+        ServeError: the port is taken, or an application does not start.
+    """
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(content)
+    host, port = schema.http_options.host, schema.http_options.port
+    _check_port_free(host, port)
+    with _private_ray(debug, temp_dir):
+        from ray import serve
+        from ray.serve.context import _get_global_client
+
+        serve.start(proxy_location=schema.proxy_location, http_options=schema.http_options.model_dump())
+        client: Any = _get_global_client()
+        client.deploy_apps(schema)
+        prefixes = {app.import_path: (app.route_prefix or "/").rstrip("/") for app in schema.applications}
+        root = f"http://{host}:{port}"
+        ui = prefixes.get("deployments.app:build_ui")
+        server = Server(root + prefixes.get("deployments.app:build_app", ""), None if ui is None else root + ui)
+        try:
+            _wait_until_ready(server)
+            yield server
+        finally:
+            for application in schema.applications:
+                serve.delete(application.name, _blocking=True)  # answers in flight end first
+
+
+def _check_port_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ServeConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            raise ServeError(
+                f"port {port} on {host} is in use: stop what listens there, or choose another with --port"
+            ) from error
+
+
+@contextlib.contextmanager
+def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
+    """A Ray of our own, whatever else runs on this machine; its workers import this checkout."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
+    import ray
+
+    checkout = str(Path(__file__).resolve().parent.parent)
+    if checkout not in sys.path:
+        sys.path.insert(0, checkout)  # Ray gives its workers the driver's sys.path
+    logging.getLogger("ray").setLevel(logging.INFO if debug else logging.ERROR)
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=debug,
+        logging_level=logging.INFO if debug else logging.ERROR,
+        _temp_dir=temp_dir,
+    )
+    if not debug:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    token = Path.home() / ".ray" / "auth_token"  # Ray writes it for everybody to read
+    with contextlib.suppress(OSError):
+        token.chmod(0o600)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _wait_until_ready(server: Server) -> None:
+    from ray import serve
+
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for name, application in serve.status().applications.items():
+            if application.status == "DEPLOY_FAILED":
+                broken = [d.message for d in application.deployments.values() if d.message] or [application.message]
+                raise ServeError(f"application {name!r} does not start: {_last_line(broken[0])}")
+        with contextlib.suppress(httpx.HTTPError):
+            ready = httpx.get(f"{server.url}/readyz", timeout=20).status_code == 200
+            if ready and (server.ui_url is None or httpx.get(server.ui_url, follow_redirects=True).status_code == 200):
+                return
+        time.sleep(_POLL_S)
+    raise ServeError(f"the server was not ready after {_START_TIMEOUT_S:.0f} s: see `corral serve --debug`")
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message; run again with --debug"

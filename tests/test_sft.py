@@ -1,0 +1,215 @@
+"""The training loop of one worker, without Ray."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from training.base_models import BaseModel, Quantization, load_quantized
+from training.config import TrainConfig
+from training.data import IGNORED_LABEL
+from training.errors import TrainingError
+from training.inputs import read_inputs
+from training.qlora import attach_lora
+from training.sft import LengthBucketSampler, SftResult, _Watch, held_out_loss, train
+
+PROJECT = Path(__file__).parent.parent
+
+
+@dataclass
+class Recorder:
+    """A Run that remembers."""
+
+    rank: int = 0
+    phases: list[str] = field(default_factory=list)
+    steps: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    checkpoints: dict[int, list[str]] = field(default_factory=dict)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+
+    def on_phase(self, phase: str) -> None:
+        self.phases.append(phase)
+
+    def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
+        self.steps[step] = metrics
+
+    def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
+        self.checkpoints[step] = sorted(path.name for path in directory.iterdir())
+        self.dtypes |= {tensor.dtype for tensor in load_file(directory / "adapter_model.safetensors").values()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For so small a model more threads only wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Ask {n}" + " please" * (n % 7)},
+                {"role": "assistant", "content": a},
+            ]
+        }
+        for n in range(30)
+        for a in [f"The answer is {n % 3}."]
+    ]
+    dataset = tmp_path / "rows.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TrainConfig.model_validate(
+        {
+            "base_model": str(tiny_base.path),
+            "adapter": "tiny",
+            "data": {"path": str(dataset), "held_out": 0.2},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+            "per_device_train_batch_size": 4,
+            "max_steps": 10,
+            "learning_rate": 5e-3,
+            "max_length": 128,
+            "save_steps": 5,
+            "sample_prompts": 2,
+        }
+    )
+
+
+def run(config: TrainConfig, tmp_path: Path, name: str, resume_from: Path | None = None) -> tuple[Recorder, SftResult]:
+    recorder = Recorder()
+    result = train(
+        config,
+        recorder,
+        adapter_dir=tmp_path / name / "adapter",
+        scratch_dir=tmp_path / name / "scratch",
+        device=torch.device("cpu"),
+        resume_from=resume_from,
+    )
+    return recorder, result
+
+
+def test_run_from_base_to_adapter(config: TrainConfig, tmp_path: Path) -> None:
+    recorder, result = run(config, tmp_path, "one")
+    assert list(recorder.steps) == list(range(1, 11))
+    assert recorder.steps[1]["loss"] > recorder.steps[10]["loss"]
+    assert set(recorder.checkpoints) == {5, 10}
+    assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(recorder.checkpoints[5])
+    assert recorder.dtypes == {torch.float32}
+    assert result.metrics["num_steps"] == 10
+    assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
+    assert [sample.reference[:13] for sample in result.samples] == ["The answer is"] * 2
+    tensors = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert not list((tmp_path / "one" / "adapter").glob("*.bin"))
+
+
+def test_d13_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(config: TrainConfig, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+
+    class Keeper(Recorder):
+        def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 5:
+                directory.rename(kept)
+
+    whole = Keeper()
+    result = train(
+        config,
+        whole,
+        adapter_dir=tmp_path / "a",
+        scratch_dir=tmp_path / "s",
+        device=torch.device("cpu"),
+    )
+    resumed, again = run(config, tmp_path, "resumed", resume_from=kept)
+    assert list(resumed.steps) == list(range(6, 11))
+    for step in resumed.steps:
+        assert resumed.steps[step]["loss"] == pytest.approx(whole.steps[step]["loss"], abs=1e-4)
+    assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
+    assert resumed.dtypes == {torch.float32}
+
+
+def test_e4_adapter_folder_is_a_plain_peft_adapter(config: TrainConfig, tmp_path: Path) -> None:
+    _, result = run(config, tmp_path, "one")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one" / "adapter", local_files_only=True)
+    assert loaded.peft_config["default"].r == 4
+    assert math.isfinite(result.metrics["eval_loss"])
+
+
+def test_held_out_loss_is_that_of_single_rows_and_labelled_tokens_only(config: TrainConfig) -> None:
+    inputs = read_inputs(config)
+    model = attach_lora(load_quantized(inputs.base, Quantization()), config.lora).eval()
+    total, count = 0.0, 0
+    for row in inputs.held_out_rows:
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
+        kept = labels != IGNORED_LABEL
+        total += F.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
+        count += int(kept.sum())
+    loss, num_tokens = held_out_loss(model, inputs.held_out_rows)
+    assert num_tokens == count
+    assert loss == pytest.approx(total / count, rel=2e-3)
+
+
+def test_e5_labels_are_the_assistants_text_and_end_of_turn(config: TrainConfig) -> None:
+    inputs = read_inputs(config)
+    row = inputs.train_rows[0]
+    labelled = [token_id for token_id in row["labels"] if token_id != IGNORED_LABEL]
+    text = inputs.tokenizer.decode(labelled, skip_special_tokens=False)
+    assert text.startswith("The answer is ")
+    assert text.removesuffix("<|im_end|>").endswith(".")
+
+
+def test_d15_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_path: Path) -> None:
+    wild = config.model_copy(update={"lora": config.lora.model_copy(update={"lora_alpha": 10**38})})
+    with pytest.raises(TrainingError, match=r"training stopped at step 1: the (loss|gradient norm) became (inf|nan)"):
+        run(wild, tmp_path, "wild")
+    assert not (tmp_path / "wild" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "reason"),
+    [
+        (math.nan, 1.0, "step 7: the loss became nan: lower learning_rate (0.005) or max_grad_norm (1)"),
+        (math.inf, 1.0, "step 7: the loss became inf: "),
+        (2.0, math.nan, "step 7: the gradient norm became nan: "),
+        (25.0, 1.0, "step 7: the loss rose to 25.0, twice that of blind guessing: "),
+    ],
+)
+def test_d15_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
+    recorder = Recorder()
+    watch = _Watch(config, recorder, vocab_size=49152)
+    logs = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
+    with pytest.raises(TrainingError, match=re.escape(f"training stopped at {reason}")) as caught:
+        watch.on_log(TrainingArguments(use_cpu=True), TrainerState(global_step=7), TrainerControl(), logs)
+    assert "\n" not in str(caught.value)
+    assert not recorder.steps
+
+
+def test_sampler_yields_every_row_once_with_like_lengths_together() -> None:
+    lengths = [(7 * n) % 50 + 1 for n in range(103)]
+    sampler = LengthBucketSampler(lengths, batch_size=4, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(103))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in first[k : k + 4]] for k in range(0, 100, 4))]
+    assert sum(spread) / len(spread) < 12  # of 50; about 30 if drawn at random
+
+
+def test_worker_code_does_not_know_ray() -> None:
+    script = "import sys, training.sft; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
