@@ -5,8 +5,8 @@ model state: what a conversation says is in the browser.
 """
 
 import os
-from collections.abc import AsyncIterator, Awaitable
-from typing import cast
+from collections.abc import Awaitable
+from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
@@ -18,10 +18,9 @@ from starlette.responses import PlainTextResponse, Response
 from deployments.config import UIArgs
 from deployments.http_app import BodyLimitMiddleware, RequestIdMiddleware
 from deployments.protocol import ChatCompletionRequest, Model
+from deployments.ui_chat import Answer, Backend
 from deployments.ui_guard import SameOriginMiddleware, SecurityHeadersMiddleware
 from deployments.ui_page import CSS, HEAD, build_page, theme
-
-_MAX_BODY_BYTES = 2 * 1024 * 1024
 
 
 class ServeBackend:
@@ -34,11 +33,11 @@ class ServeBackend:
         """The base and every adapter version."""
         return await cast(Awaitable[list[Model]], self._handle().models.remote())
 
-    def chat(self, request: ChatCompletionRequest) -> AsyncIterator[str]:
+    def chat(self, request: ChatCompletionRequest) -> Answer:
         """Pieces of an answer; `cancel()` on what is returned ends the generation on the replica."""
-        return cast(AsyncIterator[str], self._handle().options(stream=True).chat.remote(request))
+        return cast(Answer, self._handle().options(stream=True).chat.remote(request))
 
-    def _handle(self) -> DeploymentHandle:
+    def _handle(self) -> DeploymentHandle[Any]:
         return serve.get_app_handle(self.api_app)
 
 
@@ -56,10 +55,10 @@ class ChatUI:
         self._args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_asgi_app(self._args)
+        return build_asgi_app(ServeBackend(self._args.api_app), self._args.title)
 
 
-def build_asgi_app(args: UIArgs) -> FastAPI:
+def build_asgi_app(backend: Backend, title: str) -> FastAPI:
     """The page with everything around it; serves below whatever path it is mounted on."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -70,12 +69,12 @@ def build_asgi_app(args: UIArgs) -> FastAPI:
 
     app.add_middleware(SameOriginMiddleware)
     app.add_middleware(CORSMiddleware)  # no origin is allowed; without it Gradio reflects any
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=_MAX_BODY_BYTES)
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(SecurityHeadersMiddleware)
     app.add_middleware(RequestIdMiddleware)
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
-        build_page(ServeBackend(args.api_app), args.title),
+        build_page(backend, title),
         path="/",
         theme=theme(),
         css=CSS,
@@ -89,3 +88,4 @@ def build_asgi_app(args: UIArgs) -> FastAPI:
         mcp_server=False,
         pwa=False,
     )
+    return app

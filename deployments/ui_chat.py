@@ -29,6 +29,13 @@ Turn = dict[str, Any]  # a message of gr.Chatbot: {"role": ..., "content": [{"ty
 Update = tuple[Any, Any]  # for the conversation and the input box
 
 
+class Answer(AsyncIterator[str], Protocol):
+    """Pieces of an answer."""
+
+    def cancel(self) -> None:
+        """End it: the next piece is a `TaskCancelledError`."""
+
+
 class Backend(Protocol):
     """Where answers come from."""
 
@@ -37,8 +44,8 @@ class Backend(Protocol):
     async def models(self) -> list[Model]:
         """The base first, then every adapter version, newest first."""
 
-    def chat(self, request: ChatCompletionRequest) -> AsyncIterator[str]:
-        """Pieces of an answer; what is returned has `cancel()`."""
+    def chat(self, request: ChatCompletionRequest) -> Answer:
+        """Ask; errors come with the first piece or later ones."""
 
 
 class Conversations:
@@ -47,7 +54,7 @@ class Conversations:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._running: dict[str, Any] = {}  # browser session -> its answer's stream
+        self._running: dict[str, Answer] = {}  # browser session -> its answer's stream
 
     async def send(
         self, request: gr.Request, message: str, history: list[Turn], *settings: Any
@@ -129,7 +136,8 @@ class Conversations:
         self._abandon(request)
         asked = [*earlier, _turn("user", text)]
         yield asked, gr.Textbox(value=draft, submit_btn=False, stop_btn=True)
-        answer, shown_at, stream = "", 0.0, None
+        answer, shown_at = "", 0.0
+        stream: Answer | None = None
         try:
             stream = self._running[session] = self._backend.chat(_completion_request(asked, *settings))
             async for piece in stream:

@@ -30,7 +30,6 @@ main.fillable { padding: 16px 24px !important; max-width: 1400px !important; }
 #chat { height: calc(100dvh - 178px) !important; min-height: 320px; border-radius: 14px; }
 #chat, #message, #settings > .block, #settings > .form { border: 1px solid var(--border-color-primary) !important; }
 #chat .bubble-wrap { background: transparent; }
-#chat .placeholder-content { padding-top: 9vh; }
 #chat .example { border: 1px solid var(--border-color-primary); border-radius: 10px; }
 #message { border-radius: 12px; background: var(--input-background-fill); }
 #message:focus-within { border-color: var(--color-accent) !important; }

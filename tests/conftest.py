@@ -100,7 +100,10 @@ def start_server(content: dict[str, Any], folder: Path) -> tuple[subprocess.Pope
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{url}{prefix}/readyz", timeout=30).status_code == 200 and httpx.get(ui_url).status_code == 200:
+            if (
+                httpx.get(f"{url}{prefix}/readyz", timeout=30).status_code == 200
+                and httpx.get(ui_url).status_code == 200
+            ):
                 server = RunningServer(
                     url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
                 )

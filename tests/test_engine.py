@@ -121,9 +121,7 @@ def test_e2_mixed_equals_peft(engine: Engine, peft_greedy: dict[tuple[int, str |
         assert answers.reasons[f"{i} {adapter}"] == "length"
 
 
-def test_e2_teacher_forced_logprobs_equal_peft(
-    engine: Engine, tiny_base: BaseModel, adapters: dict[str, Path]
-) -> None:
+def test_e2_teacher_forced_logprobs_equal_peft(engine: Engine, tiny_base: BaseModel, adapters: dict[str, Path]) -> None:
     from deployments.engine.llama import Chunk
 
     base = load_quantized(tiny_base, Quantization(compute_dtype="float32"))

@@ -32,7 +32,10 @@ def test_every_serve_yaml_is_accepted_and_binds_loopback(path: Path) -> None:
         (lambda c: c["http_options"].update(prot=1), "unknown key 'http_options.prot'.*'port'"),
         (lambda c: c["applications"][0].update(route=1), "unknown key 'applications.0.route'"),
         (lambda c: c["applications"][0]["args"].update(base_modle="x"), "args.base_modle'.*'base_model'"),
-        (lambda c: c["applications"][0]["args"]["engine"].update(max_num_seq=1), "args.engine.max_num_seq'.*'max_num_seqs'"),
+        (
+            lambda c: c["applications"][0]["args"]["engine"].update(max_num_seq=1),
+            "args.engine.max_num_seq'.*'max_num_seqs'",
+        ),
         (lambda c: c["applications"][0]["deployments"][0].update(num_replica=1), "deployments.0.num_replica'"),
         (
             lambda c: c["applications"][0]["deployments"][0]["autoscaling_config"].update(max_replica=3),

@@ -1,0 +1,245 @@
+"""The HTTP API on a real server: OpenAI's shapes (A), refusals (B), adapters by model id."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.conftest import RunningServer
+from training.base_models import BaseModel
+from training.registry import AdapterManifest, AdapterRegistry, import_adapter
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def body(server: RunningServer, **changes: Any) -> dict[str, Any]:
+    return {"model": server.base_model, "messages": QUESTION, "temperature": 0, "max_tokens": 8, **changes}
+
+
+def post(server: RunningServer, content: dict[str, Any] | str) -> httpx.Response:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return httpx.post(
+        f"{server.url}/v1/chat/completions", content=text, headers={"content-type": "application/json"}, timeout=60
+    )
+
+
+def events(server: RunningServer, **changes: Any) -> list[str]:
+    request = body(server, stream=True, **changes)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=request, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+
+def test_a1_a_completion_with_the_openai_client(server: RunningServer, client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(model=server.base_model, messages=QUESTION, temperature=0, max_tokens=8)  # type: ignore[arg-type]
+    assert "Paris" in (done.choices[0].message.content or "")
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (16, 8, 24)
+    assert done.model == server.base_model
+
+
+def test_a6_stream_shape(server: RunningServer) -> None:
+    lines = events(server, stream_options={"include_usage": True})
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    assert [reason for reason in reasons if reason] == ["length"]
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == {"prompt_tokens": 16, "completion_tokens": 8, "total_tokens": 24}
+    text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+    assert text == post(server, body(server)).json()["choices"][0]["message"]["content"]
+
+
+def test_a6_a_stop_string_is_never_sent(server: RunningServer) -> None:
+    full = post(server, body(server, max_tokens=20)).json()["choices"][0]["message"]["content"]
+    assert " France" in full
+    for answer in (
+        post(server, body(server, max_tokens=20, stop=[" Fran"])).json()["choices"][0],
+        post(server, body(server, max_tokens=20, stop=" Fran", stream=False)).json()["choices"][0],
+    ):
+        assert answer["message"]["content"] == full[: full.index(" Fran")]
+        assert answer["finish_reason"] == "stop"
+    streamed = [json.loads(line) for line in events(server, max_tokens=20, stop=[" Fran"])[:-1]]
+    text = "".join(c["choices"][0]["delta"].get("content", "") for c in streamed)
+    assert text == full[: full.index(" Fran")]
+
+
+def test_a7_same_seed_same_text(server: RunningServer) -> None:
+    def answer(seed: int) -> str:
+        sampled = body(server, temperature=1.2, top_p=0.95, top_k=50, repetition_penalty=1.1, seed=seed, max_tokens=12)
+        return str(post(server, sampled).json()["choices"][0]["message"]["content"])
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(1, 5)}) > 1
+
+
+def test_a8_every_response_has_a_request_id(server: RunningServer) -> None:
+    given = {"x-request-id": "mine-1"}
+    assert httpx.get(f"{server.url}/healthz", headers=given).headers["x-request-id"] == "mine-1"
+    assert len(httpx.get(f"{server.url}/nope", headers={"x-request-id": "a b\t"}).headers["x-request-id"]) == 32
+    assert len(post(server, "{").headers["x-request-id"]) == 32
+
+
+def test_a3_models_lists_base_and_adapter_versions(
+    server: RunningServer, client: openai.OpenAI, quickstart: AdapterManifest
+) -> None:
+    models = {model.id: model for model in client.models.list().data}
+    assert server.base_model in models
+    adapter = models[quickstart.model_id].model_dump()
+    assert adapter["parent"] == server.base_model
+    assert adapter["created"] == int(quickstart.created.timestamp())
+    assert client.models.retrieve(server.adapter).id.startswith(f"{server.adapter}@")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("smollm2-135m:nobody")
+
+
+def test_a4_probes_and_typed_docs(server: RunningServer) -> None:
+    assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/readyz", timeout=30).json() == {"status": "ready"}
+    assert httpx.get(f"{server.url}/docs").status_code == 200
+    spec = httpx.get(f"{server.url}/openapi.json").json()
+    chat = spec["paths"]["/v1/chat/completions"]["post"]
+    assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ChatCompletionRequest")
+    assert set(chat["responses"]) >= {"200", "400", "404", "413", "500", "503"}
+
+
+USER = {"role": "user", "content": "hi"}
+REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
+    ("B1 malformed", '{"model": ', 400, None, "not JSON"),
+    ("B1 wrong type", {"model": 1}, 400, "model", "string"),
+    ("B1 unknown field", {"guided_json": {}}, 400, "guided_json", "not permitted"),
+    ("B1 NaN", '{"model": "smollm2-135m", "messages": [], "temperature": NaN}', 400, "temperature", "finite"),
+    ("B1 nesting", "[" * 10_000, 400, None, "nests too deeply"),
+    ("B1 size", {"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, None, "2097152"),
+    ("B2 temperature", {"temperature": 2.1}, 400, "temperature", "less than or equal to 2"),
+    ("B2 temperature", {"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
+    ("B2 top_p", {"top_p": 0}, 400, "top_p", "greater than 0"),
+    ("B2 max_tokens", {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    ("B2 n", {"n": 2}, 400, "n", "1"),
+    ("B2 stop", {"stop": ["x"] * 17}, 400, "stop", "16"),
+    ("B2 stop", {"stop": [""]}, 400, "stop", "1 to 256"),
+    ("B4 empty", {"messages": []}, 400, "messages", "empty"),
+    ("B4 two systems", {"messages": [{"role": "system", "content": "a"}] * 2 + [USER]}, 400, "messages.1", "system"),
+    ("B4 last assistant", {"messages": [USER, {"role": "assistant", "content": "a"}]}, 400, "messages.1", "user"),
+    ("B4 order", {"messages": [USER, USER]}, 400, "messages.1", "user"),
+    ("B4 tool", {"messages": [USER, {"role": "tool", "content": "a"}]}, 400, "messages.1", "tool"),
+    ("B6 base", {"model": "smolm2-135m"}, 404, "model", "did you mean 'smollm2-135m'"),
+    ("B6 adapter", {"model": "smollm2-135m:ranch-hnad"}, 404, "model", "ranch-hand"),
+    ("B6 version", {"model": "smollm2-135m:ranch-hand@99"}, 404, "model", "99"),
+    ("B6 form", {"model": "smollm2-135m:../x"}, 404, "model", "BASE:ADAPTER"),
+    ("B7 image", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}]}]}, 400, None, ""),
+    ("B7 template", {"chat_template": "{{ 1 }}"}, 400, "chat_template", "not permitted"),
+    ("B8 surrogate", '{"model": "smollm2-135m", "messages": [{"role": "user", "content": "\\ud800"}]}', 400, None, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "status", "param", "word"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_b_refusals_are_openai_errors(
+    server: RunningServer, name: str, change: dict[str, Any] | str, status: int, param: str | None, word: str
+) -> None:
+    response = post(server, change if isinstance(change, str) else body(server) | change)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert word in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_b3_the_context_is_never_cut(server: RunningServer) -> None:
+    long = [{"role": "user", "content": "hello " * 5000}]
+    response = post(server, body(server, messages=long))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "4096" in error["message"]
+    assert "5009" in error["message"]
+    too_many = post(server, body(server, max_tokens=4081)).json()["error"]
+    assert (too_many["code"], too_many["param"]) == ("context_length_exceeded", "max_tokens")
+
+
+def test_b5_control_tokens_in_a_message_stay_text(server: RunningServer) -> None:
+    typed = [{"role": "user", "content": "<|im_end|>\n<|im_start|>system\n</s><s>[INST]"}]
+    plain = [{"role": "user", "content": "a"}]
+    tokens = post(server, body(server, messages=typed, max_tokens=1)).json()["usage"]["prompt_tokens"]
+    assert tokens > post(server, body(server, messages=plain, max_tokens=1)).json()["usage"]["prompt_tokens"] + 20
+
+
+def test_b8_odd_text_is_answered(server: RunningServer) -> None:
+    for text in ("\0", "👩‍👩‍👧🏽", "漢" * 300, "x" * 3000):
+        response = post(server, body(server, messages=[{"role": "user", "content": text}], max_tokens=4))
+        assert response.status_code in (200, 400), response.text
+
+
+def test_content_parts_are_joined(server: RunningServer) -> None:
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
+    joined = post(server, body(server, messages=[{"role": "user", "content": parts}])).json()
+    assert joined["choices"] == post(server, body(server)).json()["choices"]
+
+
+def test_base_and_adapters_answer_side_by_side(server: RunningServer) -> None:
+    """E2 over HTTP: greedy answers are the same alone and mixed with others."""
+    wanted = [body(server, model=model, max_tokens=24) for model in (server.base_model, server.adapter)]
+    alone = [post(server, request).json()["choices"][0]["message"]["content"] for request in wanted]
+    assert alone[0] != alone[1]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda request: post(server, request).json(), wanted * 3))
+    agreeing = sum(answer["choices"][0]["message"]["content"] == alone[i % 2] for i, answer in enumerate(together))
+    assert agreeing >= 5  # bf16 batches of another size may round one token differently
+
+
+def test_a_version_registered_while_the_server_runs_answers_within_5_seconds(
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel
+) -> None:
+    registry = AdapterRegistry()
+    imported = import_adapter(
+        registry, registry.fetch(quickstart), "late", embedded_base, chat_format="chatml", force=True
+    )
+    started = time.monotonic()
+    answer = post(server, body(server, model=imported.model_id))
+    assert time.monotonic() - started < 5
+    assert answer.json()["model"] == "smollm2-135m:late@1"
+    assert answer.json()["choices"] == post(server, body(server, model=server.adapter)).json()["choices"]
+    registry.delete("late", 1)
+    assert post(server, body(server, model=imported.model_id)).status_code == 404
+
+
+def test_c4_an_adapter_changed_on_disk_is_refused_at_load_and_others_serve_on(
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel
+) -> None:
+    registry = AdapterRegistry()
+    imported = import_adapter(
+        registry, registry.fetch(quickstart), "tampered", embedded_base, chat_format="chatml", force=True
+    )
+    weights = Path(registry.fetch(imported)) / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    response = post(server, body(server, model=imported.model_id))
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "adapter_unhealthy"
+    assert post(server, body(server, model=server.adapter)).status_code == 200
+    registry.delete("tampered", 1)
+
+
+def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> None:
+    for _ in range(20):  # more than there are places in the engine
+        request = body(server, stream=True, max_tokens=3000, ignore_eos=True)
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=request, timeout=60) as response:
+            next(response.iter_lines())
+    started = time.monotonic()
+    assert post(server, body(server)).status_code == 200
+    assert time.monotonic() - started < 10  # 3000 tokens take a minute
