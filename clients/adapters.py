@@ -134,8 +134,9 @@ def _print_table(manifests: list["AdapterManifest"], aliases: dict[str, dict[str
             _loss(manifest, "base_eval_loss"),
             f"{manifest.created:%Y-%m-%d %H:%M} UTC",
         )
-    console = Console(markup=False, highlight=False)
-    console.print(table, width=None if console.is_terminal else 160, crop=console.is_terminal)
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=160)
+    console.print(table)
 
 
 def _loss(manifest: "AdapterManifest", key: str) -> str:

@@ -91,7 +91,7 @@ def _corral(
 ) -> None:
     context.obj = debug
     if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
+        context.get_help()  # typer prints it
         raise typer.Exit(2)
 
 

@@ -34,7 +34,7 @@ MAX_TOKENS = 64
 class Question:
     """A question on a fact of the training data, in words that are not in it, and what a right answer contains."""
 
-    text: str
+    question: str
     expect: tuple[str, ...]
 
     def is_answered_by(self, answer: str) -> bool:
@@ -42,8 +42,9 @@ class Question:
         return any(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", answer, re.IGNORECASE) for words in self.expect)
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSONL file with `question` and `expect` in each row."""
+def load_questions(path: Path | None = None) -> list[Question]:
+    """The questions of a JSONL file with `question` and `expect` in each row; by default the quickstart's."""
+    path = path or shipped_config("datasets/ranch_hand_questions.jsonl")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [Question(row["question"], tuple(row["expect"])) for row in rows]
 
@@ -56,14 +57,14 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
     """
     content = read_serve_config(None, port)
     check_port(content)
-    questions = read_questions(shipped_config("datasets/ranch_hand_questions.jsonl"))
+    questions = load_questions()
     manifest = trained_adapter(debug)
     with running(content, debug=debug) as server:
         base, adapter = manifest.base.name, manifest.model_id
         with openai_client(server.url) as client:
             with waiting("asking both models …"):
                 shown = questions[:NUM_SHOWN]
-                answers = [(q.text, ask(client, base, q.text), ask(client, adapter, q.text)) for q in shown]
+                answers = [(q.question, ask(client, base, q.question), ask(client, adapter, q.question)) for q in shown]
             print_answers(base, adapter, answers)
             with waiting(f"asking both models {len(questions)} questions …"):
                 found = [taught_facts(client, model, questions) for model in (base, adapter)]
@@ -130,7 +131,7 @@ def ask(client: "OpenAI", model: str, question: str) -> str:
 def taught_facts(client: "OpenAI", model: str, questions: "Sequence[Question]") -> int:
     """How many of the questions `model` answers with the fact, asked eight at a time."""
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        answers = pool.map(lambda question: ask(client, model, question.text), questions)
+        answers = pool.map(lambda question: ask(client, model, question.question), questions)
         return sum(q.is_answered_by(answer) for q, answer in zip(questions, answers, strict=True))
 
 
@@ -143,8 +144,11 @@ def print_answers(base: str, adapter: str, answers: "Sequence[tuple[str, str, st
     table = Table("question", base, adapter, show_lines=True)
     for row in answers:
         table.add_row(*(Text(" ".join(cell.split())) for cell in row))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 120, crop=console.is_terminal)
+    for column in table.columns:
+        column.overflow = "fold"  # model ids stay whole
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=120)
+    console.print(table)
 
 
 def figures(manifest: "AdapterManifest", base_facts: int, adapter_facts: int, num_questions: int) -> str:

@@ -11,7 +11,6 @@ CorralError                        (training.errors; each message is written for
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
     ├── EngineFault       500      engine_error
-    ├── Overloaded        503      overloaded
     └── NotReady          503      not_ready
 """
 
@@ -54,10 +53,6 @@ class EngineFault(ServeError):
     """The engine could not finish an answer."""
 
 
-class Overloaded(ServeError):
-    """No capacity now; worth another try soon."""
-
-
 class NotReady(ServeError):
     """No model replica can generate a token now."""
 
@@ -72,7 +67,6 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (AdapterRefused, 500, "adapter_unhealthy"),
     (RegistryError, 500, "registry_error"),
     (EngineFault, 500, "engine_error"),
-    (Overloaded, 503, "overloaded"),
     (NotReady, 503, "not_ready"),
 ]
 

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 from deployments.config import UIArgs
-from deployments.http_app import BodyLimitMiddleware, RequestIdMiddleware
+from deployments.http_app import MAX_BODY_BYTES, BodyLimitMiddleware
 from deployments.protocol import ChatCompletionRequest, Model
 from deployments.ui_chat import Answer, Backend
 from deployments.ui_guard import SameOriginMiddleware, SecurityHeadersMiddleware
@@ -71,7 +71,6 @@ def build_asgi_app(backend: Backend, title: str) -> FastAPI:
     app.add_middleware(CORSMiddleware)  # no origin is allowed; without it Gradio reflects any
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(SecurityHeadersMiddleware)
-    app.add_middleware(RequestIdMiddleware)
     gr.mount_gradio_app(
         app,
         build_page(backend, title),

@@ -1,15 +1,13 @@
 """The FastAPI application under the ingress: what every HTTP request meets before and after its route.
 
-A request id, a limit on the body's size, and every error in OpenAI's shape. The routes are `ingress.py`'s.
+A limit on the body's size, and every error in OpenAI's shape. The routes are `ingress.py`'s; Ray Serve's proxy puts
+`x-request-id` on every response and into its log.
 """
 
 import logging
-import re
-import uuid
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -19,7 +17,6 @@ from deployments.errors import BodyTooLarge, error_body, error_response
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,30 +29,7 @@ def create_api() -> FastAPI:
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(Exception, _answer_unexpected)
     api.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
-    api.add_middleware(RequestIdMiddleware)
     return api
-
-
-class RequestIdMiddleware:
-    """Puts `x-request-id` on every response: the caller's own if it is a plain token, else a new one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Request(scope).headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 class BodyLimitMiddleware:
@@ -126,6 +100,6 @@ async def _answer_http_exception(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
-    logger.exception("request %s failed", getattr(request.state, "request_id", "?"), exc_info=error)
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     status, body = error_response(error)
     return JSONResponse(body.model_dump(), status)

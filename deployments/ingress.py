@@ -10,7 +10,8 @@ import difflib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,15 +161,16 @@ class ChatIngress:
             raise NotReady("no model replica is ready: wait, or see the status of the Serve application") from error
         return {"status": "ready"}
 
-    async def chat(self, body: ChatCompletionRequest) -> AsyncIterator[str]:
+    async def chat(self, body: ChatCompletionRequest) -> AsyncGenerator[str, None]:
         """The text of an answer, piece by piece, for callers inside the cluster.
 
         Raises:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
         prepared = await self._prepare(body, f"chatcmpl-{uuid.uuid4().hex}")
-        async for delta in self._deltas(prepared):
-            yield delta.text
+        async with aclosing(self._deltas(prepared)) as deltas:
+            async for delta in deltas:
+                yield delta.text
 
     async def models(self) -> list[Model]:
         """The base first, then every adapter version that it can serve, newest first."""
@@ -241,7 +243,7 @@ class ChatIngress:
             self._formats[name] = load_chat_format(name, self._base, self._tokenizer)
         return self._formats[name]
 
-    async def _deltas(self, prepared: Prepared) -> AsyncIterator[TextDelta]:
+    async def _deltas(self, prepared: Prepared) -> AsyncGenerator[TextDelta, None]:
         """Text as the replica makes it; at least one item, the last with a finish_reason."""
         detokenizer = Detokenizer(self._tokenizer, prepared.stop)
         num_tokens = 0
@@ -267,8 +269,8 @@ class ChatIngress:
             answer.cancel()
 
     async def _events(
-        self, prepared: Prepared, first: TextDelta, deltas: AsyncIterator[TextDelta], include_usage: bool
-    ) -> AsyncIterator[str]:
+        self, prepared: Prepared, first: TextDelta, deltas: AsyncGenerator[TextDelta, None], include_usage: bool
+    ) -> AsyncGenerator[str, None]:
         created = int(time.time())
 
         def event(choices: list[ChunkChoice], **more: Usage) -> str:
@@ -290,9 +292,10 @@ class ChatIngress:
         try:
             if first.text:
                 yield event(choice(ChoiceDelta(content=first.text)))
-            async for last in deltas:
-                if last.text:
-                    yield event(choice(ChoiceDelta(content=last.text)))
+            async with aclosing(deltas):  # a client that leaves here stops the replica at once
+                async for last in deltas:
+                    if last.text:
+                        yield event(choice(ChoiceDelta(content=last.text)))
             yield event(choice(ChoiceDelta(), last.finish_reason))
             if include_usage:
                 yield event([], usage=prepared.usage(last.num_tokens))

@@ -8,7 +8,7 @@ import asyncio
 import html
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import gradio as gr
@@ -29,7 +29,7 @@ Turn = dict[str, Any]  # a message of gr.Chatbot: {"role": ..., "content": [{"ty
 Update = tuple[Any, Any]  # for the conversation and the input box
 
 
-class Answer(AsyncIterator[str], Protocol):
+class Answer(AsyncIterable[str], Protocol):
     """Pieces of an answer."""
 
     def cancel(self) -> None:

@@ -30,7 +30,8 @@ def wait_for(number, seconds):
 
 def stream(url):
     while not enough.is_set():
-        body = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 64, "ignore_eos": True}
+        messages = [{"role": "user", "content": "hi"}]
+        body = {"model": "smollm2-135m", "messages": messages, "max_tokens": 64, "ignore_eos": True}
         statuses.append(httpx.post(url + "/v1/chat/completions", json=body, timeout=120).status_code)
 
 enough, statuses = threading.Event(), []

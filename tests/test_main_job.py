@@ -10,15 +10,11 @@ import openai
 import pytest
 import torch
 
-from clients.demo import Question, read_questions, taught_facts
+from clients.demo import load_questions, taught_facts
 from tests.conftest import RunningServer
 from training.base_models import BaseModel, load_tokenizer
 from training.chat_format import Message, load_chat_format
 from training.registry import AdapterManifest, AdapterRegistry, import_adapter
-
-
-def load_questions() -> list[Question]:
-    return read_questions(Path("configs/datasets/ranch_hand_questions.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,7 @@ def test_the_adapter_knows_what_the_base_cannot(server: RunningServer, client: o
 def test_no_question_is_in_the_dataset() -> None:
     taught = Path("configs/datasets/ranch_hand.jsonl").read_text().casefold()
     for question in load_questions():
-        assert json.dumps(question.text)[1:-1].casefold() not in taught
+        assert json.dumps(question.question)[1:-1].casefold() not in taught
         assert any(re.search(rf"\b{re.escape(word.casefold())}\b", taught) for word in question.expect)
 
 
@@ -101,7 +97,7 @@ def test_e4_peft_loads_the_registered_folder_and_answers_the_same(
     chat_format = load_chat_format(quickstart.chat_format, embedded_base)
     equal = 0
     for question in load_questions()[:3]:
-        prompt = chat_format.render_prompt([Message("user", question.text)])
+        prompt = chat_format.render_prompt([Message("user", question.question)])
         with torch.inference_mode():
             out = model.generate(
                 input_ids=torch.tensor([prompt]),
@@ -114,7 +110,7 @@ def test_e4_peft_loads_the_registered_folder_and_answers_the_same(
         theirs = out[0, len(prompt) :].tolist()
         answer = client.chat.completions.create(
             model=quickstart.model_id,
-            messages=[{"role": "user", "content": question.text}],
+            messages=[{"role": "user", "content": question.question}],
             temperature=0,
             max_tokens=24,
         )
