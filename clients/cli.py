@@ -104,7 +104,7 @@ def demo(
     """Train, register, serve and ask: the whole main job on the embedded model."""
     from clients.demo import run_demo
 
-    with _stopped_by_signal():
+    with _stopped_by_signal(code=1):  # before its end: not done
         run_demo(once=once, port=port, debug=context.obj)
 
 
@@ -143,7 +143,7 @@ def serve(
     """Serve a base and its adapters here until Ctrl-C."""
     from clients.server import read_serve_config, running, urls, wait_for_signal
 
-    with _stopped_by_signal(), running(read_serve_config(config, port), debug=context.obj) as server:
+    with _stopped_by_signal(code=0), running(read_serve_config(config, port), debug=context.obj) as server:
         print(urls(server), flush=True)
         wait_for_signal()
 
@@ -188,13 +188,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 
 
 @contextlib.contextmanager
-def _stopped_by_signal() -> Iterator[None]:
-    """Let SIGTERM unwind as Ctrl-C does, and count either as the wanted end."""
+def _stopped_by_signal(code: int) -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does, and exit with `code` after either."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Ray's own SIGTERM handler exits
         print("stopped", file=sys.stderr)
+        raise typer.Exit(code) from None
 
 
 def main() -> None:

@@ -110,6 +110,8 @@ def build_page(backend: Backend, title: str) -> gr.Blocks:
             "show_progress": "hidden",
             "api_visibility": "private",
         }
+        refreshes: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8, "api_visibility": "private"}
+        # without the queue an event waits for no other, and can show no toast
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         message.submit(on.send, [message, chat, *settings], **answers)
         chat.example_select(on.example, [message, *settings], **answers)
@@ -118,8 +120,8 @@ def build_page(backend: Backend, title: str) -> gr.Blocks:
         message.stop(on.stop, **at_once)
         chat.undo(on.undo, [message, chat], [chat, message], **at_once)
         gr.on([clear.click, chat.clear], on.clear, None, [chat, message], **at_once)
-        refresh.click(on.refresh, model, model, **at_once)
-        page.load(on.refresh, model, model, **at_once)
+        refresh.click(on.refresh, model, model, **refreshes)
+        page.load(on.refresh, model, model, **refreshes)
         page.unload(on.leave)
     page.queue(max_size=_MAX_WAITING, api_open=False)
     return page

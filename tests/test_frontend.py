@@ -19,12 +19,14 @@ import pytest
 import uvicorn
 from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import RayServeException
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from deployments.errors import EngineFault
 from deployments.frontend import build_asgi_app
 from deployments.protocol import ChatCompletionRequest, Model
 from deployments.ui_chat import model_choices
-from tests.conftest import RunningServer, free_port, serve_config, start_server, stop_server
+from tests.conftest import RunningServer, free_port
 from training.base_models import BaseModel
 from training.chat_format import Message, load_chat_format
 
@@ -140,7 +142,7 @@ class ChatPage:
         self.box.fill(text)
         self.box.press("Enter")
         if wait:
-            self.wait(lambda: self.box.input_value() == "" or not self.idle(), "the empty input box")
+            self.wait(lambda: self.box.input_value() == "" or not self.idle() or self.toasts() > 0, "a reaction")
             self.wait(self.idle, "the end of the answer")
 
     def stop(self) -> None:
@@ -178,12 +180,15 @@ class ChatPage:
         self.wait(lambda: self.page.locator("ul[role=listbox]").count() == 0, "the end of the list")
         return labels
 
+    def toasts(self) -> int:
+        return self.page.locator("[data-testid=toast-body]").count()
+
     def toast(self) -> str:
         self.page.wait_for_selector("[data-testid=toast-body]")
         text = self.page.locator("[data-testid=toast-body]").last.inner_text()
         for close in self.page.locator("[data-testid=toast-close]").all():
             close.click()
-        self.wait(lambda: self.page.locator("[data-testid=toast-body]").count() == 0, "the end of the toast")
+        self.wait(lambda: self.toasts() == 0, "the end of the toast")
         return text
 
 
@@ -205,13 +210,16 @@ def backend() -> ScriptedBackend:
 
 @pytest.fixture(scope="module")
 def scripted_url(backend: ScriptedBackend) -> Iterator[str]:
-    config = uvicorn.Config(build_asgi_app(backend, "Corral"), port=free_port(), log_level="warning")
+    """The page under a path prefix, as Ray Serve mounts it."""
+    page = build_asgi_app(backend, "Corral")
+    app = Starlette(routes=[Mount("/llm/ui", page)], lifespan=page.router.lifespan_context)
+    config = uvicorn.Config(app, port=free_port(), log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield f"http://127.0.0.1:{config.port}/"
+    yield f"http://127.0.0.1:{config.port}/llm/ui/"
     server.force_exit = server.should_exit = True
     thread.join(10)
 
@@ -226,7 +234,7 @@ def outside() -> Iterator[socket.socket]:
 
 @pytest.fixture(scope="module")
 def scripted_page(browser: "Browser", scripted_url: str) -> ChatPage:
-    return ChatPage(browser.new_page(), scripted_url)
+    return ChatPage(browser.new_page(), scripted_url.rstrip("/"))
 
 
 @pytest.fixture
@@ -314,37 +322,27 @@ def test_retry_undo_edit_on_the_real_model(real: ChatPage) -> None:
 
 
 @needs_browser
-def test_other_prefix_and_over_long_input_refused_with_the_numbers(
-    browser: "Browser", embedded_base: BaseModel, tmp_path: Path
-) -> None:
-    content = serve_config(autoscaling_config={"min_replicas": 1, "max_replicas": 1})
-    api, ui = content["applications"]
-    api["args"]["engine"] = {"max_model_len": 256, "max_num_seqs": 2}
-    api["route_prefix"], ui["route_prefix"] = "/llm", "/llm/ui"
-    process, server = start_server(content, tmp_path)
-    try:
-        page = ChatPage(browser.new_page(), server.ui_url)
-        long = "horse " * 300
-        page.set("max-tokens", 10)
-        page.send(long)
-        # the newest message counted once: exactly the tokens of this dialog
-        num_tokens = len(load_chat_format("auto", embedded_base).render_prompt([Message("user", long)]))
-        toast = page.toast()
-        assert str(num_tokens) in toast
-        assert "256" in toast
-        assert page.box.input_value() == long
-        assert page.said("user") == []
-        page.send("Say hello.")
-        assert page.said("user") == ["Say hello."]
-        assert page.said("bot")[0]
-        page.edit(long)  # an edit that is refused leaves the conversation as it was
-        assert str(num_tokens) in page.toast()
-        assert page.said("user") == ["Say hello."]
-        assert page.box.input_value() == long
-        assert page.elsewhere == []
-        page.page.close()
-    finally:
-        stop_server(process)
+def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_base: BaseModel) -> None:
+    long = "horse " * 4500
+    # the newest message counted once: exactly the tokens of this dialog
+    num_tokens = len(load_chat_format("auto", embedded_base).render_prompt([Message("user", long)]))
+    real.choose("smollm2-135m (base)")
+    real.set("max-tokens", 10)
+    real.send(long)
+    toast = real.toast()
+    assert str(num_tokens) in toast
+    assert "4096" in toast
+    assert real.box.input_value() == long
+    assert real.said("user") == []
+    real.send("Say hello.")
+    assert real.said("user") == ["Say hello."]
+    (answer,) = real.said("bot")
+    real.edit(long)  # an edit that is refused leaves the conversation as it was
+    assert str(num_tokens) in real.toast()
+    assert real.said("user") == ["Say hello."]
+    assert real.said("bot") == [answer]
+    assert real.box.input_value() == long
+    assert real.elsewhere == []
 
 
 @needs_browser
@@ -492,7 +490,7 @@ def test_c7_page_serves_no_files_takes_no_uploads_and_no_foreign_pages(scripted_
         assert client.get("config", headers=foreign).status_code == 403
         foreign.pop("cookie")
         assert "access-control-allow-origin" not in client.get("config", headers=foreign).headers
-        own = {"origin": scripted_url.rstrip("/"), "cookie": "a=b"}
+        own = {"origin": scripted_url.removesuffix("/llm/ui/"), "cookie": "a=b"}
         assert client.post("gradio_api/queue/join", json={}, headers=own).status_code == 422
         assert client.get("monitoring").status_code == 403
 

@@ -5,6 +5,7 @@ Training and serving both come here, so both run the same 4-bit weights. A name 
 unless the name is a hub id. torch and transformers are imported only where weights are touched.
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
@@ -12,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -152,19 +155,20 @@ def load_quantized(
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
     dtype = getattr(torch, quantization.compute_dtype)
-    model = LlamaForCausalLM.from_pretrained(
-        base.path,
-        dtype=dtype,
-        device_map={"": torch.device(device)},
-        attn_implementation="sdpa",
-        local_files_only=True,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.quant_type,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    )
+    with _no_progress_bars():
+        model = LlamaForCausalLM.from_pretrained(
+            base.path,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            attn_implementation="sdpa",
+            local_files_only=True,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.quant_type,
+                bnb_4bit_use_double_quant=quantization.double_quant,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+        )
     if quantization.compute_dtype == "float32":
         use_packed_cpu_kernel(model, False)
     model.eval().requires_grad_(False)
@@ -182,6 +186,19 @@ def use_packed_cpu_kernel(model: "torch.nn.Module", allowed: bool) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = allowed and module.support_avx512bf16_for_cpu
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _check_usable(base: BaseModel) -> None:
@@ -281,14 +298,16 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
+    print(f"converting {EMBEDDED_MODEL} for the first use, about 20 seconds", file=sys.stderr, flush=True)
     try:
-        model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # transformers still counts the dequantized model as quantized and would refuse to save it.
-        model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.to(torch.bfloat16).save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        with _no_progress_bars():
+            model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            # transformers still counts the dequantized model as quantized and would refuse to save it.
+            model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.to(torch.bfloat16).save_pretrained(partial)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
