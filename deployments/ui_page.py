@@ -89,7 +89,7 @@ def build_page(backend: Backend, title: str) -> gr.Blocks:
                     autofocus=True,
                     submit_btn=True,
                 )
-            with gr.Column(scale=1, min_width=300, elem_id="settings"):
+            with gr.Column(scale=1, min_width=320, elem_id="settings"):
                 model = gr.Dropdown([], label="Model", elem_id="model")
                 refresh = gr.Button("↻ Refresh models", size="sm", elem_id="refresh")
                 system = gr.Textbox(label="System prompt", placeholder="None", lines=3, max_lines=8, elem_id="system")
