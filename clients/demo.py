@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clients.server import check_port, read_serve_config, running, shipped_config, urls, wait_for_signal, waiting
+from clients.server import http_address, read_serve_config, running, shipped_config, urls, wait_for_signal, waiting
 from training.errors import CorralError
 
 if TYPE_CHECKING:
@@ -55,8 +55,10 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
     Raises:
         CorralError: one of the steps failed.
     """
+    from deployments.launch import check_port
+
     content = read_serve_config(None, port)
-    check_port(content)
+    check_port(*http_address(content))
     questions = load_questions()
     manifest = trained_adapter(debug)
     with running(content, debug=debug) as server:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from clients.server import DEFAULT_PORT, port_is_free
+from clients.server import DEFAULT_HOST, DEFAULT_PORT
 from training.home import corral_home
 
 Status = Literal["ok", "note", "broken"]
@@ -191,7 +191,9 @@ def _embedded_model() -> Check:
 
 
 def _port() -> Check:
-    if port_is_free("127.0.0.1", DEFAULT_PORT):
+    from deployments.launch import port_is_free
+
+    if port_is_free(DEFAULT_HOST, DEFAULT_PORT):
         return Check(f"port {DEFAULT_PORT}", "ok", "free")
     from clients.api import CorralClient, ServerError
 

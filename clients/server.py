@@ -1,9 +1,7 @@
 """Starting a server for `corral serve` and `corral demo`: which YAML, which port, what to show, when to stop."""
 
 import contextlib
-import errno
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,12 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from training.errors import ConfigError, CorralError
+from training.errors import ConfigError
 
 if TYPE_CHECKING:
     from deployments.launch import Server
 
-DEFAULT_PORT = 8000
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 
 def shipped_config(name: str) -> Path:
@@ -46,29 +44,7 @@ def read_serve_config(path: Path | None, port: int | None = None) -> dict[str, A
 def http_address(content: dict[str, Any]) -> tuple[str, int]:
     """Host and port of a serve YAML's content."""
     options = content.get("http_options") or {}
-    return options.get("host", "127.0.0.1"), options.get("port", DEFAULT_PORT)
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True
-
-
-def check_port(content: dict[str, Any]) -> None:
-    """Refuse a port in use before anything long begins.
-
-    Raises:
-        CorralError: another program listens there.
-    """
-    host, port = http_address(content)
-    if not port_is_free(host, port):
-        raise CorralError(f"port {port} on {host} is in use: stop what listens there, or choose another with --port")
+    return options.get("host", DEFAULT_HOST), options.get("port", DEFAULT_PORT)
 
 
 @contextlib.contextmanager

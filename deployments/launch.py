@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from deployments.errors import ServeConfigError, ServeError
+from deployments.errors import ServeError
 
 _START_TIMEOUT_S = 900.0  # a 70B model loads for minutes
 _POLL_S = 0.3
@@ -53,7 +53,7 @@ def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | Non
 
     schema = ServeDeploySchema.model_validate(content)
     host, port = schema.http_options.host, schema.http_options.port
-    _check_port_free(host, port)
+    check_port(host, port)
     with _private_ray(debug, temp_dir):
         from ray import serve
         from ray.serve.context import _get_global_client
@@ -73,17 +73,25 @@ def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | Non
                 serve.delete(application.name, _blocking=True)  # answers in flight end first
 
 
-def _check_port_free(host: str, port: int) -> None:
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ServeConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-            raise ServeError(
-                f"port {port} on {host} is in use: stop what listens there, or choose another with --port"
-            ) from error
+            return error.errno != errno.EADDRINUSE
+    return True
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port in use before anything long begins.
+
+    Raises:
+        ServeError: another program listens there.
+    """
+    if not port_is_free(host, port):
+        raise ServeError(f"port {port} on {host} is in use: stop what listens there, or choose another with --port")
 
 
 @contextlib.contextmanager

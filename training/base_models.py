@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -300,7 +301,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     print(f"converting {EMBEDDED_MODEL} for the first use, about 20 seconds", file=sys.stderr, flush=True)
     try:
-        with _no_progress_bars():
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar for GGUF has no switch
             model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             # transformers still counts the dequantized model as quantized and would refuse to save it.
             model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
