@@ -171,13 +171,13 @@ def load_quantized(
             ),
         )
     if quantization.compute_dtype == "float32":
-        use_packed_cpu_kernel(model, False)
+        forbid_packed_cpu_kernel(model)
     model.eval().requires_grad_(False)
     return model
 
 
-def use_packed_cpu_kernel(model: "torch.nn.Module", allowed: bool) -> None:
-    """Let bitsandbytes repack 4-bit weights for its avx512_bf16 kernel at the first evaluation, or forbid it.
+def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for its avx512_bf16 kernel at the first evaluation.
 
     The kernel rounds activations to bf16 even where the compute dtype is float32, and a training forward after
     the repacking loses its gradient through the base: float32 and training both go without it.
@@ -186,7 +186,7 @@ def use_packed_cpu_kernel(model: "torch.nn.Module", allowed: bool) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = allowed and module.support_avx512bf16_for_cpu
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextlib.contextmanager

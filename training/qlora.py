@@ -6,7 +6,7 @@ and is the same base that is served. Knows nothing of data, Ray or the trainer.
 
 from typing import TYPE_CHECKING
 
-from training.base_models import use_packed_cpu_kernel
+from training.base_models import forbid_packed_cpu_kernel
 from training.config import LLAMA_LINEARS, LoraSettings
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings) -> "PeftModel":
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    use_packed_cpu_kernel(model, False)  # with it, gradients are lost after any evaluation
+    forbid_packed_cpu_kernel(model)  # with it, gradients are lost after any evaluation
     peft_model = get_peft_model(
         model,
         LoraConfig(
