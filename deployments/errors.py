@@ -6,7 +6,6 @@ CorralError                        (training.errors; each message is written for
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
-    ├── InvalidRequest    400
     ├── ContextLengthExceeded 400  context_length_exceeded
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
@@ -33,10 +32,6 @@ class ServeConfigError(ServeError):
     """A serve YAML that is not accepted."""
 
 
-class InvalidRequest(ServeError):
-    """A request field that is not accepted."""
-
-
 class ContextLengthExceeded(ServeError):
     """Prompt and answer do not fit the context."""
 
@@ -59,7 +54,6 @@ class NotReady(ServeError):
 
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ChatFormatError, 400, None),
-    (InvalidRequest, 400, None),
     (ContextLengthExceeded, 400, "context_length_exceeded"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,21 +73,21 @@ def test_a_second_replica_comes_with_load_and_goes_without(tmp_path: Path, embed
     assert told["answers"] >= 8
 
 
+def corral_serve(content: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    """`corral serve` on a YAML that it refuses."""
+    config = folder / "serve.yaml"
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "clients.cli", "serve", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
 def test_d16_a_taken_port_is_named_in_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         content = serve_config()
         content["http_options"]["port"] = port = taken.getsockname()[1]
-        config = tmp_path / "serve.yaml"
-        config.write_text(yaml.safe_dump(content))
-        done = subprocess.run(
-            [sys.executable, "-m", "clients.cli", "serve", str(config)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = corral_serve(content, tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert str(port) in done.stderr
@@ -96,15 +97,7 @@ def test_d16_a_taken_port_is_named_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"num_replica": 1}, {"max_ongoing_request": 1}])
 def test_corral_serve_refuses_a_misspelt_key_before_anything_starts(tmp_path: Path, change: dict[str, int]) -> None:
-    config = tmp_path / "serve.yaml"
-    config.write_text(yaml.safe_dump(serve_config(**change)))
-    done = subprocess.run(
-        [sys.executable, "-m", "clients.cli", "serve", str(config)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = corral_serve(serve_config(**change), tmp_path)
     assert done.returncode == 2
     assert next(iter(change)) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

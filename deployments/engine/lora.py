@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 NO_ADAPTER = -1
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from deployments.engine.lora import NO_ADAPTER
 from deployments.engine.request import Delta, SamplingParams
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # compared by identity, not token by token
 class Sequence:
     """One request on its way through the engine. `token_ids` is prompt and answer so far."""
 
