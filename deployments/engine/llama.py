@@ -1,149 +1,77 @@
-"""The Llama forward over NF4 weights, for a batch of chunks: whole prompts, parts of prompts, single tokens.
+"""What the engine asks of a Llama forward, and the choice between the two that there are.
 
-It borrows the linears, norms and rotary table of a transformers model that `training.base_models` loaded, so
-serving multiplies by the very bits that training did. Knows nothing of requests or sampling.
+`cpu_llama.py` runs compiled kernels on CPUs, `torch_llama.py` torch's operators on CUDA and wherever the kernels do not
+compile. Both multiply by the NF4 weights that training used. Knows nothing of requests or sampling.
 """
 
+import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from deployments.engine.kv_cache import KVCache
-from deployments.engine.lora import LoraBatch
+from deployments.engine.lora import LoraWeights
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some consecutive new tokens of one sequence.
+class ForwardBatch:
+    """New tokens of several sequences; those of one sequence are neighbours, in order.
 
     Attributes:
-        row: the sequence's row in the KV cache.
-        start: position of the first token; everything before it is in the cache already.
-        token_ids: at least one.
+        token_ids: [num_tokens]
+        positions: [num_tokens], each token's place in its sequence; all before it are in the KV cache or in the batch.
+        slots: [num_tokens], the adapter slot of each, NO_ADAPTER for the base.
+        sequences: [num_tokens], row of `block_tables`; 0, 1, ... in order.
+        block_tables: the KV blocks of each sequence, all rows equally long.
+        out_rows: tokens whose hidden state is wanted.
     """
 
-    row: int
-    start: int
     token_ids: list[int]
-
-    @property
-    def end(self) -> int:
-        """Position after the last token."""
-        return self.start + len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Where a chunk of several tokens lies in the batch, and which of its keys each token may see."""
-
-    tokens: slice
-    row: int
-    end: int
-    mask: torch.Tensor | None  # [num_tokens, end], None when plain causal
+    positions: list[int]
+    slots: list[int]
+    sequences: list[int]
+    block_tables: list[list[int]]
+    out_rows: list[int]
 
 
-class Llama:
-    """A Llama whose linear layers stay in 4 bit."""
+class Llama(Protocol):
+    """The base, its KV cache and its adapter slots."""
 
-    def __init__(self, model: LlamaForCausalLM, max_model_len: int) -> None:
-        self.config = model.config
-        self.device = model.device
-        self.dtype: torch.dtype = model.model.norm.weight.dtype
-        self.head_dim: int = self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads
-        self._eps: float = self.config.rms_norm_eps
-        self._embed_tokens: torch.Tensor = model.model.embed_tokens.weight
-        self._norm: torch.Tensor = model.model.norm.weight
-        self._lm_head: torch.Tensor = model.lm_head.weight
-        self._layers: list[Any] = list(model.model.layers)
-        positions = torch.arange(max_model_len, device=self.device)[None]
-        cos, sin = model.model.rotary_emb(self._embed_tokens[:1], positions)
-        self._cos: torch.Tensor = cos[0, :, None]  # [max_model_len, 1, head_dim]
-        self._sin: torch.Tensor = sin[0, :, None]
+    block_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
 
-    @torch.inference_mode()
-    def forward(self, chunks: list[Chunk], cache: KVCache, lora: LoraBatch | None) -> torch.Tensor:
-        """Run the chunks and extend the cache.
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Run the batch and extend the KV cache; hidden states of `out_rows` after the last norm."""
 
-        Returns hidden states after the last norm, [num_tokens, hidden_size], chunks in the order given.
-        Chunks of several tokens must come before chunks of one.
-        """
-        token_ids = [token for chunk in chunks for token in chunk.token_ids]
-        positions = torch.tensor([p for c in chunks for p in range(c.start, c.end)], device=self.device)
-        rows = torch.tensor([c.row for c in chunks for _ in c.token_ids], device=self.device)
-        spans = self._spans(chunks)
-        num_span_tokens = spans[-1].tokens.stop if spans else 0
-        decode_rows = rows[num_span_tokens:]
-        decode_end = max((c.end for c in chunks if len(c.token_ids) == 1), default=0)
-        decode_mask = (torch.arange(decode_end, device=self.device) <= positions[num_span_tokens:, None])[:, None, None]
-
-        x = F.embedding(torch.tensor(token_ids, device=self.device), self._embed_tokens)
-        cos, sin = self._cos[positions], self._sin[positions]
-        for i, layer in enumerate(self._layers):
-            h = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, self._eps)
-            attention = layer.self_attn
-            q = _rotate(
-                self._linear(i, "q_proj", attention.q_proj, h, lora).unflatten(-1, (-1, self.head_dim)), cos, sin
-            )
-            k = _rotate(
-                self._linear(i, "k_proj", attention.k_proj, h, lora).unflatten(-1, (-1, self.head_dim)), cos, sin
-            )
-            v = self._linear(i, "v_proj", attention.v_proj, h, lora).unflatten(-1, (-1, self.head_dim))
-            cache.write(i, rows, positions, k, v)
-            keys, values = cache.keys[i], cache.values[i]
-
-            outputs = [_attend_span(q[s.tokens], keys[s.row, : s.end], values[s.row, : s.end], s.mask) for s in spans]
-            if decode_end:
-                decode_keys, decode_values = keys[decode_rows, :decode_end], values[decode_rows, :decode_end]
-                outputs.append(_attend_rows(q[num_span_tokens:], decode_keys, decode_values, decode_mask))
-            x = x + self._linear(i, "o_proj", attention.o_proj, torch.cat(outputs).flatten(1), lora)
-
-            h = F.rms_norm(x, x.shape[-1:], layer.post_attention_layernorm.weight, self._eps)
-            gate = self._linear(i, "gate_proj", layer.mlp.gate_proj, h, lora)
-            up = self._linear(i, "up_proj", layer.mlp.up_proj, h, lora)
-            x = x + self._linear(i, "down_proj", layer.mlp.down_proj, F.silu(gate) * up, lora)
-        return F.rms_norm(x, x.shape[-1:], self._norm, self._eps)
-
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, vocab_size] in float32."""
-        return F.linear(hidden, self._lm_head).float()
+        """[n, hidden_size] -> [n, vocab_size] in float32."""
 
-    @staticmethod
-    def _linear(i: int, target: str, linear: Any, x: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
-        y: torch.Tensor = linear(x)
-        return y if lora is None else lora.add(i, target, x, y)
+    def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
+        """Put an adapter into a slot, or empty it. Not while `forward` runs."""
 
-    def _spans(self, chunks: list[Chunk]) -> list[_Span]:
-        spans, offset = [], 0
-        for chunk in chunks:
-            n = len(chunk.token_ids)
-            if n > 1:
-                mask = None
-                if chunk.start:
-                    seen = torch.arange(chunk.start, chunk.end, device=self.device)
-                    mask = torch.arange(chunk.end, device=self.device) <= seen[:, None]
-                spans.append(_Span(slice(offset, offset + n), chunk.row, chunk.end, mask))
-            offset += n
-        return spans
+    def dequantized(self, layer: int, target: str) -> torch.Tensor:
+        """The weight that the forward multiplies by, [out_features, in_features] in float32."""
+
+    def linear_bytes(self) -> int:
+        """Memory of all 4-bit linear layers."""
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (arXiv:2104.09864) in the half-split layout of Llama's released weights."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def load_llama(model: LlamaForCausalLM, *, max_model_len: int, num_blocks: int, max_loras: int) -> Llama:
+    """The fastest forward that runs here. `model` is a transformers Llama in NF4; its weights are taken over."""
+    from deployments.engine.cpu_kernels import KernelsUnavailable
+    from deployments.engine.cpu_llama import CpuLlama
+    from deployments.engine.torch_llama import TorchLlama
 
-
-def _attend_span(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """One sequence: q [n, heads, d], k and v [end, kv_heads, d] -> [n, heads, d]."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out[0].transpose(0, 1)
-
-
-def _attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One new token a sequence: q [n, heads, d], k and v [n, end, kv_heads, d] -> [n, heads, d]."""
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+    if model.device.type == "cpu":
+        try:
+            return CpuLlama(model, max_model_len=max_model_len, num_blocks=num_blocks, max_loras=max_loras)
+        except KernelsUnavailable as reason:
+            logger.warning("the CPU kernels are not used, torch's operators are, several times slower: %s", reason)
+    return TorchLlama(model, max_model_len=max_model_len, num_blocks=num_blocks, max_loras=max_loras)

@@ -1,9 +1,7 @@
-"""LoRA adapters side by side in one batch: every loaded adapter has a slot, every token names its slot.
+"""LoRA adapters side by side: which are loaded, who uses them, and their weights as the forward takes them.
 
-The A matrices of all loaded adapters are stacked into one, likewise the B matrices. A batch multiplies by the
-whole stack once, zeroes the columns that belong to other tokens' adapters with a 0/1 mask, and multiplies by
-the stacked B: exact for any mix, ranks may differ, no loop over adapters. Slots are taken and given back by
-reference count; an adapter in use is never evicted.
+Every token of a batch names a slot; the forward adds that slot's adapter and no other. Slots are taken and given
+back by reference count; an adapter in use is never evicted.
 """
 
 from collections import OrderedDict
@@ -17,13 +15,20 @@ NO_ADAPTER = -1
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """One adapter's matrices by (layer, target): A is [r, in_features], B is [out_features, r].
+    """One adapter's matrices.
 
-    The scaling (lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA) is already folded into B.
+    Attributes:
+        pairs: by (layer, target): A [r, in_features] and B transposed [r, out_features].
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA (arXiv:2312.03732).
     """
 
-    a: dict[tuple[int, str], torch.Tensor]
-    b: dict[tuple[int, str], torch.Tensor]
+    pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+    scaling: float
+
+    @property
+    def max_rank(self) -> int:
+        """The largest r."""
+        return max((len(a) for a, _ in self.pairs.values()), default=1)
 
     @classmethod
     def from_peft(
@@ -36,54 +41,24 @@ class LoraWeights:
             parts = name.split(".")
             place = (int(parts[parts.index("layers") + 1]), parts[-3])
             if parts[-2] == "lora_A":
-                a[place] = tensor.to(device, dtype)
+                a[place] = tensor.to(device, dtype).contiguous()
             else:
-                b[place] = (tensor.float() * scaling).to(device, dtype)
-        return cls(a, b)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraStack:
-    """All loaded adapters for one linear: `a` [sum_r, in], `b` [sum_r, out], `owner` [sum_r] the column's slot."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    owner: torch.Tensor
-
-
-class LoraBatch:
-    """The adapters of one step: which slot each token uses. Built once a step, applied at every linear."""
-
-    def __init__(self, stacks: dict[tuple[int, str], LoraStack], token_slots: torch.Tensor) -> None:
-        self._stacks = stacks
-        self._token_slots = token_slots  # [num_tokens]
-        self._masks: dict[int, torch.Tensor] = {}
-
-    def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`y` plus each token's own adapter applied to `x` ([num_tokens, in] -> [num_tokens, out])."""
-        stack = self._stacks.get((layer, target))
-        if stack is None:
-            return y
-        mask = self._masks.get(id(stack.owner))
-        if mask is None:
-            mask = (self._token_slots[:, None] == stack.owner).to(x.dtype)
-            self._masks[id(stack.owner)] = mask
-        return y + ((x @ stack.a.T) * mask) @ stack.b
+                b[place] = tensor.to(device, dtype).T.contiguous()
+        return cls({place: (a[place], b[place]) for place in a}, scaling)
 
 
 class AdapterSlots:
-    """The loaded adapters. Not thread-safe: the engine calls it under its own lock."""
+    """Which adapter is in which slot. Not thread-safe: the engine calls it under its own lock."""
 
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots))
-        self._loaded: OrderedDict[str, tuple[int, LoraWeights]] = OrderedDict()  # least recently used first
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._num_users: dict[str, int] = {}
-        self._stacks: dict[tuple[int, str], LoraStack] = {}
 
     @property
     def loaded(self) -> list[str]:
         """Keys of the loaded adapters, least recently used first."""
-        return list(self._loaded)
+        return list(self._slots)
 
     @property
     def num_in_use(self) -> int:
@@ -91,58 +66,34 @@ class AdapterSlots:
         return sum(self._num_users.values())
 
     def __contains__(self, key: str) -> bool:
-        return key in self._loaded
+        return key in self._slots
 
-    def load(self, key: str, weights: LoraWeights) -> bool:
-        """Put an adapter into a slot, evicting the least recently used idle one; False if every slot is in use."""
-        if key in self._loaded:
-            return True
+    def take(self, key: str) -> int | None:
+        """A slot for an adapter that is not loaded, evicting the least recently used idle one; None if all are in use."""
         if not self._free:
-            idle = next((loaded for loaded in self._loaded if not self._num_users.get(loaded)), None)
+            idle = next((loaded for loaded in self._slots if not self._num_users.get(loaded)), None)
             if idle is None:
-                return False
-            self._free.append(self._loaded.pop(idle)[0])
-        self._loaded[key] = (self._free.pop(0), weights)
-        self._restack()
-        return True
+                return None
+            self._free.append(self._slots.pop(idle))
+        slot = self._slots[key] = self._free.pop(0)
+        return slot
 
-    def unload(self, key: str) -> bool:
-        """Free the slot of an idle adapter; False if it is in use or not loaded."""
-        if key not in self._loaded or self._num_users.get(key):
-            return False
-        self._free.append(self._loaded.pop(key)[0])
-        self._restack()
-        return True
+    def drop(self, key: str) -> int | None:
+        """Free an idle adapter's slot and return it; None if it is in use or not loaded."""
+        if key not in self._slots or self._num_users.get(key):
+            return None
+        slot = self._slots.pop(key)
+        self._free.append(slot)
+        return slot
 
     def acquire(self, key: str) -> int:
         """Take a reference to a loaded adapter and return its slot."""
-        slot, _ = self._loaded[key]
-        self._loaded.move_to_end(key)
+        self._slots.move_to_end(key)
         self._num_users[key] = self._num_users.get(key, 0) + 1
-        return slot
+        return self._slots[key]
 
     def release(self, key: str) -> None:
         """Give a reference back."""
         self._num_users[key] -= 1
         if not self._num_users[key]:
             del self._num_users[key]
-
-    def batch(self, token_slots: list[int], device: torch.device) -> LoraBatch | None:
-        """What the forward applies for tokens with these slots; None when no token has an adapter."""
-        if all(slot == NO_ADAPTER for slot in token_slots):
-            return None
-        return LoraBatch(self._stacks, torch.tensor(token_slots, device=device))
-
-    def _restack(self) -> None:
-        stacks: dict[tuple[int, str], LoraStack] = {}
-        owners: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}  # places with the same columns share one owner
-        for place in {place for _, weights in self._loaded.values() for place in weights.a}:
-            parts = [(slot, w.a[place], w.b[place]) for slot, w in self._loaded.values() if place in w.a]
-            columns = tuple((slot, a.shape[0]) for slot, a, _ in parts)
-            if columns not in owners:
-                slots = [slot for slot, r in columns for _ in range(r)]
-                owners[columns] = torch.tensor(slots, device=parts[0][1].device)
-            a = torch.cat([a for _, a, _ in parts])
-            b = torch.cat([b.T for _, _, b in parts]).contiguous()
-            stacks[place] = LoraStack(a, b, owners[columns])
-        self._stacks = stacks
