@@ -23,8 +23,11 @@ class EngineArgs(_Closed):
     """Size of one replica's engine."""
 
     max_model_len: int | None = Field(None, ge=8, description="longest prompt plus answer; default: the base's context")
-    max_num_seqs: int = Field(16, ge=1, description="sequences that run at once; more wait")
-    max_num_batched_tokens: int = Field(512, ge=32, description="tokens of one step; longer prompts come in chunks")
+    max_num_seqs: int = Field(32, ge=1, description="sequences that run at once; more wait")
+    max_num_batched_tokens: int = Field(256, ge=32, description="tokens of one step; longer prompts come in chunks")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="memory for keys and values; default: 1 on a CPU, 90 % of what is free on CUDA"
+    )
     max_loras: int = Field(8, ge=1, description="adapters loaded at once")
     num_threads: int | None = Field(None, ge=1, description="torch threads on a CPU; default: all cores")
 

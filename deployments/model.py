@@ -16,16 +16,20 @@ from ray import serve
 from safetensors.torch import load_file
 
 from deployments.config import ServeArgs
-from deployments.engine.engine import Engine
+from deployments.engine.engine import Engine, OnDeltas
 from deployments.engine.lora import LoraWeights
-from deployments.engine.request import Delta, EngineRequest, SamplingParams
+from deployments.engine.request import Delta, EngineRequest, SamplingParams, merged
 from deployments.errors import EngineFault, NotReady
 from deployments.generation import GenerationRequest
 from training.base_models import load_quantized, load_tokenizer, resolve_base_model
+from training.errors import AdapterRefused
 from training.registry import AdapterManifest, AdapterRegistry, check_base
 
 _FRESH_S = 5.0  # a token this young proves that the engine works
+_STALLED_S = 60.0  # a step takes milliseconds, on the largest models seconds
 _SLOT_POLL_S = 0.02
+_CPU_KV_CACHE_GIB = 1.0
+_CUDA_KV_CACHE_SHARE = 0.9  # of the memory that the weights leave
 
 
 @serve.deployment(
@@ -38,51 +42,56 @@ _SLOT_POLL_S = 0.02
 class LlamaModel:
     """Owns one engine on its own thread, and loads adapters into it on first use."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    async def __init__(self, args: ServeArgs) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(args.engine.num_threads or os.cpu_count() or 1)
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
+        model = load_quantized(self._base, args.quantization, device)
         self._engine = Engine(
-            load_quantized(self._base, args.quantization, device),
+            model,
             max_model_len=args.engine.max_model_len or self._base.context_length,
             max_num_seqs=args.engine.max_num_seqs,
             max_num_batched_tokens=args.engine.max_num_batched_tokens,
             max_loras=args.engine.max_loras,
+            kv_cache_bytes=_kv_cache_bytes(args.engine.kv_cache_gib, device),
+            deliver=self._deliver,
         )
+        self._loop = asyncio.get_running_loop()
         self._probe_token = load_tokenizer(self._base).encode("a").ids[0]
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
-        """Continue the prompt; deltas that wait for the consumer are merged into one.
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
+        """Continue the prompt; what waits for the consumer is merged, so that each item has one delta an answer.
 
         Raises:
-            AdapterRefused: the adapter's files are not what the manifest says, or fit another base.
+            AdapterRefused: the adapter's files are not what the manifest says, fit another base, or give NaN.
             AdapterNotFound: the version was deleted meanwhile.
             EngineFault: the engine failed on this request.
         """
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        waiting: list[Delta] = []
+        arrived = asyncio.Event()
 
-        def deliver(delta: Delta) -> None:
-            loop.call_soon_threadsafe(deltas.put_nowait, delta)
+        def receive(deltas: list[Delta]) -> None:
+            waiting.extend(deltas)
+            arrived.set()
 
-        await self._add(request, deliver)
+        key = await self._add(request, receive)
+        num_open = request.n
         try:
-            while True:
-                delta = await deltas.get()
-                token_ids = list(delta.token_ids)
-                while not deltas.empty():
-                    delta = deltas.get_nowait()
-                    token_ids += delta.token_ids
-                if delta.finish_reason == "error":
+            while num_open:
+                await arrived.wait()
+                arrived.clear()
+                deltas = merged(waiting)
+                waiting.clear()
+                if any(delta.finish_reason == "error" for delta in deltas):
+                    self._check_healthy(key)
                     raise EngineFault("the engine failed on this request: the replica's log has the cause")
-                yield Delta(token_ids, delta.finish_reason)
-                if delta.finish_reason is not None:
-                    return
+                num_open -= sum(delta.finish_reason is not None for delta in deltas)
+                yield deltas
         finally:
             self._engine.cancel(request.request_id)
 
@@ -101,27 +110,48 @@ class LlamaModel:
                 pass
 
     def check_health(self) -> None:
-        """Ray Serve's health check: the engine's thread is alive.
+        """Ray Serve's health check: the engine's thread is alive and its steps end.
 
         Raises:
             NotReady: it is not.
         """
         if not self._thread.is_alive():
             raise NotReady("the engine has stopped")
+        if self._engine.stalled_for_s() > _STALLED_S:
+            raise NotReady(f"the engine's step has not ended for {self._engine.stalled_for_s():.0f} s")
 
-    async def _add(self, request: GenerationRequest, deliver: Callable[[Delta], None]) -> None:
+    def _check_healthy(self, key: str | None) -> None:
+        if key in self._engine.unhealthy_adapters:
+            raise AdapterRefused(
+                f"adapter {key!r} gave NaN and is not used any more: roll back, or train it again with a lower learning_rate"
+            )
+
+    async def _add(self, request: GenerationRequest, receive: Callable[[list[Delta]], None]) -> str | None:
+        """Queue the request, with its adapter loaded; returns the adapter's key."""
         key = None
         while True:
             if request.adapter is not None:
                 key = request.adapter.model_id
+                self._check_healthy(key)
                 await self._ensure_loaded(key, request.adapter)
             try:
                 self._engine.add_request(
-                    EngineRequest(request.request_id, request.prompt_token_ids, request.sampling, key), deliver
+                    EngineRequest(request.request_id, request.prompt_token_ids, request.sampling, key, request.n),
+                    receive,
                 )
-                return
+                return key
             except KeyError:  # evicted for another adapter between loading and adding
                 continue
+
+    def _deliver(self, made: list[tuple[OnDeltas, list[Delta]]]) -> None:
+        """Hand what a step made to the event loop, with one wake-up for all of it."""
+
+        def call_each() -> None:
+            for receive, deltas in made:
+                receive(deltas)
+
+        if made:
+            self._loop.call_soon_threadsafe(call_each)
 
     async def _ensure_loaded(self, key: str, manifest: AdapterManifest) -> None:
         """Load an adapter once, however many requests wait for it; a caller that leaves does not stop the others."""
@@ -145,3 +175,13 @@ class LlamaModel:
         weights = await asyncio.to_thread(read)
         while not self._engine.load_adapter(key, weights):  # every slot is in use: wait for one
             await asyncio.sleep(_SLOT_POLL_S)
+
+
+def _kv_cache_bytes(gib: float | None, device: torch.device) -> int:
+    """What the configuration says, else a gibibyte on a CPU, and on CUDA most of what the weights left."""
+    if gib is not None:
+        return int(gib * 2**30)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _CUDA_KV_CACHE_SHARE)
+    return int(_CPU_KV_CACHE_GIB * 2**30)

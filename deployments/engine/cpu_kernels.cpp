@@ -416,7 +416,7 @@ struct Tile {  // neighbouring tokens of one sequence
 
 template <class T>
 struct Step {
-  const Model& model;
+  const Model model;  // a copy: an adapter may be loaded meanwhile, into a slot that this batch does not use
   const Batch& batch;
   Team team;
   // Shared by the team.
@@ -683,7 +683,7 @@ template <class T>
 int forward(const Model& model, const Batch& batch) {
   const int tokens = batch.num_tokens, per_kv = model.heads / model.kv_heads;
   Step<T> step{model, batch, {}};
-  const int phases = model.num_layers * 9 + 1;
+  const int phases = model.num_layers * 10 + 1;  // calls of Worker::each in Step::run
   step.team.next = static_cast<std::atomic<int>*>(std::calloc(phases, sizeof(std::atomic<int>)));
   step.team.size = model.num_threads;
   auto floats = [&](int64_t n) { return static_cast<float*>(allocate(n * tokens * sizeof(float))); };

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from deployments.engine import cpu_kernels
 from deployments.engine.cpu_kernels import COLUMNS, GROUP, PAGE, KernelsUnavailable, Layer, Linear, Lora
 from deployments.engine.llama import TARGETS, ForwardBatch
-from deployments.engine.lora import NO_ADAPTER, LoraWeights
+from deployments.engine.lora import LoraWeights
 
 _TARGET_BLOCKS = ("self_attn",) * 4 + ("mlp",) * 3
 
@@ -27,6 +27,7 @@ class CpuLlama:
         self.dtype: torch.dtype = model.model.norm.weight.dtype
         self.device = torch.device("cpu")
         config = model.config
+        self.num_blocks = num_blocks
         self.vocab_size: int = config.vocab_size
         head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
         self._check(model, head_dim)
@@ -105,7 +106,7 @@ class CpuLlama:
         return out
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
-        """Put an adapter into a slot, or empty it. Not while `forward` runs."""
+        """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
         per_layer = len(TARGETS)
         num_layers = len(self._layers)
         for i in range(num_layers):

@@ -42,7 +42,8 @@ class ForwardBatch:
 class Llama(Protocol):
     """The base, its KV cache and its adapter slots."""
 
-    block_size: int
+    block_size: int  # tokens in a KV block
+    num_blocks: int
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
@@ -54,13 +55,7 @@ class Llama(Protocol):
         """[n, hidden_size] -> [n, vocab_size] in float32."""
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
-        """Put an adapter into a slot, or empty it. Not while `forward` runs."""
-
-    def dequantized(self, layer: int, target: str) -> torch.Tensor:
-        """The weight that the forward multiplies by, [out_features, in_features] in float32."""
-
-    def linear_bytes(self) -> int:
-        """Memory of all 4-bit linear layers."""
+        """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
 
 
 def load_llama(model: LlamaForCausalLM, *, max_model_len: int, num_blocks: int, max_loras: int) -> Llama:

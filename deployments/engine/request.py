@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out: plain data, importable without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,3 +92,23 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+def merged(deltas: Iterable[Delta]) -> list[Delta]:
+    """One delta for each answer, in order of the answers, that says what all of its deltas said."""
+    by_index: dict[int, Delta] = {}
+    for delta in deltas:
+        before = by_index.get(delta.index)
+        by_index[delta.index] = delta if before is None else _joined(before, delta)
+    return [by_index[index] for index in sorted(by_index)]
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return Delta(
+        first.token_ids + second.token_ids,
+        second.finish_reason,
+        first.index,
+        first.logprobs + second.logprobs,
+        first.num_cached_tokens,
+        first.prompt_logprobs,
+    )
