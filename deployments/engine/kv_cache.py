@@ -1,32 +1,99 @@
-"""Keys and values of every running sequence: one row a sequence, as long as the longest context.
+"""Which blocks of the KV cache are free, in use, or idle but kept because a later prompt may begin with their tokens.
 
-The scheduler hands out rows; the forward writes into them and attends over them. Pages of a row that were
-never written cost no memory on a CPU.
+The scheduler allocates and releases; the forward reads and writes the blocks themselves. A published block is found by
+a digest of its adapter and of all tokens up to its end, so KV is never shared between adapters or their versions.
+Knows nothing of sequences or tensors.
 """
 
-import torch
-from transformers import LlamaConfig
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+_DIGEST_SIZE = 32  # bytes; nobody finds two prefixes with the same one
 
 
-class KVCache:
-    """`keys` and `values`: [num_layers, num_rows, max_model_len, num_kv_heads, head_dim] in compute dtype."""
+def extend_block_keys(keys: list[bytes], adapter: str | None, token_ids: Sequence[int], block_size: int) -> None:
+    """Append the keys of the full blocks of `token_ids` that `keys` does not have yet.
 
-    def __init__(
-        self, config: LlamaConfig, num_rows: int, max_model_len: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-        shape = (
-            config.num_hidden_layers,
-            num_rows,
-            max_model_len,
-            config.num_key_value_heads or config.num_attention_heads,
-            head_dim,
-        )
-        self.max_model_len = max_model_len
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    Args:
+        keys: what earlier calls with a shorter `token_ids` appended, or empty.
+        adapter: key of an adapter's version; None is the base, which no name equals.
+        token_ids: the sequence from its first token.
+    """
+    if len(token_ids) // block_size <= len(keys):
+        return
+    if keys:
+        parent = keys[-1]
+    elif adapter is None:
+        parent = blake2b(digest_size=_DIGEST_SIZE, person=b"base").digest()
+    else:
+        parent = blake2b(adapter.encode(), digest_size=_DIGEST_SIZE, person=b"adapter").digest()
+    new = array("i", token_ids[len(keys) * block_size :])
+    stride = block_size * new.itemsize
+    data = new.tobytes()
+    for start in range(0, len(data) - stride + 1, stride):
+        parent = blake2b(parent + data[start : start + stride], digest_size=_DIGEST_SIZE, person=b"block").digest()
+        keys.append(parent)
 
-    def write(self, layer: int, rows: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store `k` and `v` ([num_tokens, num_kv_heads, head_dim]) at (row, position) of each token."""
-        self.keys[layer][rows, positions] = k
-        self.values[layer][rows, positions] = v
+
+class BlockPool:
+    """Reference counts of `num_blocks` blocks of `block_size` tokens. Not thread-safe."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published and unused, least recently used first
+        self._num_users = [0] * num_blocks
+        self._keys: dict[int, bytes] = {}
+        self._published: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give now: the free and the idle ones."""
+        return len(self._free) + len(self._idle)
+
+    def allocate(self) -> int | None:
+        """A block with one reference, whatever is in it; an idle one is forgotten for it when none is free."""
+        if self._free:
+            block = self._free.pop()
+        elif self._idle:
+            block, _ = self._idle.popitem(last=False)
+            del self._published[self._keys.pop(block)]
+        else:
+            return None
+        self._num_users[block] = 1
+        return block
+
+    def cached_prefix(self, keys: Iterable[bytes]) -> list[int]:
+        """The published blocks of the leading `keys`, up to the first that has none, with a reference to each."""
+        blocks = []
+        for key in keys:
+            block = self._published.get(key)
+            if block is None:
+                break
+            if not self._num_users[block]:
+                del self._idle[block]
+            self._num_users[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a block findable, once all of its tokens are computed. A key that another block has stays with that."""
+        if key not in self._published:
+            self._published[key] = block
+            self._keys[block] = key
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one reference to each of a sequence's blocks.
+
+        The last goes first: of what then is idle, the head of a prefix outlives its tail.
+        """
+        for block in reversed(blocks):
+            self._num_users[block] -= 1
+            if not self._num_users[block]:
+                if block in self._keys:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)

@@ -1,34 +1,49 @@
-"""Continuous batching: which tokens of which sequences run in the next step.
+"""Continuous batching over a paged KV cache: which tokens of which sequences run in the engine's next step.
 
-Running sequences get their one token first; what is left of the step's token budget goes to prompts, in order
-of arrival, cut into chunks where they do not fit. Knows nothing of weights or sampling.
+Running sequences get their one token first; what is left of the step's token budget goes to prompts in order of
+arrival, cut into chunks where they do not fit. When blocks run out, the youngest sequence gives its blocks back and
+is computed again later. Knows nothing of weights or sampling.
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from deployments.engine.llama import Chunk
-from deployments.engine.lora import NO_ADAPTER
-from deployments.engine.request import Delta, SamplingParams
+from deployments.engine.kv_cache import BlockPool, extend_block_keys
+from deployments.engine.request import SamplingParams
 
 
 @dataclass(slots=True, eq=False)  # compared by identity, not token by token
 class Sequence:
-    """One request on its way through the engine. `token_ids` is prompt and answer so far."""
+    """One answer of a request on its way through the engine.
+
+    Attributes:
+        index: which of the request's answers.
+        token_ids: prompt and answer so far; tokens are appended, never changed.
+        adapter: key of an adapter's version, None for the base.
+        generator: what its tokens are drawn with.
+        waits_for: an answer to the same prompt, whose KV this one shares as soon as it is computed.
+        num_computed: leading tokens whose KV is in the blocks of `block_table`.
+        num_cached_tokens: tokens of the prompt that did not have to be computed when the sequence first ran.
+        block_keys: of the full blocks of `token_ids`, as far as they were needed.
+        ended: it was removed from the scheduler.
+    """
 
     request_id: str
+    index: int
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
     adapter: str | None
-    on_delta: Callable[[Delta], None]
-    generator: torch.Generator | None
-    adapter_slot: int = NO_ADAPTER
-    row: int = -1
+    generator: Any = None
+    adapter_slot: int = -1
+    waits_for: "Sequence | None" = None
     num_computed: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    ended: bool = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -36,45 +51,161 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + num_tokens) of a sequence, to run in one step."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """One past the last token."""
+        return self.start + self.num_tokens
+
+
 class Scheduler:
-    """Sequences wait for a row of the KV cache, run, and give it back."""
+    """Sequences wait, run, and are removed. Not thread-safe.
 
-    num_rows: int
-    max_num_batched_tokens: int
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
-    _free_rows: list[int] = field(init=False)
+    Args:
+        max_num_seqs: sequences that run at once; more wait.
+        max_num_batched_tokens: tokens of one step; exceeded only by sequences that need one token each.
+    """
 
-    def __post_init__(self) -> None:
-        self._free_rows = list(range(self.num_rows))
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission; only these hold blocks
+        self.num_preemptions = 0  # since the start
 
-    def schedule(self) -> list[tuple[Sequence, Chunk]]:
-        """The next step's chunks, those of several tokens first."""
-        while self.waiting and self._free_rows:
-            sequence = self.waiting.popleft()
-            sequence.row = self._free_rows.pop()
-            self.running.append(sequence)
-        decoding = [s for s in self.running if len(s.token_ids) - s.num_computed == 1]
-        budget = self.max_num_batched_tokens - len(decoding)
-        prefill: list[tuple[Sequence, Chunk]] = []
-        for sequence in self.running:
-            num_new = min(len(sequence.token_ids) - sequence.num_computed, budget)
-            if num_new > 0 and sequence not in decoding:
-                prefill.append((sequence, self._chunk(sequence, num_new)))
-                budget -= num_new
-        step = prefill + [(s, self._chunk(s, 1)) for s in decoding]
-        return sorted(step, key=lambda scheduled: len(scheduled[1].token_ids) == 1)
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence that grows to `num_tokens` can ever run."""
+        return num_tokens <= self._pool.num_blocks * self._pool.block_size
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence that `fits`; it can be in the next step."""
+        self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its row."""
+        """Take a sequence out for good, wherever it is; also while a step with it runs."""
+        sequence.ended = True
         if sequence in self.running:
             self.running.remove(sequence)
-            self._free_rows.append(sequence.row)
+            self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    @staticmethod
-    def _chunk(sequence: Sequence, num_new: int) -> Chunk:
-        start = sequence.num_computed
-        return Chunk(sequence.row, start, sequence.token_ids[start : start + num_new])
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks; every token of them and before them has its place in the block tables.
+
+        Empty only when no sequence is left. A sequence not yet `computed` since the last call is scheduled again.
+        """
+        chunks: list[Chunk] = []
+        part_way: list[Sequence] = []
+        num_preemptions = self.num_preemptions
+        for sequence in self.running:  # a preemption shortens the list from its end, which is safe here
+            start = sequence.num_computed
+            num_new = len(sequence.token_ids) - start
+            if num_new > 1:
+                part_way.append(sequence)
+            elif num_new and self._reserve(sequence, start + 1):
+                chunks.append(Chunk(sequence, start, 1))
+        budget = self._max_num_batched_tokens - len(chunks)
+        for sequence in part_way:
+            start = sequence.num_computed
+            num_new = min(len(sequence.token_ids) - start, budget)
+            preempted = not sequence.block_table
+            if num_new > 0 and not preempted and self._reserve(sequence, start + num_new):
+                chunks.append(Chunk(sequence, start, num_new))
+                budget -= num_new
+        if self.num_preemptions > num_preemptions:  # too few blocks for those that run: none for others
+            return [chunk for chunk in chunks if chunk.sequence.block_table]
+        return chunks + self._admit(budget)
+
+    def computed(self, chunk: Chunk) -> None:
+        """The step with this chunk has run: its KV counts, and blocks that became full can be found by others."""
+        sequence = chunk.sequence
+        if sequence.ended:
+            return
+        sequence.num_computed = chunk.end
+        size = self._pool.block_size
+        first, end = chunk.start // size, chunk.end // size
+        if first < end:
+            extend_block_keys(sequence.block_keys, sequence.adapter, sequence.token_ids, size)
+            for i in range(first, end):
+                self._pool.publish(sequence.block_table[i], sequence.block_keys[i])
+
+    def _admit(self, budget: int) -> list[Chunk]:
+        """Start waiting sequences, first come, first served, while there is room."""
+        chunks: list[Chunk] = []
+        passed_over: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting[0]
+            if self._must_wait(sequence):
+                passed_over.append(self.waiting.popleft())
+                continue
+            if not self._take_prefix(sequence):
+                break
+            sequence.waits_for = None
+            self.running.append(self.waiting.popleft())
+            start = sequence.num_computed
+            num_new = min(len(sequence.token_ids) - start, budget)
+            self._reserve(sequence, start + num_new)
+            chunks.append(Chunk(sequence, start, num_new))
+            budget -= num_new
+        self.waiting.extendleft(reversed(passed_over))
+        return chunks
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether the prompt's full blocks, all that can be shared, are still to be computed by another sequence."""
+        first = sequence.waits_for
+        size = self._pool.block_size
+        return (
+            first is not None and not first.ended and first.num_computed < (first.num_prompt_tokens - 1) // size * size
+        )
+
+    def _take_prefix(self, sequence: Sequence) -> bool:
+        """Give a sequence the cached blocks it begins with; False, and none, if the pool has too few for the rest."""
+        size = self._pool.block_size
+        num_tokens = len(sequence.token_ids)
+        if sequence.sampling.prompt_logprobs is None:  # which need the logits of the whole prompt
+            extend_block_keys(sequence.block_keys, sequence.adapter, sequence.token_ids, size)
+            # the last token is computed in any case: its logits give the next one
+            sequence.block_table = self._pool.cached_prefix(sequence.block_keys[: (num_tokens - 1) // size])
+        num_missing = -(-num_tokens // size) - len(sequence.block_table)
+        spare = 1 if self.running else 0
+        if num_missing + spare > self._pool.num_free:
+            self._release(sequence)
+            return False
+        sequence.num_computed = len(sequence.block_table) * size
+        if not sequence.num_preemptions:
+            sequence.num_cached_tokens = sequence.num_computed
+        return True
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence blocks for so many tokens; False if it was itself the youngest and had to yield."""
+        size = self._pool.block_size
+        table = sequence.block_table
+        while len(table) * size < num_tokens:
+            block = self._pool.allocate()
+            if block is not None:
+                table.append(block)
+            elif self._preempt_youngest() is sequence:
+                return False
+        return True
+
+    def _preempt_youngest(self) -> Sequence:
+        sequence = self.running.pop()
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+        return sequence
+
+    def _release(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_table)
+        sequence.block_table = []  # a new list: a step that runs may still read the old one

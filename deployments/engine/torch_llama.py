@@ -184,10 +184,14 @@ class TorchLlama:
             )
             return out
         if places.max_new == 1:
-            gathered = [pages[places.tables].flatten(1, 2).transpose(1, 2) for pages in (keys, values)]
-            seen = torch.arange(gathered[0].shape[2]) < places.lengths[:, None]
+            seen = torch.arange(places.tables.shape[1] * self.block_size) < places.lengths[:, None]
+            # What lies in the blocks beyond a sequence's end may be another's NaN, which a mask alone lets through.
+            k, v = (
+                torch.where(seen[:, :, None, None], pages[places.tables].flatten(1, 2), 0).transpose(1, 2)
+                for pages in (keys, values)
+            )
             out = F.scaled_dot_product_attention(
-                q[:, :, None], *gathered, attn_mask=seen[:, None, None], enable_gqa=True
+                q[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True
             )
             return out[:, :, 0]
         outputs = []
