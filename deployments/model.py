@@ -42,7 +42,7 @@ _CUDA_KV_CACHE_SHARE = 0.9  # of the memory that the weights leave
 class LlamaModel:
     """Owns one engine on its own thread, and loads adapters into it on first use."""
 
-    async def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(args.engine.num_threads or os.cpu_count() or 1)
@@ -58,7 +58,6 @@ class LlamaModel:
             kv_cache_bytes=_kv_cache_bytes(args.engine.kv_cache_gib, device),
             deliver=self._deliver,
         )
-        self._loop = asyncio.get_running_loop()
         self._probe_token = load_tokenizer(self._base).encode("a").ids[0]
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
@@ -72,6 +71,7 @@ class LlamaModel:
             AdapterNotFound: the version was deleted meanwhile.
             EngineFault: the engine failed on this request.
         """
+        self._loop = asyncio.get_running_loop()  # the same for all requests
         waiting: list[Delta] = []
         arrived = asyncio.Event()
 
@@ -123,7 +123,7 @@ class LlamaModel:
     def _check_healthy(self, key: str | None) -> None:
         if key in self._engine.unhealthy_adapters:
             raise AdapterRefused(
-                f"adapter {key!r} gave NaN and is not used any more: roll back, or train it again with a lower learning_rate"
+                f"adapter {key!r} gave NaN and is not used any more: roll back to the version before"
             )
 
     async def _add(self, request: GenerationRequest, receive: Callable[[list[Delta]], None]) -> str | None:

@@ -11,14 +11,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments.engine.engine import Engine
-from deployments.engine.llama import TARGETS
+from deployments.engine.llama import TARGETS, kv_sizes
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from training.base_models import EMBEDDED_MODEL, Quantization, load_quantized, resolve_base_model
 
@@ -63,7 +63,7 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
         dtype=dtype,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
@@ -83,15 +83,15 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
     for module in (model.model.embed_tokens, model.lm_head):
         weight = torch.randn(vocab, hidden, device=device, dtype=dtype) * hidden**-0.5
         module.weight = nn.Parameter(weight, requires_grad=False)
-    return model.eval()
+    return cast(LlamaForCausalLM, model.eval())
 
 
 def random_adapter(config: LlamaConfig, r: int, seed: int) -> dict[str, torch.Tensor]:
     """PEFT's tensors of a random LoRA on all linear layers."""
     generator = torch.Generator().manual_seed(seed)
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    num_kv_heads, head_dim = kv_sizes(config)
     hidden, wide = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    queries, keys = config.num_attention_heads * head_dim, num_kv_heads * head_dim
     sizes = dict(
         zip(
             TARGETS,
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [f"random-{i}" for i in range(args.adapters)]
     for i, name in enumerate(names):
         engine.load_adapter(name, engine.lora_weights(random_adapter(model.config, 16, i), 2.0))
-    mixes: list[list[str | None]] = [[None]] + ([[*names]] if names else [])
+    mixes: list[list[str | None]] = [[None], [*names]] if names else [[None]]
     measure(engine, mixes[-1], 2, args.prompt_tokens, 4)  # warm
     print(f"{args.shape or args.base_model} on {_device_name(device)}, torch {torch.__version__}")
     print(f"{'adapters':>8} {'streams':>8} {'tokens/s':>9} {'TTFT ms':>8} {'TPOT ms':>8}")

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from deployments.engine import cpu_kernels
 from deployments.engine.cpu_kernels import COLUMNS, GROUP, PAGE, KernelsUnavailable, Layer, Linear, Lora
-from deployments.engine.llama import TARGETS, ForwardBatch
+from deployments.engine.llama import TARGETS, ForwardBatch, kv_sizes
 from deployments.engine.lora import LoraWeights
 
 _TARGET_BLOCKS = ("self_attn",) * 4 + ("mlp",) * 3
@@ -29,7 +29,7 @@ class CpuLlama:
         config = model.config
         self.num_blocks = num_blocks
         self.vocab_size: int = config.vocab_size
-        head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        num_kv_heads, head_dim = kv_sizes(config)
         self._check(model, head_dim)
         suffix = "bf16" if self.dtype == torch.bfloat16 else "f32"
         kernels = cpu_kernels.load_kernels()
@@ -40,7 +40,7 @@ class CpuLlama:
 
         self._kept: list[torch.Tensor] = []  # everything that the structures point at
         self._num_linear_bytes = 0
-        shape = (config.num_hidden_layers, num_blocks, config.num_key_value_heads, head_dim * PAGE)
+        shape = (config.num_hidden_layers, num_blocks, num_kv_heads, head_dim * PAGE)
         self._keys, self._values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
         self._layers = (Layer * config.num_hidden_layers)()
         for i, layer in enumerate(model.model.layers):
@@ -69,7 +69,7 @@ class CpuLlama:
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=num_kv_heads,
             head_dim=head_dim,
             vocab=config.vocab_size,
             max_rank=1,
@@ -179,5 +179,9 @@ class CpuLlama:
                     raise KernelsUnavailable(f"{target} is not NF4 in groups of {GROUP} without bias")
                 if state.nested and state.state2.blocksize != 256:
                     raise KernelsUnavailable(f"{target} has absmax groups of {state.state2.blocksize}, not 256")
-                if state.shape[0] % COLUMNS or state.shape[1] % GROUP or getattr(state, "packing_format_for_cpu", False):
+                if (
+                    state.shape[0] % COLUMNS
+                    or state.shape[1] % GROUP
+                    or getattr(state, "packing_format_for_cpu", False)
+                ):
                     raise KernelsUnavailable(f"{target} of shape {tuple(state.shape)} cannot be packed")

@@ -15,9 +15,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from deployments.engine.kv_cache import BlockPool
-from deployments.engine.llama import ForwardBatch, load_llama
+from deployments.engine.llama import ForwardBatch, kv_sizes, load_llama
 from deployments.engine.lora import NO_ADAPTER, AdapterSlots, LoraWeights
-from deployments.engine.request import Delta, EngineRequest, TokenLogprob
+from deployments.engine.request import Delta, EngineRequest, FinishReason, TokenLogprob
 from deployments.engine.sampling import SamplingRow, random_stream, sample, token_logprobs
 from deployments.engine.scheduler import Chunk, Scheduler, Sequence
 
@@ -271,7 +271,7 @@ class Engine:
             return Delta([], "stop", sequence.index)
         sequence.token_ids.append(token)
         num_new = len(sequence.token_ids) - sequence.num_prompt_tokens
-        reason = "length" if num_new >= sampling.max_tokens else None
+        reason: FinishReason | None = "length" if num_new >= sampling.max_tokens else None
         return Delta([token], reason, sequence.index, (logprob,) if logprob is not None else ())
 
     def _first_delta(self, sequence: Sequence, delta: Delta) -> Delta:
@@ -317,16 +317,13 @@ def _num_blocks(model: LlamaForCausalLM, max_model_len: int, max_num_seqs: int, 
     """How many blocks of 16 tokens the memory has room for, no more than the sequences could fill."""
     from deployments.engine.cpu_kernels import PAGE
 
-    config = model.config
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    num_kv_heads, head_dim = kv_sizes(model.config)
+    per_token = 2 * model.config.num_hidden_layers * num_kv_heads * head_dim * model.dtype.itemsize
     one_sequence = -(-max_model_len // PAGE)
     return max(one_sequence, min(kv_cache_bytes // (per_token * PAGE), one_sequence * max_num_seqs))
 
 
-def _forward_batch(
-    chunks: list[Chunk], block_size: int
-) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:
+def _forward_batch(chunks: list[Chunk], block_size: int) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:
     """The chunks as one batch. `out_rows` are first those that score prompt tokens (also returned, with the positions
     of the tokens that they predict), then the last row of every sequence whose tokens are all computed after it."""
     token_ids: list[int] = []

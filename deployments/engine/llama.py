@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments.engine.lora import LoraWeights
 
@@ -56,6 +56,14 @@ class Llama(Protocol):
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
         """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
+
+
+def kv_sizes(config: LlamaConfig) -> tuple[int, int]:
+    """Key-value heads, and numbers in each head."""
+    return (
+        config.num_key_value_heads or config.num_attention_heads,
+        config.head_dim or config.hidden_size // config.num_attention_heads,
+    )
 
 
 def load_llama(model: LlamaForCausalLM, *, max_model_len: int, num_blocks: int, max_loras: int) -> Llama:

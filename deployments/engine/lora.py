@@ -69,7 +69,7 @@ class AdapterSlots:
         return key in self._slots
 
     def take(self, key: str) -> int | None:
-        """A slot for an adapter that is not loaded, evicting the least recently used idle one; None if all are in use."""
+        """A slot for an adapter that is not loaded, if need be that of the one idle longest; None if all are in use."""
         if not self._free:
             idle = next((loaded for loaded in self._slots if not self._num_users.get(loaded)), None)
             if idle is None:

@@ -51,9 +51,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return tokens
 
 
-def token_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], nums_top: Sequence[int]
-) -> list[TokenLogprob]:
+def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprob]:
     """Log-probability of token i under row i of `logits` ([n, vocab_size]), and of its nums_top[i] likeliest."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()

@@ -5,13 +5,13 @@ attention reads the paged KV cache through the block table (`varlen_attn`); else
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from deployments.engine.llama import TARGETS, ForwardBatch
+from deployments.engine.llama import TARGETS, ForwardBatch, kv_sizes
 from deployments.engine.lora import NO_ADAPTER, LoraWeights
 
 
@@ -69,7 +69,7 @@ class TorchLlama:
         self.device = model.device
         self.dtype: torch.dtype = model.model.norm.weight.dtype
         self.vocab_size: int = config.vocab_size
-        self._head_dim: int = config.head_dim or config.hidden_size // config.num_attention_heads
+        num_kv_heads, self._head_dim = kv_sizes(config)
         self._eps: float = config.rms_norm_eps
         self._embed_tokens: torch.Tensor = model.model.embed_tokens.weight
         self._norm: torch.Tensor = model.model.norm.weight
@@ -79,7 +79,7 @@ class TorchLlama:
             self.block_size = 256
             num_blocks = -(-num_blocks * TorchLlama.block_size // self.block_size)
         self.num_blocks = num_blocks
-        shape = (config.num_hidden_layers, num_blocks, self.block_size, config.num_key_value_heads, self._head_dim)
+        shape = (config.num_hidden_layers, num_blocks, self.block_size, num_kv_heads, self._head_dim)
         self._keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
         self._values = torch.zeros(shape, dtype=self.dtype, device=self.device)
         cos, sin = model.model.rotary_emb(self._embed_tokens[:1], torch.arange(max_model_len, device=self.device)[None])
@@ -111,7 +111,8 @@ class TorchLlama:
             gate = _linear(i, "gate_proj", layer.mlp.gate_proj, h, lora)
             up = _linear(i, "up_proj", layer.mlp.up_proj, h, lora)
             x = x + _linear(i, "down_proj", layer.mlp.down_proj, F.silu(gate) * up, lora)
-        return F.rms_norm(x[batch.out_rows], x.shape[-1:], self._norm, self._eps)
+        out: torch.Tensor = F.rms_norm(x[batch.out_rows], x.shape[-1:], self._norm, self._eps)
+        return out
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ class TorchLlama:
         self._stacks = stacks
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self._head_dim))
+        return x.view(len(x), -1, self._head_dim)
 
     def _places(self, batch: ForwardBatch) -> _Places:
         size = self.block_size
@@ -168,7 +169,7 @@ class TorchLlama:
         if self.device.type == "cuda":
             from torch.nn.attention.varlen import varlen_attn
 
-            out: torch.Tensor = varlen_attn(
+            out = varlen_attn(
                 q,
                 keys,
                 values,
@@ -182,7 +183,7 @@ class TorchLlama:
                 block_table=places.tables,
                 num_splits=1,  # the same sums whatever else is in the batch
             )
-            return out
+            return cast(torch.Tensor, out)
         if places.max_new == 1:
             seen = torch.arange(places.tables.shape[1] * self.block_size) < places.lengths[:, None]
             # What lies in the blocks beyond a sequence's end may be another's NaN, which a mask alone lets through.
@@ -190,10 +191,10 @@ class TorchLlama:
                 torch.where(seen[:, :, None, None], pages[places.tables].flatten(1, 2), 0).transpose(1, 2)
                 for pages in (keys, values)
             )
-            out = F.scaled_dot_product_attention(
+            attended = F.scaled_dot_product_attention(
                 q[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True
             )
-            return out[:, :, 0]
+            return attended[:, :, 0]
         outputs = []
         for s, (start, end) in enumerate(zip(places.starts[:-1].tolist(), places.starts[1:].tolist(), strict=True)):
             length = int(places.lengths[s])
