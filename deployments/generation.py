@@ -8,9 +8,10 @@ from training.registry import AdapterManifest
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A rendered prompt, and exactly which adapter version continues it (None: the base)."""
+    """A prompt to continue `n` times, and exactly which adapter version does it (None: the base)."""
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterManifest | None
+    n: int = 1

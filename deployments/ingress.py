@@ -1,54 +1,42 @@
 """ChatIngress: OpenAI's HTTP API in front of the model replicas.
 
-A request is validated, its dialog rendered to token ids with the adapter's own chat format, checked against the
-context, and sent to a replica; what comes back is turned into text. Errors become status codes here, before the
-first byte of an answer. The UI calls `chat` and `models` by handle and gets the same treatment.
+A request is validated (`protocol.py`), rendered to token ids (`rendering.py`) and sent to a replica; what comes back
+is turned into text (`answers.py`) and written as OpenAI does (`shapes.py`). Errors become status codes before the first
+byte of an answer. The UI calls `chat` and `models` by handle and gets the same treatment.
 """
 
 import asyncio
 import difflib
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.answers import Answers, Piece, interleaved
 from deployments.config import ServeArgs
-from deployments.detokenizer import Detokenizer
-from deployments.engine.request import SamplingParams
-from deployments.errors import (
-    ContextLengthExceeded,
-    EngineFault,
-    ModelNotFound,
-    NotReady,
-    error_response,
-)
-from deployments.generation import GenerationRequest
+from deployments.detokenizer import Vocabulary
+from deployments.errors import EngineFault, ModelNotFound, NotReady
 from deployments.http_app import create_api
 from deployments.protocol import (
-    AssistantMessage,
+    AnyCompletionRequest,
     ChatCompletion,
-    ChatCompletionChunk,
     ChatCompletionRequest,
-    Choice,
-    ChoiceDelta,
-    ChunkChoice,
+    Completion,
+    CompletionRequest,
     ErrorResponse,
-    FinishReason,
     Model,
     ModelList,
-    Usage,
 )
+from deployments.rendering import RequestRenderer
+from deployments.shapes import ChatShape, CompletionShape, Shape, begun, events, whole
 from training.base_models import load_tokenizer, resolve_base_model
-from training.chat_format import ChatFormat, load_chat_format
 from training.errors import RegistryError
 from training.registry import AdapterManifest, AdapterRegistry, parse_model_id
 
@@ -60,36 +48,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": ErrorResponse, "description": "The server failed."},
     503: {"model": ErrorResponse, "description": "No capacity now; try again."},
 }
+_ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
-logger = logging.getLogger("ray.serve")
 api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """A piece of an answer: its text, the answer's tokens so far, and in the last piece the finish_reason."""
-
-    text: str
-    num_tokens: int
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that was accepted: what the replica gets, and what the answer needs."""
-
-    model: str
-    generation: GenerationRequest
-    stop: list[str]
-
-    def usage(self, num_tokens: int) -> Usage:
-        """Counts for an answer of `num_tokens` tokens."""
-        num_prompt_tokens = len(self.generation.prompt_token_ids)
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=num_tokens,
-            total_tokens=num_prompt_tokens + num_tokens,
-        )
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
@@ -101,38 +62,30 @@ class ChatIngress:
         self._model = model
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
-        self._tokenizer = load_tokenizer(self._base)
-        self._base_format = load_chat_format(args.chat_format, self._base, self._tokenizer)
-        self._formats: dict[str, ChatFormat] = {self._base_format.name: self._base_format}
         self._max_model_len = args.engine.max_model_len or self._base.context_length
+        tokenizer = load_tokenizer(self._base)
+        self._vocabulary = Vocabulary(tokenizer)
+        self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, self._max_model_len)
         self._started = int(time.time())
 
-    @api.post(
-        "/v1/chat/completions",
-        response_model=ChatCompletion,
-        responses=_ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}},
-    )
-    async def chat_completions(self, request: Request, body: ChatCompletionRequest) -> Response:
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
+    async def chat_completions(self, body: ChatCompletionRequest) -> Response:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
-        prepared = await self._prepare(body, f"chatcmpl-{uuid.uuid4().hex}")
-        deltas = self._deltas(prepared)
-        first = await anext(deltas)  # an error up to here is still a status code
-        if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = self._events(prepared, first, deltas, include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        text, last = first.text, first
-        async for last in deltas:
-            text += last.text
-        assert last.finish_reason is not None
-        completion = ChatCompletion(
-            id=prepared.generation.request_id,
-            created=int(time.time()),
-            model=prepared.model,
-            choices=[Choice(message=AssistantMessage(content=text), finish_reason=last.finish_reason)],
-            usage=prepared.usage(last.num_tokens),
-        )
-        return Response(completion.model_dump_json(), media_type="application/json")
+        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        manifest = await self._resolve(body.model)
+        answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id)
+        shape = ChatShape(answer_id, self._model_id(manifest), self._vocabulary, with_logprobs=body.logprobs)
+        return await self._respond(shape, [answers], body)
+
+    @api.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
+    async def completions(self, body: CompletionRequest) -> Response:
+        """Continue or score texts with the base or an adapter, at once or as server-sent events."""
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        manifest = await self._resolve(body.model)
+        answers = await asyncio.to_thread(self._text_answers, body, manifest, answer_id)
+        with_logprobs = body.logprobs is not None
+        shape = CompletionShape(answer_id, self._model_id(manifest), self._vocabulary, with_logprobs=with_logprobs)
+        return await self._respond(shape, answers, body)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
     async def list_models(self) -> ModelList:
@@ -162,15 +115,16 @@ class ChatIngress:
         return {"status": "ready"}
 
     async def chat(self, body: ChatCompletionRequest) -> AsyncGenerator[str, None]:
-        """The text of an answer, piece by piece, for callers inside the cluster.
+        """The text of one answer (`n` is 1), piece by piece, for callers inside the cluster.
 
         Raises:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
-        prepared = await self._prepare(body, f"chatcmpl-{uuid.uuid4().hex}")
-        async with aclosing(self._deltas(prepared)) as deltas:
-            async for delta in deltas:
-                yield delta.text
+        manifest = await self._resolve(body.model)
+        answers = await asyncio.to_thread(self._chat_answers, body, manifest, f"chatcmpl-{uuid.uuid4().hex}")
+        async with aclosing(self._generate(answers)) as batches:
+            async for pieces in batches:
+                yield "".join(piece.text for piece in pieces)
 
     async def models(self) -> list[Model]:
         """The base first, then every adapter version that it can serve, newest first."""
@@ -212,94 +166,47 @@ class ChatIngress:
             return None
         return await asyncio.to_thread(self._registry.resolve, wanted.adapter, wanted.ref)
 
-    async def _prepare(self, body: ChatCompletionRequest, request_id: str) -> Prepared:
-        manifest = await self._resolve(body.model)
-        chat_format = self._base_format if manifest is None else self._chat_format(manifest.chat_format)
-        prompt_token_ids = await asyncio.to_thread(chat_format.render_prompt, body.dialog())
-        room = self._max_model_len - len(prompt_token_ids)
-        max_tokens = body.max_tokens or body.max_completion_tokens
-        if room < (max_tokens or 1):
-            asked = f" and {max_tokens} for the answer" if max_tokens else ""
-            raise ContextLengthExceeded(
-                f"the context is {self._max_model_len} tokens, and the messages take {len(prompt_token_ids)}{asked}: "
-                "shorten the messages or lower max_tokens",
-                "messages" if room < 1 or max_tokens is None else "max_tokens",
+    def _model_id(self, manifest: AdapterManifest | None) -> str:
+        return self._base.name if manifest is None else manifest.model_id
+
+    def _chat_answers(self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> Answers:
+        return Answers(self._renderer.chat(body, manifest, answer_id), self._vocabulary, body.stop_strings)
+
+    def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
+        generations = self._renderer.completion(body, manifest, answer_id)
+        return [
+            Answers(
+                generation,
+                self._vocabulary,
+                body.stop_strings,
+                first_index=prompt * body.n,
+                continues_prompt=True,
+                echo=body.echo,
             )
-        sampling = SamplingParams(
-            max_tokens=max_tokens or room,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            repetition_penalty=body.repetition_penalty,
-            seed=body.seed,
-            stop_token_ids=chat_format.stop_token_ids,
-            ignore_eos=body.ignore_eos,
-        )
-        generation = GenerationRequest(request_id, prompt_token_ids, sampling, manifest)
-        return Prepared(self._base.name if manifest is None else manifest.model_id, generation, body.stop_strings)
+            for prompt, generation in enumerate(generations)
+        ]
 
-    def _chat_format(self, name: str) -> ChatFormat:
-        if name not in self._formats:
-            self._formats[name] = load_chat_format(name, self._base, self._tokenizer)
-        return self._formats[name]
+    async def _respond(self, shape: Shape, answers: Sequence[Answers], body: AnyCompletionRequest) -> Response:
+        streams = [self._generate(prompt) for prompt in answers]
+        batches = streams[0] if len(streams) == 1 else interleaved(streams)
+        if not body.stream:
+            return Response(await whole(shape, answers, batches), media_type="application/json")
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        stream = await begun(events(shape, answers, batches, include_usage=include_usage))
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
-    async def _deltas(self, prepared: Prepared) -> AsyncGenerator[TextDelta, None]:
-        """Text as the replica makes it; at least one item, the last with a finish_reason."""
-        detokenizer = Detokenizer(self._tokenizer, prepared.stop)
-        num_tokens = 0
-        answer: Any = self._model.options(stream=True).generate.remote(prepared.generation)
+    async def _generate(self, answers: Answers) -> AsyncGenerator[list[Piece], None]:
+        """Pieces as the replica makes them, until every answer to the prompt has its finish_reason."""
+        replies: Any = self._model.options(stream=True).generate.remote(answers.generation)
         try:
-            async for delta in answer:
-                text = ""
-                for token_id in delta.token_ids:
-                    num_tokens += 1
-                    text += detokenizer.push([token_id])
-                    if detokenizer.stopped:
-                        yield TextDelta(text, num_tokens, "stop")
-                        return
-                if delta.finish_reason is not None:
-                    text += detokenizer.flush()
-                if text or delta.finish_reason is not None:
-                    yield TextDelta(text, num_tokens, delta.finish_reason)
+            async for deltas in replies:
+                if pieces := answers.add(deltas):
+                    yield pieces
+                if answers.finished:
+                    return
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except RayActorError as error:
             raise EngineFault("the model replica died while it answered: send the request again") from error
         finally:
-            answer.cancel()
-
-    async def _events(
-        self, prepared: Prepared, first: TextDelta, deltas: AsyncGenerator[TextDelta, None], include_usage: bool
-    ) -> AsyncGenerator[str, None]:
-        created = int(time.time())
-
-        def event(choices: list[ChunkChoice], **more: Usage) -> str:
-            chunk = ChatCompletionChunk(
-                id=prepared.generation.request_id,
-                object="chat.completion.chunk",
-                created=created,
-                model=prepared.model,
-                choices=choices,
-                **more,
-            )
-            return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
-
-        def choice(delta: ChoiceDelta, finish_reason: FinishReason | None = None) -> list[ChunkChoice]:
-            return [ChunkChoice(index=0, delta=delta, finish_reason=finish_reason)]
-
-        yield event(choice(ChoiceDelta(role="assistant", content="")))
-        last = first
-        try:
-            if first.text:
-                yield event(choice(ChoiceDelta(content=first.text)))
-            async with aclosing(deltas):  # a client that leaves here stops the replica at once
-                async for last in deltas:
-                    if last.text:
-                        yield event(choice(ChoiceDelta(content=last.text)))
-            yield event(choice(ChoiceDelta(), last.finish_reason))
-            if include_usage:
-                yield event([], usage=prepared.usage(last.num_tokens))
-        except Exception as error:
-            logger.exception("answer %s broke off", prepared.generation.request_id)
-            yield f"data: {error_response(error)[1].model_dump_json()}\n\n"
-        yield "data: [DONE]\n\n"
+            replies.cancel()

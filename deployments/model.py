@@ -122,9 +122,7 @@ class LlamaModel:
 
     def _check_healthy(self, key: str | None) -> None:
         if key in self._engine.unhealthy_adapters:
-            raise AdapterRefused(
-                f"adapter {key!r} gave NaN and is not used any more: roll back to the version before"
-            )
+            raise AdapterRefused(f"adapter {key!r} gave NaN and is not used any more: roll back to the version before")
 
     async def _add(self, request: GenerationRequest, receive: Callable[[list[Delta]], None]) -> str | None:
         """Queue the request, with its adapter loaded; returns the adapter's key."""

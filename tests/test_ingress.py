@@ -11,7 +11,8 @@ import openai
 import pytest
 
 from tests.conftest import RunningServer
-from training.base_models import BaseModel
+from training.base_models import BaseModel, load_tokenizer
+from training.chat_format import load_chat_format
 from training.registry import AdapterManifest, AdapterRegistry, import_adapter
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -58,7 +59,9 @@ def test_a6_stream_shape(server: RunningServer) -> None:
     reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
     assert [reason for reason in reasons if reason] == ["length"]
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 16, "completion_tokens": 8, "total_tokens": 24}
+    usage = chunks[-1]["usage"]
+    assert usage.pop("prompt_tokens_details").keys() == {"cached_tokens"}
+    assert usage == {"prompt_tokens": 16, "completion_tokens": 8, "total_tokens": 24}
     text = "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
     assert text == post(server, body(server)).json()["choices"][0]["message"]["content"]
 
@@ -84,6 +87,105 @@ def test_a7_same_seed_same_text(server: RunningServer) -> None:
 
     assert answer(1) == answer(1)
     assert len({answer(seed) for seed in range(1, 5)}) > 1
+
+
+def test_a1_n_answers_are_those_of_consecutive_seeds(server: RunningServer) -> None:
+    sampled = body(server, temperature=1.2, seed=5, max_tokens=12)
+    done = post(server, sampled | {"n": 3}).json()
+    assert [choice["index"] for choice in done["choices"]] == [0, 1, 2]
+    texts = [choice["message"]["content"] for choice in done["choices"]]
+    alone = [post(server, sampled | {"seed": 5 + i}).json() for i in range(3)]
+    assert texts == [answer["choices"][0]["message"]["content"] for answer in alone]
+    assert len(set(texts)) > 1
+    assert done["usage"]["prompt_tokens"] == 16
+    assert done["usage"]["completion_tokens"] == sum(answer["usage"]["completion_tokens"] for answer in alone)
+
+
+def test_a6_each_of_n_streamed_answers_has_one_role_and_one_finish_reason(server: RunningServer) -> None:
+    sampled: dict[str, Any] = {"temperature": 1.2, "seed": 5, "max_tokens": 12, "n": 3}
+    lines = events(server, **sampled, stream_options={"include_usage": True})
+    chunks = [json.loads(line) for line in lines[:-1]]
+    done = post(server, body(server, **sampled)).json()
+    assert {key: chunks[-1]["usage"][key] for key in ("prompt_tokens", "completion_tokens")} == {
+        key: done["usage"][key] for key in ("prompt_tokens", "completion_tokens")
+    }
+    for whole in done["choices"]:
+        parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == whole["index"]]
+        assert sum("role" in part["delta"] for part in parts) == 1
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [whole["finish_reason"]]
+        assert "".join(part["delta"].get("content", "") for part in parts) == whole["message"]["content"]
+
+
+def test_a1_logprobs_of_a_message_whole_and_streamed(server: RunningServer, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
+    done = client.chat.completions.create(**body(server, **asked))
+    choice = done.choices[0]
+    assert choice.logprobs is not None
+    content = choice.logprobs.content
+    assert content is not None
+    assert len(content) == 8
+    assert "".join(token.token for token in content) == choice.message.content
+    for token in content:
+        assert bytes(token.bytes or []) == token.token.encode()
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token == token.token  # greedy
+        logprobs = [top.logprob for top in token.top_logprobs]
+        assert logprobs == sorted(logprobs, reverse=True)
+        assert 0 >= token.logprob == logprobs[0]
+    chunks = [json.loads(line) for line in events(server, **asked)[:-1]]
+    streamed = [
+        token
+        for chunk in chunks
+        for choice in chunk["choices"]
+        if "logprobs" in choice
+        for token in choice["logprobs"]["content"]
+    ]
+    assert streamed == [token.model_dump() for token in content]
+
+
+def test_a6_logprobs_have_nothing_of_a_stop_string(server: RunningServer) -> None:
+    answer = post(server, body(server, max_tokens=20, stop=[" Fran"], logprobs=True)).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"
+    assert answer["message"]["content"] == "".join(token["token"] for token in answer["logprobs"]["content"])
+
+
+def test_a1_a_bias_forces_or_forbids_a_token(server: RunningServer, embedded_base: BaseModel) -> None:
+    cat = str(load_tokenizer(embedded_base).encode(" cat").ids[0])
+    forced = post(server, body(server, max_tokens=4, logit_bias={cat: 100})).json()["choices"][0]
+    assert forced["message"]["content"] == " cat" * 4
+    paris = str(load_tokenizer(embedded_base).encode(" Paris").ids[0])
+    assert "Paris" in post(server, body(server)).json()["choices"][0]["message"]["content"]
+    free_of = post(server, body(server, logit_bias={paris: -100})).json()["choices"][0]
+    assert " Paris" not in free_of["message"]["content"]
+
+
+def test_a1_min_tokens_put_off_the_end(server: RunningServer, embedded_base: BaseModel) -> None:
+    end = str(load_chat_format("auto", embedded_base).stop_token_ids[0])
+    for min_tokens in (0, 5):
+        answer = post(server, body(server, logit_bias={end: 100}, min_tokens=min_tokens)).json()
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == min_tokens
+
+
+def test_a1_null_is_the_default_and_every_other_field_is_accepted(server: RunningServer) -> None:
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "stop", "seed", "logit_bias", "logprobs", "stream", "user"))
+    assert (
+        post(server, body(server) | nulls | {"temperature": 0}).json()["choices"]
+        == (post(server, body(server)).json()["choices"])
+    )
+    odd = {"min_p": 0.1, "presence_penalty": 1.5, "frequency_penalty": -0.5, "user": "someone", "temperature": 1}
+    assert post(server, body(server, **odd)).status_code == 200
+
+
+def test_a8_cached_tokens_tell_what_a_second_turn_did_not_compute(server: RunningServer) -> None:
+    question = [{"role": "user", "content": f"{time.time()} " + "Tell me about horses and cattle. " * 20}]
+    first = post(server, body(server, messages=question)).json()
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    answer = {"role": "assistant", "content": first["choices"][0]["message"]["content"]}
+    turn = [*question, answer, {"role": "user", "content": "And sheep?"}]
+    usage = post(server, body(server, messages=turn)).json()["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert first["usage"]["prompt_tokens"] // 2 < cached < usage["prompt_tokens"]
 
 
 def test_a8_every_response_has_a_request_id(server: RunningServer) -> None:
@@ -130,7 +232,20 @@ REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
     ("B2 temperature", {"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),
     ("B2 top_p", {"top_p": 0}, 400, "top_p", "greater than 0"),
     ("B2 max_tokens", {"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
-    ("B2 n", {"n": 2}, 400, "n", "1"),
+    ("B2 n", {"n": 9}, 400, "n", "less than or equal to 8"),
+    ("B2 n", {"n": 0}, 400, "n", "greater than or equal to 1"),
+    ("B2 min_p", {"min_p": 1.1}, 400, "min_p", "less than or equal to 1"),
+    ("B2 presence_penalty", {"presence_penalty": 2.1}, 400, "presence_penalty", "less than or equal to 2"),
+    ("B2 frequency_penalty", {"frequency_penalty": -3}, 400, "frequency_penalty", "greater than or equal to -2"),
+    ("B2 logit_bias value", {"logit_bias": {"5": 101}}, 400, "logit_bias.5", "less than or equal to 100"),
+    ("B2 logit_bias id", {"logit_bias": {"49152": 1}}, 400, "logit_bias", "0 to 49151"),
+    ("B2 logit_bias key", {"logit_bias": {"cat": 1}}, 400, "logit_bias", "token id"),
+    ("B2 logit_bias size", {"logit_bias": {str(i): 1 for i in range(1025)}}, 400, "logit_bias", "1024"),
+    ("B2 top_logprobs", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
+    ("B2 top_logprobs alone", {"top_logprobs": 2}, 400, "top_logprobs", "logprobs: true"),
+    ("B2 min_tokens", {"min_tokens": 9}, 400, "min_tokens", "8"),
+    ("B2 two limits", {"max_completion_tokens": 9}, 400, "max_completion_tokens", "differ"),
+    ("B2 stream_options", {"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
     ("B2 stop", {"stop": ["x"] * 17}, 400, "stop", "16"),
     ("B2 stop", {"stop": [""]}, 400, "stop", "1 to 256"),
     ("B4 empty", {"messages": []}, 400, "messages", "empty"),

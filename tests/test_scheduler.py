@@ -188,6 +188,7 @@ def test_further_answers_share_the_prompt_of_the_first() -> None:
     assert len({tuple(s.block_table[:2]) for s in (first, *others)}) == 1
     assert len({s.block_table[2] for s in (first, *others)}) == 3
     assert [s.num_cached_tokens for s in (first, *others)] == [0, 8, 8]
+    assert [s.waits_for for s in others] == [None, None]  # they never wait again, and keep nothing alive
 
 
 def test_only_answers_that_still_wait_for_the_first_are_overtaken() -> None:
@@ -267,6 +268,20 @@ def test_an_answer_that_yields_to_an_older_prompt_is_not_in_the_step() -> None:
     old.token_ids += range(6)  # as if several tokens of the old one were still to compute
     assert [chunk.sequence for chunk in scheduler.schedule()] == [old]
     assert list(scheduler.waiting) == [young]
+
+
+def test_a_prompt_that_yields_to_an_older_prompt_is_not_in_the_step() -> None:
+    scheduler = scheduler_of(num_blocks=5, budget=8)
+    old, young = new_sequence(range(8)), new_sequence(range(20, 24))
+    scheduler.add(old)
+    ran(scheduler)
+    scheduler.add(young)
+    ran(scheduler)
+    old.token_ids += range(6)
+    young.token_ids += range(2)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [old]
+    assert list(scheduler.waiting) == [young]
+    assert young.block_table == []
 
 
 def test_what_a_cancelled_step_computed_is_not_found() -> None:
@@ -350,6 +365,7 @@ class Load(RuleBasedStateMachine):
         self.arrived: list[Sequence] = []  # that never ran, in order of arrival
         self.first_of: dict[Sequence, Sequence] = {}
         self.tokens: dict[Sequence, list[int]] = {}  # that each must have
+        self.cached: dict[Sequence, int] = {}  # tokens that each found when it first ran
 
     @rule(requests=st.lists(requests, min_size=1, max_size=4))
     def arrive(self, requests: list[Request]) -> None:
@@ -463,6 +479,7 @@ class Load(RuleBasedStateMachine):
         for sequence in admitted:
             self.arrived.remove(sequence)
             assert sequence.num_cached_tokens == sequence.num_computed < sequence.num_prompt_tokens
+            self.cached[sequence] = sequence.num_cached_tokens
             if sequence.sampling.prompt_logprobs is not None:
                 assert sequence.num_computed == 0
         return chunks
@@ -526,6 +543,8 @@ class Load(RuleBasedStateMachine):
             assert sequence.token_ids == self.tokens[sequence]
             assert (sequence in self.scheduler.running) != (sequence in self.scheduler.waiting)
             assert bool(sequence.block_table) == (sequence in self.scheduler.running)
+            assert sequence.block_table or not sequence.num_computed
+            assert sequence.num_cached_tokens == self.cached.get(sequence, 0)
             for i, block in enumerate(sequence.block_table):
                 if users[block] > 1:
                     assert block in pool._keys

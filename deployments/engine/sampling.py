@@ -1,21 +1,40 @@
-"""From logits to the next tokens: each row with its own request's parameters and random stream.
+"""From logits to the next token of every running request, each with its own penalties, filters and random stream.
 
-Called by the engine once a step. A row's result does not depend on the other rows, to the bit.
+Called by the engine once a step; knows nothing of text, HTTP, sequences or adapters. What a row gives depends on that
+row alone, bit for bit: greedy rows share an argmax, and all else is computed row by row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from deployments.engine.request import SamplingParams, TokenLogprob
+from deployments.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
 
-_NUM_CANDIDATES = 512  # likeliest tokens that are looked at before all are sorted
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+_GREEDY_BELOW = 1e-5  # temperature; vLLM's limit, vllm/v1/sample/sampler.py
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float64).tiny)
+_BLOCK = 256  # tokens summed together before the search for the drawn one
+# From here on top_p draws from all tokens until one is inside, in two draws or fewer on average, and sorts nothing.
+_LARGE_TOP_P = 0.5
+# Other filters look at the tokens within so many times the temperature of the likeliest, then at more, at last at all.
+_REACHES = (4.0, 7.0, 10.0, 14.0, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One row of logits and the request it belongs to; `token_ids` is prompt and answer so far."""
+    """One row of logits and the request it belongs to.
+
+    Attributes:
+        token_ids: prompt and answer so far.
+        generator: from `random_stream`; None is greedy.
+    """
 
     params: SamplingParams
     token_ids: Sequence[int]
@@ -24,8 +43,8 @@ class SamplingRow:
 
 
 def random_stream(params: SamplingParams, index: int = 0) -> torch.Generator | None:
-    """The random stream of a request's answer `index`, or None when it samples greedily."""
-    if params.temperature == 0:
+    """Answer `index`'s own random stream, or None when it samples greedily."""
+    if params.temperature < _GREEDY_BELOW:
         return None
     generator = torch.Generator()
     if params.seed is None:
@@ -36,113 +55,172 @@ def random_stream(params: SamplingParams, index: int = 0) -> torch.Generator | N
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Pick the next token of each row; -1 where the logits are NaN.
+    """Pick the next token of every row.
+
+    The order is vLLM's (vllm/v1/sample/sampler.py): logit_bias, min_tokens, penalties, temperature, min_p, top_k,
+    top_p. Of equally likely tokens the one with the lower id comes first.
 
     Args:
-        logits: [len(rows), vocab_size] float32, not changed.
+        logits: [len(rows), vocab_size], float32, any device; not changed.
+
+    Returns:
+        A token per row, -1 where the row has NaN or no finite maximum.
     """
-    highest, likeliest = logits.max(dim=-1)
-    usable, tokens = highest.isfinite().tolist(), likeliest.tolist()
-    for i, row in enumerate(rows):
-        if not usable[i]:
-            tokens[i] = -1
-        elif not _is_plain_greedy(row):
-            tokens[i] = _sample_row(logits[i].cpu(), row)
-    return tokens
+    tokens, maxima = _likeliest(logits)
+    others = [i for i, row in enumerate(rows) if row.generator is not None or _changes_logits(row)]
+    if others:
+        table = (logits if len(others) == len(rows) else logits[others]).cpu().numpy()
+        for i, values in zip(others, table, strict=True):
+            row = rows[i]
+            if _changes_logits(row) and not math.isnan(maxima[i]):
+                values = _changed(values, row)
+                tokens[i] = values.argmax()
+                maxima[i] = values[tokens[i]]
+            if row.generator is not None and math.isfinite(maxima[i]):
+                tokens[i] = _drawn(values, float(maxima[i]), row.params, row.generator)
+    return [int(token) for token in np.where(np.isfinite(maxima), tokens, -1)]
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability of token i under row i of `logits` ([n, vocab_size]), and of its nums_top[i] likeliest."""
-    logprobs = logits.log_softmax(dim=-1)
+    """Log-probability of token i in row i of `logits` ([n, vocab_size], raw) and the `nums_top[i]` likeliest there.
+
+    At most MAX_LOGPROBS are reported.
+    """
+    logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
-    values, indices = logprobs.topk(max(nums_top), dim=-1)
+    if not any(nums_top):
+        return [TokenLogprob(token, logprob) for token, logprob in zip(token_ids, chosen, strict=True)]
+    # One width for all, and by logit: neither the other rows nor the rounding of logprobs change the order.
+    values, top_ids = logits.topk(min(MAX_LOGPROBS, logits.shape[-1]))
+    tops = zip((-values).tolist(), top_ids.tolist(), logprobs.gather(1, top_ids).tolist(), strict=True)
     return [
-        TokenLogprob(token, logprob, tuple(zip(top[:num], at[:num], strict=True)))
-        for token, logprob, num, top, at in zip(
-            token_ids, chosen, nums_top, indices.tolist(), values.tolist(), strict=True
-        )
+        TokenLogprob(token, logprob, tuple((i, at_i) for _, i, at_i in sorted(zip(*top, strict=True))[:num_top]))
+        for token, logprob, num_top, top in zip(token_ids, chosen, nums_top, tops, strict=True)
     ]
 
 
-def _must_go_on(row: SamplingRow) -> bool:
-    return (
-        not row.params.ignore_eos
-        and bool(row.params.stop_token_ids)
-        and len(row.token_ids) - row.num_prompt_tokens < row.params.min_tokens
+def _likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
+    """The likeliest token of every row and its logit, which is NaN if the row has one."""
+    if logits.device.type == "cpu":  # numpy's argmax takes a tenth of torch's time
+        table: Floats = logits.numpy()
+        tokens = table.argmax(-1)
+        return tokens, table[np.arange(len(table)), tokens]
+    maxima, indices = logits.max(-1)
+    return indices.cpu().numpy(), maxima.cpu().numpy()
+
+
+def _changes_logits(row: SamplingRow) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+        or _is_too_short(row)
     )
 
 
-def _is_plain_greedy(row: SamplingRow) -> bool:
-    p = row.params
-    return (
-        row.generator is None
-        and p.repetition_penalty == 1.0
-        and p.presence_penalty == 0.0
-        and p.frequency_penalty == 0.0
-        and not p.logit_bias
-        and not _must_go_on(row)
-    )
+def _is_too_short(row: SamplingRow) -> bool:
+    """Whether the answer must not end yet. With ignore_eos a stop token ends nothing, so it may be picked."""
+    num_answered = len(row.token_ids) - row.num_prompt_tokens
+    return num_answered < row.params.min_tokens and bool(row.params.stop_token_ids) and not row.params.ignore_eos
 
 
-def _sample_row(logits: torch.Tensor, row: SamplingRow) -> int:
-    """In vLLM's order: bias, min_tokens, penalties, temperature, min_p, top_k, top_p."""
+def _changed(logits: Floats, row: SamplingRow) -> Floats:
+    """A copy of the row's logits with its bias, its banned stop tokens and its penalties."""
     params = row.params
-    logits = _adjusted(logits, row)
-    if row.generator is None:
-        return int(logits.argmax())
-    probabilities = (logits / params.temperature).softmax(-1)
-    drawn = float(torch.rand((), generator=row.generator, dtype=torch.float64))
-    num = params.top_k or probabilities.numel()
-    if num == probabilities.numel() and params.top_p >= 1.0 and params.min_p == 0.0:
-        mass = probabilities.double().cumsum(-1)
-        return min(int(torch.searchsorted(mass, drawn * float(mass[-1]), right=True)), mass.numel() - 1)
-    for num_kept in (min(num, _NUM_CANDIDATES), min(num, probabilities.numel())):
-        kept, token_ids = probabilities.topk(num_kept)  # likeliest first
-        token = _draw(kept.double(), token_ids, params, drawn, whole=num_kept == num)
-        if token is not None:
-            return token
-    raise AssertionError("all tokens were looked at")
-
-
-def _draw(
-    kept: torch.Tensor, token_ids: torch.Tensor, params: SamplingParams, drawn: float, *, whole: bool
-) -> int | None:
-    """The token at `drawn` of the kept mass; None if more than these tokens may have to be kept."""
-    mass = kept.cumsum(-1)
-    num = kept.numel()
-    num_likely = int((kept >= params.min_p * kept[0]).sum())
-    # top_p counts the mass of what top_k and min_p left, so all of that has to be here.
-    if not whole and num_likely == num and (params.min_p > 0.0 or params.top_k):
-        return None
-    if params.top_k or params.min_p > 0.0:
-        num = num_likely
-        total = float(mass[num - 1])
-    else:
-        total = 1.0
-    num_nucleus = int((mass[:num] - kept[:num] < params.top_p * total).sum())
-    if not whole and num_nucleus == mass.numel() and num == mass.numel():
-        return None
-    last = min(num, num_nucleus) - 1
-    place = int(torch.searchsorted(mass[: last + 1], drawn * float(mass[last]), right=True))
-    return int(token_ids[min(place, last)])
-
-
-def _adjusted(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    params = row.params
-    logits = logits.clone()
+    logits = logits.copy()
     if params.logit_bias:
-        ids, values = zip(*params.logit_bias, strict=True)
-        logits[list(ids)] += torch.tensor(values)
-    if _must_go_on(row):
-        logits[list(params.stop_token_ids)] = -torch.inf
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(row.token_ids).unique()
-        at_seen = logits[seen]
-        logits[seen] = torch.where(
-            at_seen > 0, at_seen / params.repetition_penalty, at_seen * params.repetition_penalty
-        )
-    answer = row.token_ids[row.num_prompt_tokens :]
-    if answer and (params.presence_penalty or params.frequency_penalty):
-        seen, counts = torch.tensor(answer).unique(return_counts=True)
-        logits[seen] -= params.presence_penalty + params.frequency_penalty * counts
+        token_ids, biases = zip(*params.logit_bias, strict=True)
+        np.add.at(logits, list(token_ids), np.array(biases, np.float32))
+    if _is_too_short(row):
+        logits[list(params.stop_token_ids)] = -math.inf
+    if params.repetition_penalty != 1:
+        seen = np.fromiter(row.token_ids, np.int64, len(row.token_ids))  # repeats write the same value twice
+        at_seen = logits[seen].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny penalty: as likely as can be, and still a number
+            raised = np.minimum(at_seen / params.repetition_penalty, _LARGEST)
+        logits[seen] = np.where(at_seen > 0, raised, at_seen * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        answer = row.token_ids[row.num_prompt_tokens :]
+        counts = np.bincount(np.fromiter(answer, np.int64, len(answer)))
+        answered = np.flatnonzero(counts)
+        logits[answered] -= params.presence_penalty + params.frequency_penalty * counts[answered]
     return logits
+
+
+def _drawn(logits: Floats, maximum: float, params: SamplingParams, generator: torch.Generator) -> int:
+    """A token of what temperature and filters leave; `maximum` is the largest logit and finite."""
+    if params.min_p > 0 or 0 < params.top_k < logits.size:
+        return _drawn_likeliest(logits, maximum, params, generator, None)
+    with np.errstate(over="ignore"):
+        weights = logits - np.float32(maximum)
+        weights /= params.temperature
+    np.exp(weights, out=weights)
+    running_sum = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum(dtype=np.float64)
+    total = float(running_sum[-1])
+    if params.top_p < _LARGE_TOP_P:
+        return _drawn_likeliest(logits, maximum, params, generator, total)
+    while True:
+        target = _uniform(generator) * total
+        block = _holder(running_sum, target)
+        start = block * _BLOCK
+        before = float(running_sum[block - 1]) if block else 0.0
+        token = start + _holder(weights[start : start + _BLOCK].cumsum(dtype=np.float64), target - before)
+        if params.top_p >= 1 or _weight_before(token, logits, weights) < params.top_p * total:
+            return token
+
+
+def _weight_before(token: int, logits: Floats, weights: Floats) -> float:
+    """The weight of all tokens that come before this one when the likeliest come first."""
+    num_equal_before = np.count_nonzero(logits[:token] == logits[token])
+    return float((weights * (logits > logits[token])).sum()) + num_equal_before * float(weights[token])
+
+
+def _drawn_likeliest(
+    logits: Floats, maximum: float, params: SamplingParams, generator: torch.Generator, total: float | None
+) -> int:
+    """A token of what the filters keep, found by sorting the likeliest.
+
+    Args:
+        total: all tokens' weight, the likeliest's being 1; None where top_p is a share of what min_p and top_k keep.
+    """
+    kept = (_kept(logits, maximum, params, total, reach) for reach in _REACHES)
+    likeliest, running_sum = next(found for found in kept if found is not None)
+    position = _holder(running_sum, _uniform(generator) * float(running_sum[-1]))
+    logit = likeliest[position]
+    num_equal_before = np.count_nonzero(likeliest[:position] == logit)
+    return int(np.flatnonzero(logits == logit)[num_equal_before])
+
+
+def _kept(
+    logits: Floats, maximum: float, params: SamplingParams, total: float | None, reach: float
+) -> tuple[Floats, Doubles] | None:
+    """The kept tokens' logits, likeliest first, and their weights' running sum; None if more are kept than in reach.
+
+    A greater reach only appends to the sorted logits, so it gives the same numbers.
+    """
+    in_reach = logits[logits >= maximum - reach * params.temperature]
+    if 0 < params.top_k < in_reach.size:
+        in_reach = np.partition(in_reach, -params.top_k)[-params.top_k :]
+    likeliest = np.sort(in_reach)[::-1]
+    weights = np.exp((likeliest.astype(np.float64) - maximum) / params.temperature)
+    num_kept = int(np.count_nonzero(weights >= max(params.min_p, _SMALLEST)))
+    all_in_reach = math.isinf(reach) or num_kept < len(weights) or num_kept == params.top_k
+    if total is None and not all_in_reach:
+        return None
+    running_sum = weights[:num_kept].cumsum()
+    last = int(running_sum.searchsorted(params.top_p * (total or running_sum[-1])))
+    if last == num_kept and not all_in_reach:
+        return None
+    return likeliest, running_sum[: last + 1]
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return torch.rand((), dtype=torch.float64, generator=generator).item()
+
+
+def _holder(running_sum: Doubles, target: float) -> int:
+    """Whose share `target` falls into; rounding never leads past the end or to what has no share."""
+    last = running_sum.searchsorted(running_sum[-1])
+    return int(min(running_sum.searchsorted(target, side="right"), last))

@@ -1,0 +1,125 @@
+"""From the body of a request to what a model replica gets: rendering, limits and sampling parameters.
+
+The ingress calls this with the adapter that the request's model means. Knows nothing of HTTP responses or Ray.
+"""
+
+from fastapi.exceptions import RequestValidationError
+from tokenizers import Tokenizer
+
+from deployments.detokenizer import Vocabulary
+from deployments.engine.request import SamplingParams
+from deployments.errors import ContextLengthExceeded
+from deployments.generation import GenerationRequest
+from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest
+from deployments.text_prompts import TextEncoder
+from training.base_models import BaseModel
+from training.chat_format import ChatFormat, load_chat_format
+from training.registry import AdapterManifest
+
+
+class RequestRenderer:
+    """Renders requests for one base model and its adapters.
+
+    Every method raises:
+        RequestValidationError: a token id is not in the vocabulary, or a text holds what the model has no token for.
+        ContextLengthExceeded: prompt and answer are longer than `max_model_len` tokens.
+    """
+
+    def __init__(
+        self, base: BaseModel, chat_format: str, tokenizer: Tokenizer, vocabulary: Vocabulary, max_model_len: int
+    ) -> None:
+        self._base = base
+        self._tokenizer = tokenizer
+        self._base_format = load_chat_format(chat_format, base, tokenizer)
+        self._formats: dict[str, ChatFormat] = {self._base_format.name: self._base_format}
+        self._text_encoder = TextEncoder(tokenizer, vocabulary)
+        self._vocab_size = int(base.llama_config()["vocab_size"])
+        self._max_model_len = max_model_len
+
+    def chat(self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str) -> GenerationRequest:
+        """A dialog in the adapter's own chat format.
+
+        Raises:
+            ChatFormatError: the dialog has no rendering.
+        """
+        chat_format = self._chat_format(adapter)
+        prompt_token_ids = chat_format.render_prompt(body.dialog())
+        num_tokens = len(prompt_token_ids)
+        max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
+        sampling = self._sampling(body, max_tokens, chat_format)
+        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n)
+
+    def completion(
+        self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str
+    ) -> list[GenerationRequest]:
+        """Each prompt as it is."""
+        chat_format = self._chat_format(adapter)
+        generations: list[GenerationRequest] = []
+        for where, prompt in body.prompts():
+            prompt_token_ids = self._token_ids(where, prompt)
+            num_tokens = len(prompt_token_ids)
+            max_tokens = self._max_tokens(body, num_tokens, where, f"{where} takes {num_tokens}")
+            sampling = self._sampling(body, max_tokens, chat_format)
+            part_id = f"{request_id}-{len(generations)}"
+            generations.append(GenerationRequest(part_id, prompt_token_ids, sampling, adapter, body.n))
+        return generations
+
+    def _chat_format(self, adapter: AdapterManifest | None) -> ChatFormat:
+        if adapter is None:
+            return self._base_format
+        if adapter.chat_format not in self._formats:
+            self._formats[adapter.chat_format] = load_chat_format(adapter.chat_format, self._base, self._tokenizer)
+        return self._formats[adapter.chat_format]
+
+    def _token_ids(self, where: str, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            for index, token_id in enumerate(prompt):
+                self._check_token_id(token_id, f"{where}.{index}")
+            return prompt
+        try:
+            return self._text_encoder.encode(prompt)
+        except ValueError as error:
+            raise _refused(where, str(error)) from error
+
+    def _max_tokens(self, body: AnyCompletionRequest, num_prompt_tokens: int, where: str, taken: str) -> int:
+        """How long an answer may get: what was asked for, else the default or what there is room for."""
+        room = self._max_model_len - num_prompt_tokens
+        asked = body.asked_tokens
+        needed = max(1 if asked is None else asked, body.min_tokens)
+        if room < needed:
+            wanted = f" and {needed} for the answer" if needed > 1 or asked else ""
+            raise ContextLengthExceeded(
+                f"the context is {self._max_model_len} tokens, and {taken}{wanted}: shorten it or lower max_tokens",
+                where if room < 1 or asked is None else "max_tokens",
+            )
+        return min(room, body.max_tokens or room) if asked is None else asked
+
+    def _sampling(self, body: AnyCompletionRequest, max_tokens: int, chat_format: ChatFormat) -> SamplingParams:
+        for token_id in body.token_biases:
+            self._check_token_id(token_id, "logit_bias")
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=tuple(body.token_biases.items()),
+            seed=body.seed,
+            stop_token_ids=chat_format.stop_token_ids,
+            ignore_eos=body.ignore_eos,
+            logprobs=body.num_logprobs,
+            prompt_logprobs=body.num_prompt_logprobs,
+        )
+
+    def _check_token_id(self, token_id: int, where: str) -> None:
+        if token_id >= self._vocab_size:
+            raise _refused(where, f"{token_id} is no token id of this model: they are 0 to {self._vocab_size - 1}")
+
+
+def _refused(where: str, message: str) -> RequestValidationError:
+    """What only the tokenizer can tell, refused as the fields' own types refuse."""
+    return RequestValidationError([{"type": "value_error", "loc": ("body", *where.split(".")), "msg": message}])
