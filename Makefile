@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
+# make demo | test | lint | bench | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,13 +8,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export GRADIO_ANALYTICS_ENABLED = False
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint bench format setup clean
 
 demo: setup
 	@$(BIN)/corral demo $(if $(ONCE),--once)
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The bare engine; `corral bench` measures a running server.
+bench: setup
+	@$(BIN)/python -m deployments.engine.bench $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
