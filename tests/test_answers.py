@@ -3,12 +3,13 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
-from deployments.answers import Answers, Piece
+from deployments.answers import Answers, Piece, interleaved
 from deployments.detokenizer import Vocabulary
 from deployments.engine.request import Delta, SamplingParams, TokenLogprob
 from deployments.errors import EngineFault
@@ -238,3 +239,43 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
 
     asyncio.run(leave())
     assert closed == [True]
+
+
+async def counted(length: int, closed: list[int], fails: bool = False) -> AsyncGenerator[list[Piece], None]:
+    """`length` batches with the index `length`, then an error or the end."""
+    try:
+        for _ in range(length):
+            await asyncio.sleep(0)
+            yield [Piece(length, "", [])]
+        if fails:
+            raise EngineFault("broke")
+    finally:
+        closed.append(length)
+
+
+def test_streams_of_several_prompts_come_together_and_an_error_or_a_leaving_client_closes_them_all() -> None:
+    async def drain(fails: bool, leave_after: int) -> tuple[list[int], list[int]]:
+        seen: list[int] = []
+        closed: list[int] = []
+        lengths = (1, 5, 50)
+        streams = [counted(length, closed, fails and length == 5) for length in lengths]
+        async with aclosing(interleaved(streams)) as together:
+            try:
+                async for (piece,) in together:
+                    seen.append(piece.index)
+                    if len(seen) == leave_after:
+                        break
+            except EngineFault:
+                seen.append(-1)
+        return seen, sorted(closed)
+
+    seen, closed = asyncio.run(drain(False, 100))
+    assert sorted(seen) == [1] + [5] * 5 + [50] * 50
+    assert seen.index(50) < 3  # none waits for another's end
+    assert closed == [1, 5, 50]
+    seen, closed = asyncio.run(drain(True, 100))
+    assert seen[-1] == -1
+    assert seen.count(50) < 50
+    assert closed == [1, 5, 50]
+    _, closed = asyncio.run(drain(False, 6))
+    assert closed == [1, 5, 50]
