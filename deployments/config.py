@@ -29,6 +29,12 @@ class EngineArgs(_Closed):
         None, gt=0, description="memory for keys and values; default: 1 on a CPU, 90 % of what is free on CUDA"
     )
     max_loras: int = Field(8, ge=1, description="adapters loaded at once")
+    chunks_per_s: float | None = Field(
+        None,
+        gt=0,
+        description="pieces of answers sent in a second, over all streams of a replica; beyond it tokens gather, "
+        "so that first tokens stay prompt; default: 100 for each CPU core",
+    )
     num_threads: int | None = Field(None, ge=1, description="torch threads on a CPU; default: all cores")
 
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from deployments.config import ServeArgs
 from deployments.engine.engine import Engine, OnDeltas
 from deployments.engine.lora import LoraWeights
-from deployments.engine.request import Delta, EngineRequest, SamplingParams, merged
+from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.errors import EngineFault, NotReady
 from deployments.generation import GenerationRequest
+from deployments.postbox import Postbox
 from training.base_models import load_quantized, load_tokenizer, resolve_base_model
 from training.errors import AdapterRefused
 from training.registry import AdapterManifest, AdapterRegistry, check_base
@@ -28,6 +29,7 @@ from training.registry import AdapterManifest, AdapterRegistry, check_base
 _FRESH_S = 5.0  # a token this young proves that the engine works
 _STALLED_S = 60.0  # a step takes milliseconds, on the largest models seconds
 _SLOT_POLL_S = 0.02
+_CHUNKS_PER_S_AND_CPU = 100  # a tenth of what processors can pass on
 _CPU_KV_CACHE_GIB = 1.0
 _CUDA_KV_CACHE_SHARE = 0.9  # of the memory that the weights leave
 
@@ -58,13 +60,14 @@ class LlamaModel:
             kv_cache_bytes=_kv_cache_bytes(args.engine.kv_cache_gib, device),
             deliver=self._deliver,
         )
+        self._chunks_per_s = args.engine.chunks_per_s or _CHUNKS_PER_S_AND_CPU * (os.cpu_count() or 1)
         self._probe_token = load_tokenizer(self._base).encode("a").ids[0]
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
         self._thread.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
-        """Continue the prompt; what waits for the consumer is merged, so that each item has one delta an answer.
+        """Continue the prompt; each item has at most one delta an answer.
 
         Raises:
             AdapterRefused: the adapter's files are not what the manifest says, fit another base, or give NaN.
@@ -72,21 +75,12 @@ class LlamaModel:
             EngineFault: the engine failed on this request.
         """
         self._loop = asyncio.get_running_loop()  # the same for all requests
-        waiting: list[Delta] = []
-        arrived = asyncio.Event()
-
-        def receive(deltas: list[Delta]) -> None:
-            waiting.extend(deltas)
-            arrived.set()
-
-        key = await self._add(request, receive)
+        postbox = Postbox(self._pause_s)
+        key = await self._add(request, postbox.put)
         num_open = request.n
         try:
             while num_open:
-                await arrived.wait()
-                arrived.clear()
-                deltas = merged(waiting)
-                waiting.clear()
+                deltas = await postbox.take()
                 if any(delta.finish_reason == "error" for delta in deltas):
                     self._check_healthy(key)
                     raise EngineFault("the engine failed on this request: the replica's log has the cause")
@@ -119,6 +113,10 @@ class LlamaModel:
             raise NotReady("the engine has stopped")
         if self._engine.stalled_for_s() > _STALLED_S:
             raise NotReady(f"the engine's step has not ended for {self._engine.stalled_for_s():.0f} s")
+
+    def _pause_s(self) -> float:
+        """Between two chunks of one stream, so that all streams together stay below `chunks_per_s`."""
+        return (self._engine.num_running + self._engine.num_waiting) / self._chunks_per_s
 
     def _check_healthy(self, key: str | None) -> None:
         if key in self._engine.unhealthy_adapters:
