@@ -126,8 +126,8 @@ def _cpu() -> Check:
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.exists() else []
     if "avx512_bf16" in flags:
-        return Check("cpu", "ok", f"{found}, avx512_bf16: the packed 4-bit kernel runs")
-    return Check("cpu", "note", f"{found}, no avx512_bf16: 4-bit models run on CPU, but slower")
+        return Check("cpu", "ok", f"{found}, avx512_bf16: models compute in bfloat16")
+    return Check("cpu", "note", f"{found}, no avx512_bf16: models compute in float32, more slowly")
 
 
 def _gpu() -> Check:

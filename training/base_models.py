@@ -38,17 +38,20 @@ _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
-ComputeDtype = Literal["bfloat16", "float16", "float32"]
+ComputeDtype = Literal["bfloat16", "float16", "float32"]  # torch's names
 
 
 class Quantization(PydanticModel):
-    """How the base's linear layers are held: NF4, the format of the QLoRA paper (arXiv:2305.14314)."""
+    """How the base's linear layers are held: NF4, the format of the QLoRA paper (arXiv:2305.14314).
+
+    The 4-bit codes are the same for every compute dtype. `auto` is resolved by `compute_dtype_on`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_type: Literal["nf4"] = "nf4"
     double_quant: bool = True
-    compute_dtype: ComputeDtype = "bfloat16"
+    compute_dtype: ComputeDtype | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +151,15 @@ def load_tokenizer(base: BaseModel) -> "Tokenizer":
 def load_quantized(
     base: BaseModel, quantization: Quantization, device: "torch.device | str" = "cpu"
 ) -> "LlamaForCausalLM":
-    """Load the base with its linear layers in 4 bit (all but lm_head), everything else in compute dtype.
+    """Load the base with its linear layers in 4 bit (all but lm_head), everything else in the compute dtype.
 
     Returns the transformers model in eval mode with `requires_grad` off everywhere.
     """
     import torch
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    dtype = getattr(torch, quantization.compute_dtype)
+    compute_dtype = compute_dtype_on(device, quantization)
+    dtype = getattr(torch, compute_dtype)
     with _no_progress_bars():
         model = LlamaForCausalLM.from_pretrained(
             base.path,
@@ -170,10 +174,25 @@ def load_quantized(
                 bnb_4bit_compute_dtype=dtype,
             ),
         )
-    if quantization.compute_dtype == "float32":
+    if compute_dtype == "float32":
         forbid_packed_cpu_kernel(model)
     model.eval().requires_grad_(False)
     return model
+
+
+def compute_dtype_on(device: "torch.device | str", quantization: Quantization) -> ComputeDtype:
+    """The dtype to compute in: what is asked for, or for `auto` what the device multiplies fast.
+
+    That is bfloat16 where there are instructions for it; without them float16 on a GPU and float32 on a CPU, where
+    bfloat16 would be ten times slower.
+    """
+    import torch
+
+    if quantization.compute_dtype != "auto":
+        return quantization.compute_dtype
+    if torch.device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
 
 
 def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:

@@ -165,7 +165,7 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
             f"set num_workers to {max(1, int(cpus / cpus_each))} or less"
         )
     if config.quantization.compute_dtype == "float16" and not on_gpu:
-        raise TrainingError("quantization.compute_dtype is 'float16', which needs a GPU: set it to 'bfloat16'")
+        raise TrainingError("quantization.compute_dtype is 'float16', which needs a GPU: set it to 'auto'")
 
 
 def check_this_machine(config: TrainConfig) -> None:
@@ -179,7 +179,7 @@ def check_this_machine(config: TrainConfig) -> None:
     check_resources(config, os.cpu_count() or 1, gpus, "this machine")
     if not bf16 and config.quantization.compute_dtype == "bfloat16":
         raise TrainingError(
-            "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=float16"
+            "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=auto"
         )
 
 

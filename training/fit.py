@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from training import errors
+from training.base_models import Quantization
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
 from training.errors import ConfigError, CorralError, TrainingError
 from training.home import corral_home
@@ -45,6 +46,7 @@ class FitResult:
         inputs: base, chat format and data that were trained on.
         metrics: see `training.sft.SftResult`.
         samples: held-out prompts answered by base and adapter, as `training.sft.Sample` has them.
+        quantization: of the base, with the compute dtype that was used.
     """
 
     run_name: str
@@ -52,6 +54,7 @@ class FitResult:
     inputs: RunInputs
     metrics: dict[str, float]
     samples: list[dict[str, str]]
+    quantization: Quantization
 
     @property
     def adapter_dir(self) -> Path:
@@ -75,7 +78,8 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
         write_progress(run_dir, Progress("starting Ray Train"))
         _run_workers(config, run_name, run_dir, debug)
     result = json.loads((run_dir / "result.json").read_text())
-    return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"])
+    quantization = config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]})
+    return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization)
 
 
 def fresh_run_name(adapter: str) -> str:
@@ -256,7 +260,10 @@ def _train_func(loop_config: dict[str, Any]) -> None:
             shutil.rmtree(run_dir / "adapter", ignore_errors=True)
             shutil.copytree(adapter_dir, run_dir / "adapter")
             samples = [asdict(sample) for sample in result.samples]
-            _write_json(run_dir / "result.json", {"metrics": result.metrics, "samples": samples})
+            _write_json(
+                run_dir / "result.json",
+                {"metrics": result.metrics, "samples": samples, "compute_dtype": result.compute_dtype},
+            )
 
 
 class _RayRun:

@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from training.base_models import load_quantized
+from training.base_models import ComputeDtype, compute_dtype_on, load_quantized
 from training.chat_format import Message
 from training.config import TrainConfig
 from training.data import IGNORED_LABEL, TokenizedRow
@@ -81,10 +81,12 @@ class SftResult:
         metrics: train_loss, train_s, num_steps, num_train_tokens; with held-out rows also eval_loss, base_eval_loss
             (mean over eval_tokens assistant tokens, in nats).
         samples: on rank 0 only.
+        compute_dtype: what the base was computed in.
     """
 
     metrics: dict[str, float]
     samples: list[Sample]
+    compute_dtype: ComputeDtype
 
 
 def train(
@@ -136,7 +138,7 @@ def train(
         if inputs.held_out and config.sample_prompts:
             run.on_phase("sample answers of base and adapter")
             samples = _sample_answers(model, inputs, config.sample_prompts)
-    return SftResult(metrics, samples)
+    return SftResult(metrics, samples, compute_dtype_on(device, config.quantization))
 
 
 @torch.no_grad()
@@ -267,7 +269,7 @@ class _Watch(TrainerCallback):
 
 def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: _Watch, scratch_dir: Path) -> _Trainer:
     on_cpu = model.device.type == "cpu"
-    dtype = config.quantization.compute_dtype
+    dtype = compute_dtype_on(model.device, config.quantization)
     tokenizer = AutoTokenizer.from_pretrained(inputs.base.path, local_files_only=True)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # On CUDA, TRL projects only labelled positions onto the vocabulary; on the CPU too it pays.

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deployments.engine.engine import Engine
 from deployments.engine.llama import TARGETS, kv_sizes
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
-from training.base_models import EMBEDDED_MODEL, Quantization, load_quantized, resolve_base_model
+from training.base_models import EMBEDDED_MODEL, Quantization, compute_dtype_on, load_quantized, resolve_base_model
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: the released models' config.json
 _SHAPES = {
@@ -163,10 +163,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    quantization = Quantization()
     if args.shape:
-        model: Any = random_llama(args.shape, device, torch.bfloat16)
+        model: Any = random_llama(args.shape, device, getattr(torch, compute_dtype_on(device, quantization)))
     else:
-        model = load_quantized(resolve_base_model(args.base_model), Quantization(), device)
+        model = load_quantized(resolve_base_model(args.base_model), quantization, device)
     levels = [int(level) for level in args.concurrency.split(",")]
     engine = Engine(
         model,
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         engine.load_adapter(name, engine.lora_weights(random_adapter(model.config, 16, i), 2.0))
     mixes: list[list[str | None]] = [[None], [*names]] if names else [[None]]
     measure(engine, mixes[-1], 2, args.prompt_tokens, 4)  # warm
-    print(f"{args.shape or args.base_model} on {_device_name(device)}, torch {torch.__version__}")
+    print(f"{args.shape or args.base_model} on {_device_name(device)}, {model.dtype}, torch {torch.__version__}")
     print(f"{'adapters':>8} {'streams':>8} {'tokens/s':>9} {'TTFT ms':>8} {'TPOT ms':>8}")
     results = []
     for adapters in mixes:

@@ -23,6 +23,11 @@
 #else
 #define HAVE_BF16_DOT 0
 #endif
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define HAVE_AVX2_ONLY 1
+#else
+#define HAVE_AVX2_ONLY 0
+#endif
 #include <sched.h>
 
 // torch's OpenMP runtime; taking its threads keeps a second pool from fighting over the cores.
@@ -31,18 +36,28 @@ extern "C" void GOMP_parallel(void (*fn)(void*), void* data, unsigned num_thread
 namespace {
 
 using bf16 = uint16_t;
-typedef float f16v __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16v __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u16v __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint8_t b16v __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint16_t h16v __attribute__((vector_size(32), aligned(2), may_alias));
 
-constexpr int kLanes = 16;
+// Floats of one register. Wider vectors would compile too, but into scalar code.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+typedef float fvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
 constexpr int kColumns = 32;     // output columns of one work item
-constexpr int kRows = 12;        // rows that share a pass over a weight tile: 12 x 2 accumulators fit the registers
+constexpr int kStrip = 2 * kLanes;  // output columns whose sums are in registers
+constexpr int kRows = kRegisters == 32 ? 12 : 6;  // rows that share a pass over a weight tile: kRows x 2 sums, x 4 / 2
 constexpr int kGroup = 64;       // NF4: weights per absmax
 constexpr int kNested = 256;     // absmax values per absmax of absmax (double quantization)
-constexpr int kTile = 256;       // depth of a dequantized tile: 32 x 256 stays in the first-level cache
+constexpr int kTile = kRegisters == 32 ? 256 : 128;  // depth of a dequantized tile, which stays in the nearest cache
 constexpr int kPage = 16;        // tokens in a KV block
 constexpr int kTargets = 7;      // q k v o gate up down
 
@@ -52,19 +67,19 @@ alignas(64) constexpr float kNf4[16] = {
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-inline f16v splat(float x) { return x - f16v{}; }
-inline f16v load(const float* p) { return *reinterpret_cast<const f16v*>(p); }
-inline void store(float* p, f16v x) { *reinterpret_cast<f16v*>(p) = x; }
-inline f16v load(const bf16* p) {
-  return (f16v)(__builtin_convertvector(*reinterpret_cast<const h16v*>(p), u16v) << 16);
+inline fvec splat(float x) { return x - fvec{}; }
+inline fvec load(const float* p) { return *reinterpret_cast<const fvec*>(p); }
+inline void store(float* p, fvec x) { *reinterpret_cast<fvec*>(p) = x; }
+inline fvec load(const bf16* p) {
+  return (fvec)(__builtin_convertvector(*reinterpret_cast<const hvec*>(p), uvec) << 16);
 }
-inline h16v round_to_bf16(f16v x) {  // to nearest, ties to even
-  u16v bits = (u16v)x;
-  u16v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  u16v is_nan = (u16v)(x != x);
-  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), h16v);
+inline uvec rounded_to_bf16(fvec x) {  // to nearest, ties to even; bfloat16 in the upper half of each lane
+  uvec bits = (uvec)x;
+  uvec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  uvec is_nan = (uvec)(x != x);
+  return ((rounded & ~is_nan) | (is_nan & 0x7fc00000)) & 0xffff0000;
 }
-inline void store(bf16* p, f16v x) { *reinterpret_cast<h16v*>(p) = round_to_bf16(x); }
+inline void store(bf16* p, fvec x) { *reinterpret_cast<hvec*>(p) = __builtin_convertvector(rounded_to_bf16(x) >> 16, hvec); }
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
@@ -72,9 +87,9 @@ inline float to_float(bf16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-inline f16v round_weight(f16v x, float) { return x; }
-inline f16v round_weight(f16v x, bf16) { return (f16v)(__builtin_convertvector(round_to_bf16(x), u16v) << 16); }
-inline float sum(f16v x) {
+inline fvec round_weight(fvec x, float) { return x; }
+inline fvec round_weight(fvec x, bf16) { return (fvec)rounded_to_bf16(x); }
+inline float sum(fvec x) {
   float s[kLanes];
   store(s, x);
   for (int half = kLanes / 2; half > 0; half /= 2)
@@ -83,23 +98,23 @@ inline float sum(f16v x) {
 }
 
 // e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
-inline f16v exp16(f16v x) {
-  const f16v lowest = splat(-87.0f), highest = splat(88.0f);
+inline fvec vexp(fvec x) {
+  const fvec lowest = splat(-87.0f), highest = splat(88.0f);
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
-  const f16v magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  f16v shifted = x * 1.44269504088896341f + magic;
-  f16v n = shifted - magic;
-  f16v r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  f16v p = splat(1.9875691500e-4f);
+  const fvec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  fvec shifted = x * 1.44269504088896341f + magic;
+  fvec n = shifted - magic;
+  fvec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  fvec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  i16v exponent = ((i16v)shifted - (i16v)magic + 127) << 23;
-  return p * (f16v)exponent;
+  ivec exponent = ((ivec)shifted - (ivec)magic + 127) << 23;
+  return p * (fvec)exponent;
 }
 
 }  // namespace
@@ -299,7 +314,7 @@ void fill_tile(const Linear& w, int column, int k0, int depth, bf16* tile) {
 constexpr bool kPairs = false;
 #endif
 
-// The same for float, and for bfloat16 on a CPU without its dot product: tiles of float, [depth][32].
+// The same for float, and for bfloat16 on a CPU without its dot product: tiles of float, [32 / kStrip][depth][kStrip].
 template <class T>
 void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T type) {
   const uint8_t* codes = w.codes + int64_t(column) * (w.k / 2) + int64_t(k0 / 2) * 32;
@@ -307,49 +322,69 @@ void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T ty
     float absmax[kColumns];
     dequantized_absmax(w, column, (k0 + k) / kGroup, absmax);
     for (int j = k; j < k + kGroup; j += 2, codes += 32)
-      for (int v = 0; v < 2; v++) {
-        float row[2][kLanes];
-#if defined(__GNUC__) && !defined(__clang__)
-        const i16v even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-        const f16v table = load(kNf4);
-        i16v bytes = __builtin_convertvector(*reinterpret_cast<const b16v*>(codes + 16 * v), i16v);
-        f16v low = __builtin_shuffle(table, bytes & 15), high = __builtin_shuffle(table, bytes >> 4);
-        store(row[0], __builtin_shuffle(low, high, even));
-        store(row[1], __builtin_shuffle(low, high, even + 1));
+      for (int unit = 0; unit < kColumns; unit += 16) {  // 16 outputs x 2 inputs
+        auto put = [&](int odd, int first, fvec weights) {
+          const int at = unit + first;
+          float* to = tile + (at / kStrip * depth + j + odd) * kStrip + at % kStrip;
+          store(to, round_weight(weights * load(absmax + at), type));
+        };
+#if HAVE_AVX2_ONLY
+        const __m256 lower = _mm256_load_ps(kNf4), upper = _mm256_load_ps(kNf4 + 8);
+        const __m256i four = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
+        auto value = [&](__m256i index, __m256i top_bit) {  // table[index & 15]; the top bit is that of 8
+          return (fvec)_mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index), _mm256_permutevar8x32_ps(upper, index),
+                                        _mm256_castsi256_ps(top_bit));
+        };
+        put(0, 0, value(four, _mm256_slli_epi32(four, 28)));
+        put(0, 8, value(_mm256_srli_epi32(four, 4), _mm256_slli_epi32(four, 24)));
+        put(1, 0, value(_mm256_srli_epi32(four, 8), _mm256_slli_epi32(four, 20)));
+        put(1, 8, value(_mm256_srli_epi32(four, 12), _mm256_slli_epi32(four, 16)));
+#elif defined(__AVX512F__)
+        const __m512 table = _mm512_load_ps(kNf4);
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
+        const __m512 low = _mm512_permutexvar_ps(byte, table);
+        const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
+        put(0, 0, (fvec)_mm512_permutex2var_ps(low, even, high));
+        put(1, 0, (fvec)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
 #else
-        for (int lane = 0; lane < kLanes; lane++) {
-          row[lane % 2][lane / 2] = kNf4[codes[16 * v + lane] & 15];
-          row[lane % 2][lane / 2 + 8] = kNf4[codes[16 * v + lane] >> 4];
+        float row[2][16];
+        for (int lane = 0; lane < 16; lane++) {
+          row[lane % 2][lane / 2] = kNf4[codes[unit + lane] & 15];
+          row[lane % 2][lane / 2 + 8] = kNf4[codes[unit + lane] >> 4];
         }
-#endif
         for (int odd = 0; odd < 2; odd++)
-          store(tile + (j + odd) * kColumns + 16 * v, round_weight(load(row[odd]) * load(absmax + 16 * v), type));
+          for (int first = 0; first < 16; first += kLanes) put(odd, first, load(row[odd] + first));
+#endif
       }
   }
 }
 
 template <int R, class T>
 void multiply_tile(const float* tile, int depth, const T* x, int64_t stride, float* c) {
-  f16v acc[R][2];
-  for (int m = 0; m < R; m++)
-    for (int v = 0; v < 2; v++) acc[m][v] = load(c + m * kColumns + 16 * v);
-  for (int j = 0; j < depth; j++) {
-    f16v w0 = load(tile + j * kColumns), w1 = load(tile + j * kColumns + 16);
-    for (int m = 0; m < R; m++) {
-      float a = to_float(x[m * stride + j]);
-      acc[m][0] += w0 * a;
-      acc[m][1] += w1 * a;
+  for (int strip = 0; strip < kColumns; strip += kStrip, tile += depth * kStrip) {
+    fvec acc[R][2];
+    for (int m = 0; m < R; m++)
+      for (int v = 0; v < 2; v++) acc[m][v] = load(c + m * kColumns + strip + v * kLanes);
+    for (int j = 0; j < depth; j++) {
+      fvec w0 = load(tile + j * kStrip), w1 = load(tile + j * kStrip + kLanes);
+#pragma GCC unroll 12
+      for (int m = 0; m < R; m++) {
+        fvec a = splat(to_float(x[m * stride + j]));
+        acc[m][0] += w0 * a;
+        acc[m][1] += w1 * a;
+      }
     }
+    for (int m = 0; m < R; m++)
+      for (int v = 0; v < 2; v++) store(c + m * kColumns + strip + v * kLanes, acc[m][v]);
   }
-  for (int m = 0; m < R; m++)
-    for (int v = 0; v < 2; v++) store(c + m * kColumns + 16 * v, acc[m][v]);
 }
 
-// Call f<R>() with R = rows, 1 to 12.
+// Call f<R>() with R = rows, 1 to kRows.
 template <class F>
 void with_rows(int rows, F f) {
   switch (rows) {
-#define CASE(R) case R: f(std::integral_constant<int, R>()); break;
+#define CASE(R) case R: if constexpr (R <= kRows) f(std::integral_constant<int, R>()); break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
   }
@@ -389,23 +424,44 @@ void matmul(const Linear& w, int column, const T* x, int rows, float* c, void* t
   }
 }
 
-inline float dot(const float* a, const float* b, int n) {
-  f16v acc = {};
-  for (int i = 0; i < n; i += kLanes) acc += load(a + i) * load(b + i);
-  return sum(acc);
-}
-inline float dot(const bf16* a, const bf16* b, int n) {
+// out[m * stride_out + n] = x[m] . w[n], R rows of x and N rows of w, each of k numbers.
+template <int R, int N, class T>
+inline void dots(const T* x, const T* w, int k, float* out, int64_t stride_out) {
 #if HAVE_BF16_DOT
-  if (n % 32 == 0) {
-    __m512 acc = _mm512_setzero_ps();
-    for (int i = 0; i < n; i += 32)
-      acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-    return sum((f16v)acc);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (k % 32 == 0) {
+      __m512 acc[R][N];
+      for (int m = 0; m < R; m++)
+        for (int n = 0; n < N; n++) acc[m][n] = _mm512_setzero_ps();
+      for (int i = 0; i < k; i += 32) {
+        __m512bh b[N];
+        for (int n = 0; n < N; n++) b[n] = (__m512bh)_mm512_loadu_si512(w + int64_t(n) * k + i);
+#pragma GCC unroll 6
+        for (int m = 0; m < R; m++) {
+          __m512bh a = (__m512bh)_mm512_loadu_si512(x + int64_t(m) * k + i);
+          for (int n = 0; n < N; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], b[n], a);
+        }
+      }
+      for (int m = 0; m < R; m++)
+        for (int n = 0; n < N; n++) out[m * stride_out + n] = _mm512_reduce_add_ps(acc[m][n]);
+      return;
+    }
   }
 #endif
-  f16v acc = {};
-  for (int i = 0; i < n; i += kLanes) acc += load(a + i) * load(b + i);
-  return sum(acc);
+  fvec acc[R][N] = {};
+  for (int i = 0; i < k; i += kLanes) {
+    fvec b[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) b[n] = load(w + int64_t(n) * k + i);
+#pragma GCC unroll 6
+    for (int m = 0; m < R; m++) {
+      fvec a = load(x + int64_t(m) * k + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) acc[m][n] += b[n] * a;
+    }
+  }
+  for (int m = 0; m < R; m++)
+    for (int n = 0; n < N; n++) out[m * stride_out + n] = sum(acc[m][n]);
 }
 
 // ---- one step ------------------------------------------------------------------------------------------------------
@@ -439,7 +495,11 @@ struct Step {
     for (int i = 0; i < count; i++)
       if (const Lora* l = lora(token, layer, first + i)) {
         float* to = shrunk + (int64_t(token) * 3 + i) * model.max_rank;
-        for (int r = 0; r < l->r; r++) to[r] = l->scaling * dot(input, static_cast<const T*>(l->a) + int64_t(r) * k, k);
+        const T* a = static_cast<const T*>(l->a);
+        int r = 0;
+        for (; r + 4 <= l->r; r += 4) dots<1, 4>(input, a + int64_t(r) * k, k, to + r, 0);
+        for (; r < l->r; r++) dots<1, 1>(input, a + int64_t(r) * k, k, to + r, 0);
+        for (r = 0; r < l->r; r++) to[r] *= l->scaling;
       }
   }
 
@@ -448,19 +508,16 @@ struct Step {
     if (const Lora* l = lora(token, layer, target)) {
       const float* from = shrunk + (int64_t(token) * 3 + place) * model.max_rank;
       const T* b = static_cast<const T*>(l->b) + column;
-      f16v c0 = {}, c1 = {};
-      for (int r = 0; r < l->r; r++, b += n) {
-        c0 += load(b) * from[r];
-        c1 += load(b + kLanes) * from[r];
-      }
-      store(c, load(c) + c0);
-      store(c + kLanes, load(c + kLanes) + c1);
+      fvec acc[kColumns / kLanes] = {};
+      for (int r = 0; r < l->r; r++, b += n)
+        for (int v = 0; v < kColumns / kLanes; v++) acc[v] += load(b + v * kLanes) * from[r];
+      for (int v = 0; v < kColumns / kLanes; v++) store(c + v * kLanes, load(c + v * kLanes) + acc[v]);
     }
   }
 
   void rms_norm(const float* from, const float* weight, T* to) {
     const int n = model.hidden;
-    f16v squares = {};
+    fvec squares = {};
     for (int i = 0; i < n; i += kLanes) squares += load(from + i) * load(from + i);
     float scale = 1.0f / std::sqrt(sum(squares) / n + model.eps);
     for (int i = 0; i < n; i += kLanes) store(to + i, load(from + i) * scale * load(weight + i));
@@ -517,12 +574,21 @@ struct Step {
       return;
     }
 #endif
-    f16v acc[R] = {};
-    for (int i = 0; i < d; i++) {
-      f16v k = load(keys + i * kPage);
-      for (int r = 0; r < R; r++) acc[r] += k * to_float(rows[r][i]);
+    for (int first = 0; first < kPage; first += kStrip < kPage ? kStrip : kPage) {
+      constexpr int vectors = kPage < kStrip ? kPage / kLanes : 2;
+      fvec acc[R][vectors] = {};
+      for (int i = 0; i < d; i++) {
+        fvec k[vectors];
+        for (int v = 0; v < vectors; v++) k[v] = load(keys + i * kPage + first + v * kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+          fvec a = splat(to_float(rows[r][i]));
+          for (int v = 0; v < vectors; v++) acc[r][v] += k[v] * a;
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < vectors; v++) store(out + r * stride + first + v * kLanes, acc[r][v] * scale);
     }
-    for (int r = 0; r < R; r++) store(out + r * stride, acc[r] * scale);
   }
 
   // Attention of one key-value head for the query rows of a tile.
@@ -548,7 +614,7 @@ struct Step {
       float inverse[kRows];
       for (int r = 0; r < rows; r++) inverse[r] = softmax(scores + r * stride, ends[r], num_pages * kPage);
       for (int column = 0; column < d; column += kLanes) {
-        f16v acc[kRows] = {};
+        fvec acc[kRows] = {};
         for (int page = 0; page < num_pages; page++) {
           const T* values =
               static_cast<const T*>(layer.values) + (int64_t(table[page]) * model.kv_heads + kv_head) * d * kPage + column;
@@ -556,7 +622,7 @@ struct Step {
           const float* p = scores + page * kPage;
           with_rows(rows, [&](auto r) {
             for (int i = 0; i < in_page; i++) {
-              f16v v = load(values + i * d);
+              fvec v = load(values + i * d);
 #pragma GCC unroll 12
               for (int m = 0; m < r.value; m++) acc[m] += v * p[m * stride + i];
             }
@@ -575,10 +641,10 @@ struct Step {
     float highest = s[0];
     for (int i = 1; i < end; i++) highest = s[i] > highest || s[i] != s[i] ? s[i] : highest;
     const int padded = (end + kPage - 1) / kPage * kPage;
-    f16v total = {};
+    fvec total = {};
     for (int i = end; i < padded; i++) s[i] = -INFINITY;
     for (int i = 0; i < padded; i += kLanes) {
-      f16v e = exp16(load(s + i) - highest);
+      fvec e = vexp(load(s + i) - highest);
       if (i + kLanes > end)
         for (int lane = end - i; lane < kLanes; lane++) e[lane] = 0;
       store(s + i, e);
@@ -632,8 +698,8 @@ struct Step {
           expand(m, l, 5, 1, column, up.n, u);
         }
         for (int v = 0; v < kColumns; v += kLanes) {
-          f16v value = load(g + v);
-          store(gated + int64_t(m) * model.intermediate + column + v, value / (1.0f + exp16(-value)) * load(u + v));
+          fvec value = load(g + v);
+          store(gated + int64_t(m) * model.intermediate + column + v, value / (1.0f + vexp(-value)) * load(u + v));
         }
       }
     });
@@ -734,7 +800,7 @@ int forward(const Model& model, const Batch& batch) {
   return 0;
 }
 
-// out [rows, vocab] = hidden [rows, hidden] . lm_head: 4 outputs x up to 6 rows at a time, summed along `hidden`.
+// out [rows, vocab] = hidden [rows, hidden] . lm_head: 4 outputs x kRows / 2 rows at a time, summed along `hidden`.
 template <class T>
 struct Head {
   const Model& model;
@@ -743,44 +809,16 @@ struct Head {
   int rows;
   Team team;
 
-  template <int R>
-  void multiply(const T* w, const T* x, float* to) {
-    const int k = model.hidden;
-#if HAVE_BF16_DOT
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (k % 32 == 0) {
-        __m512 acc[R][4];
-        for (int m = 0; m < R; m++)
-          for (int n = 0; n < 4; n++) acc[m][n] = _mm512_setzero_ps();
-        for (int i = 0; i < k; i += 32) {
-          __m512bh b[4];
-          for (int n = 0; n < 4; n++) b[n] = (__m512bh)_mm512_loadu_si512(w + int64_t(n) * k + i);
-#pragma GCC unroll 6
-          for (int m = 0; m < R; m++) {
-            __m512bh a = (__m512bh)_mm512_loadu_si512(x + int64_t(m) * k + i);
-            for (int n = 0; n < 4; n++) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], b[n], a);
-          }
-        }
-        for (int m = 0; m < R; m++)
-          for (int n = 0; n < 4; n++) to[int64_t(m) * model.vocab + n] = _mm512_reduce_add_ps(acc[m][n]);
-        return;
-      }
-    }
-#endif
-    for (int m = 0; m < R; m++)
-      for (int n = 0; n < 4; n++) to[int64_t(m) * model.vocab + n] = dot(x + int64_t(m) * k, w + int64_t(n) * k, k);
-  }
-
   void run(Worker& worker) {
     constexpr int columns = 256;
     worker.each((model.vocab + columns - 1) / columns, [&](int item) {
       const T* w = static_cast<const T*>(model.lm_head);
       for (int n = item * columns; n < (item + 1) * columns && n < model.vocab; n += 4)
-        for (int m = 0; m < rows; m += 6)
-          with_rows(rows - m < 6 ? rows - m : 6, [&](auto r) {
-            if constexpr (r.value <= 6)
-              this->template multiply<r.value>(w + int64_t(n) * model.hidden, hidden + int64_t(m) * model.hidden,
-                                               out + int64_t(m) * model.vocab + n);
+        for (int m = 0; m < rows; m += kRows / 2)
+          with_rows(rows - m < kRows / 2 ? rows - m : kRows / 2, [&](auto r) {
+            if constexpr (r.value <= kRows / 2)
+              dots<r.value, 4>(hidden + int64_t(m) * model.hidden, w + int64_t(n) * model.hidden, model.hidden,
+                               out + int64_t(m) * model.vocab + n, model.vocab);
           });
     });
   }
@@ -820,7 +858,7 @@ void dequantize(const Linear& w, float* out) {  // [n, k], for tests
 #endif
       fill_tile(w, column, k, depth, tile, T{});
       for (int n = 0; n < kColumns; n++)
-        for (int j = 0; j < depth; j++) out[int64_t(column + n) * w.k + k + j] = tile[j * kColumns + n];
+        for (int j = 0; j < depth; j++) out[int64_t(column + n) * w.k + k + j] = tile[(n / kStrip * depth + j) * kStrip + n % kStrip];
     }
   std::free(tile);
 }
