@@ -33,7 +33,7 @@ class EngineArgs(_Closed):
         None,
         gt=0,
         description="pieces of answers sent in a second, over all streams of a replica; beyond it tokens gather, "
-        "so that first tokens stay prompt; default: 100 for each CPU core",
+        "so that first tokens stay prompt; default: 50 for each CPU core",
     )
     num_threads: int | None = Field(None, ge=1, description="torch threads on a CPU; default: all cores")
 

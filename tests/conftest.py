@@ -1,7 +1,8 @@
 """Fixtures that several test modules share.
 
 Every session has its own empty CORRAL_HOME and Ray directory, under short paths (Ray's sockets need that). The
-quickstart is trained once, by the command a user types, and served once, likewise.
+quickstart is trained once, by the command a user types, and served once, likewise; tests that need it come last, and
+it is trained while the others run.
 """
 
 import os
@@ -31,7 +32,13 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 
 
+_training: subprocess.Popen[bytes] | None = None
+
+
 def pytest_unconfigure() -> None:
+    if _training is not None and _training.poll() is None:
+        _training.terminate()
+        _training.wait(timeout=60)
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
@@ -42,6 +49,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    items.sort(key=_needs_quickstart)  # the order is otherwise kept
+
+
+def _needs_quickstart(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "quickstart" in item.fixturenames
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    global _training
+    if any(map(_needs_quickstart, session.items)) and not session.config.option.collectonly:
+        # on one core: two threads that wait for each other at every step suffer most from busy neighbours
+        command = [sys.executable, "-m", "training", "--config", "configs/train/quickstart.yaml"]
+        command.append("resources_per_worker.CPU=1")
+        with Path(_SCRATCH, "training.log").open("wb") as log:
+            _training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def free_port() -> int:
@@ -72,9 +94,8 @@ def embedded_base() -> BaseModel:
 @pytest.fixture(scope="session")
 def quickstart(embedded_base: BaseModel) -> AdapterManifest:
     """The quickstart recipe, trained and registered by `python -m training`."""
-    command = [sys.executable, "-m", "training", "--config", "configs/train/quickstart.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert _training is not None
+    assert _training.wait(timeout=1200) == 0, Path(_SCRATCH, "training.log").read_text()[-4000:]
     return AdapterRegistry().resolve("ranch-hand")
 
 

@@ -390,9 +390,9 @@ def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel) -> 
         fp32 = load_quantized(embedded_base, Quantization(compute_dtype="float32"))
         reference = fp32(torch.tensor([token_ids])).logits[0].log_softmax(-1)
         del fp32
-        bf16 = load_quantized(embedded_base, Quantization())
+        bf16 = load_quantized(embedded_base, Quantization(compute_dtype="bfloat16"))
         theirs = bf16(torch.tensor([token_ids])).logits[0].float().log_softmax(-1)
-    engine = Engine(load_quantized(embedded_base, Quantization()), max_model_len=128, max_num_seqs=1)
+    engine = Engine(bf16, max_model_len=128, max_num_seqs=1)
     answers = answer(engine, token_ids, SamplingParams(max_tokens=0, prompt_logprobs=20))
     ours = answers.prompt_logprobs["r"][1:]
     distances, their_distances, agreed = [], [], 0
