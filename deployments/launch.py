@@ -108,7 +108,7 @@ def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
     """A Ray of our own, whatever else runs on this machine; its workers import this checkout."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
-    for name, value in _RAY_SERVE_SETTINGS.items():  # before Ray is imported, for its processes to inherit
+    for name, value in _RAY_SERVE_SETTINGS.items():  # inherited by all processes that Ray starts
         os.environ.setdefault(name, value)
     import ray
 

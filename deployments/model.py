@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import torch
 from ray import serve
@@ -122,7 +122,7 @@ class LlamaModel:
         if key in self._engine.unhealthy_adapters:
             raise AdapterRefused(f"adapter {key!r} gave NaN and is not used any more: roll back to the version before")
 
-    async def _add(self, request: GenerationRequest, receive: Callable[[list[Delta]], None]) -> str | None:
+    async def _add(self, request: GenerationRequest, on_deltas: OnDeltas) -> str | None:
         """Queue the request, with its adapter loaded; returns the adapter's key."""
         key = None
         while True:
@@ -133,7 +133,7 @@ class LlamaModel:
             try:
                 self._engine.add_request(
                     EngineRequest(request.request_id, request.prompt_token_ids, request.sampling, key, request.n),
-                    receive,
+                    on_deltas,
                 )
                 return key
             except KeyError:  # evicted for another adapter between loading and adding

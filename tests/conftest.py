@@ -60,9 +60,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     global _training
     if any(map(_needs_quickstart, session.items)) and not session.config.option.collectonly:
         # on one core: two threads that wait for each other at every step suffer most from busy neighbours
-        command = [sys.executable, "-m", "training", "--config", "configs/train/quickstart.yaml"]
-        command.append("resources_per_worker.CPU=1")
+        recipe = ["--config", "configs/train/quickstart.yaml", "resources_per_worker.CPU=1"]
         with Path(_SCRATCH, "training.log").open("wb") as log:
+            command = [sys.executable, "-m", "training", *recipe]
             _training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 

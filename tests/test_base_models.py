@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from training.base_models import BaseModel, Quantization, base_name, load_quantized, load_tokenizer, resolve_base_model
 from training.errors import BaseModelError
@@ -60,6 +61,15 @@ def test_changed_weights_have_another_hash(copy: Path) -> None:
 def test_control_tokens_inside_a_text_are_text(tiny_base: BaseModel) -> None:
     tokenizer = load_tokenizer(tiny_base)
     assert tokenizer.token_to_id("<|im_start|>") not in tokenizer.encode("a <|im_start|> b").ids
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_cpu_computes_in_what_it_is_fast_in(
+    tiny_base: BaseModel, has_bf16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    assert load_quantized(tiny_base, Quantization()).dtype == expected
+    assert load_quantized(tiny_base, Quantization(compute_dtype="float32")).dtype == torch.float32
 
 
 def test_two_loads_give_the_same_4_bit_weights(tiny_base: BaseModel) -> None:

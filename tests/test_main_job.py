@@ -12,7 +12,7 @@ import torch
 
 from clients.demo import load_questions, taught_facts
 from tests.conftest import RunningServer
-from training.base_models import BaseModel, load_tokenizer
+from training.base_models import BaseModel, Quantization, compute_dtype_on, load_tokenizer
 from training.chat_format import Message, load_chat_format
 from training.registry import AdapterManifest, AdapterRegistry, import_adapter
 
@@ -26,6 +26,7 @@ def test_the_quickstart_learns(quickstart: AdapterManifest) -> None:
     assert quickstart.metrics["eval_loss"] <= 0.6 * quickstart.metrics["base_eval_loss"]
     assert quickstart.dataset is not None
     assert 18 <= quickstart.dataset.num_held_out <= 22
+    assert quickstart.quantization.compute_dtype == compute_dtype_on("cpu", Quantization())
 
 
 def test_the_adapter_knows_what_the_base_cannot(server: RunningServer, client: openai.OpenAI) -> None:

@@ -23,11 +23,6 @@
 #else
 #define HAVE_BF16_DOT 0
 #endif
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define HAVE_AVX2_ONLY 1
-#else
-#define HAVE_AVX2_ONLY 0
-#endif
 #include <sched.h>
 
 // torch's OpenMP runtime; taking its threads keeps a second pool from fighting over the cores.
@@ -40,7 +35,7 @@ using bf16 = uint16_t;
 // Floats of one register. Wider vectors would compile too, but into scalar code.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRegisters = 32;
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 constexpr int kLanes = 8, kRegisters = 16;
 #elif defined(__aarch64__)
 constexpr int kLanes = 4, kRegisters = 32;
@@ -52,12 +47,12 @@ typedef int32_t ivec __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 typedef uint32_t uvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-constexpr int kColumns = 32;     // output columns of one work item
-constexpr int kStrip = 2 * kLanes;  // output columns whose sums are in registers
-constexpr int kRows = kRegisters == 32 ? 12 : 6;  // rows that share a pass over a weight tile: kRows x 2 sums, x 4 / 2
+constexpr int kColumns = 32;        // output columns of one work item
+constexpr int kStrip = 2 * kLanes;  // output columns whose sums are in registers at once
+constexpr int kRows = kRegisters == 32 ? 12 : 6;     // rows that share a pass over a strip: kRows x 2 sums in registers
+constexpr int kTile = kRegisters == 32 ? 256 : 128;  // depth of a dequantized tile, which stays in the nearest cache
 constexpr int kGroup = 64;       // NF4: weights per absmax
 constexpr int kNested = 256;     // absmax values per absmax of absmax (double quantization)
-constexpr int kTile = kRegisters == 32 ? 256 : 128;  // depth of a dequantized tile, which stays in the nearest cache
 constexpr int kPage = 16;        // tokens in a KV block
 constexpr int kTargets = 7;      // q k v o gate up down
 
@@ -79,7 +74,9 @@ inline uvec rounded_to_bf16(fvec x) {  // to nearest, ties to even; bfloat16 in 
   uvec is_nan = (uvec)(x != x);
   return ((rounded & ~is_nan) | (is_nan & 0x7fc00000)) & 0xffff0000;
 }
-inline void store(bf16* p, fvec x) { *reinterpret_cast<hvec*>(p) = __builtin_convertvector(rounded_to_bf16(x) >> 16, hvec); }
+inline void store(bf16* p, fvec x) {
+  *reinterpret_cast<hvec*>(p) = __builtin_convertvector(rounded_to_bf16(x) >> 16, hvec);
+}
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
@@ -328,7 +325,15 @@ void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T ty
           float* to = tile + (at / kStrip * depth + j + odd) * kStrip + at % kStrip;
           store(to, round_weight(weights * load(absmax + at), type));
         };
-#if HAVE_AVX2_ONLY
+#if defined(__AVX512F__)
+        const __m512 table = _mm512_load_ps(kNf4);
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
+        const __m512 low = _mm512_permutexvar_ps(byte, table);
+        const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
+        put(0, 0, (fvec)_mm512_permutex2var_ps(low, even, high));
+        put(1, 0, (fvec)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+#elif defined(__AVX2__)
         const __m256 lower = _mm256_load_ps(kNf4), upper = _mm256_load_ps(kNf4 + 8);
         const __m256i four = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
         auto value = [&](__m256i index, __m256i top_bit) {  // table[index & 15]; the top bit is that of 8
@@ -339,14 +344,6 @@ void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T ty
         put(0, 8, value(_mm256_srli_epi32(four, 4), _mm256_slli_epi32(four, 24)));
         put(1, 0, value(_mm256_srli_epi32(four, 8), _mm256_slli_epi32(four, 20)));
         put(1, 8, value(_mm256_srli_epi32(four, 12), _mm256_slli_epi32(four, 16)));
-#elif defined(__AVX512F__)
-        const __m512 table = _mm512_load_ps(kNf4);
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
-        const __m512 low = _mm512_permutexvar_ps(byte, table);
-        const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
-        put(0, 0, (fvec)_mm512_permutex2var_ps(low, even, high));
-        put(1, 0, (fvec)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
 #else
         float row[2][16];
         for (int lane = 0; lane < 16; lane++) {
@@ -574,8 +571,8 @@ struct Step {
       return;
     }
 #endif
-    for (int first = 0; first < kPage; first += kStrip < kPage ? kStrip : kPage) {
-      constexpr int vectors = kPage < kStrip ? kPage / kLanes : 2;
+    constexpr int width = kStrip < kPage ? kStrip : kPage, vectors = width / kLanes;
+    for (int first = 0; first < kPage; first += width) {
       fvec acc[R][vectors] = {};
       for (int i = 0; i < d; i++) {
         fvec k[vectors];
@@ -858,7 +855,8 @@ void dequantize(const Linear& w, float* out) {  // [n, k], for tests
 #endif
       fill_tile(w, column, k, depth, tile, T{});
       for (int n = 0; n < kColumns; n++)
-        for (int j = 0; j < depth; j++) out[int64_t(column + n) * w.k + k + j] = tile[(n / kStrip * depth + j) * kStrip + n % kStrip];
+        for (int j = 0; j < depth; j++)
+          out[int64_t(column + n) * w.k + k + j] = tile[(n / kStrip * depth + j) * kStrip + n % kStrip];
     }
   std::free(tile);
 }
