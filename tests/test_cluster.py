@@ -29,7 +29,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_TOKEN", _TOKEN)
     monkeypatch.setenv("PATH", f"{_BIN}:{os.environ['PATH']}")  # a job runs the head's python
     port = free_port()
-    options = {"port": free_port(), "dashboard-port": port, "ray-client-server-port": free_port(), "num-cpus": 4}
+    own_ports = ("port", "ray-client-server-port", "dashboard-agent-listen-port")  # other tests' Ray has the usual ones
+    options: dict[str, int | str] = {name: free_port() for name in own_ports} | {"dashboard-port": port, "num-cpus": 4}
     with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp") as scratch:  # Ray's sockets need a short path
         options |= {"temp-dir": scratch, "node-ip-address": "127.0.0.1"}
         command = [str(_BIN / "ray"), "start", "--head", "--block", *(f"--{key}={options[key]}" for key in options)]
@@ -75,7 +76,7 @@ def test_a_job_trains_what_a_deployed_server_answers_with(dashboard: str, tiny_b
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(content))
     url = f"http://127.0.0.1:{content['http_options']['port']}"
     _run("serve", "deploy", str(tmp_path / "serve.yaml"), dashboard=dashboard)
-    _wait_for(f"{url}/readyz", 120)
+    _wait_for(f"{url}/readyz", 240)
     _wait_for(f"{url}/ui/", 60)
 
     changes = [f"base_model={tiny_base.path}", "adapter=from-a-job", "max_steps=3", "max_length=128"]
