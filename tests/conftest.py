@@ -73,6 +73,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def is_up(url: str, headers: dict[str, str] | None = None) -> bool:
+    """Whether a GET is answered with 200."""
+    try:
+        return httpx.get(url, headers=headers, timeout=30).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class RunningServer:
     """`corral serve` in a process of its own."""
@@ -120,17 +128,11 @@ def start_server(content: dict[str, Any], folder: Path) -> tuple[subprocess.Pope
     ui_url = url + content["applications"][1]["route_prefix"] + "/"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if (
-                httpx.get(f"{url}{prefix}/readyz", timeout=30).status_code == 200
-                and httpx.get(ui_url).status_code == 200
-            ):
-                server = RunningServer(
-                    url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
-                )
-                return process, server
-        except httpx.HTTPError:
-            pass
+        if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
+            server = RunningServer(
+                url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
+            )
+            return process, server
         time.sleep(0.3)
     process.kill()
     raise AssertionError(f"corral serve did not start: {log.read_text()[-4000:]}")

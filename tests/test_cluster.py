@@ -1,5 +1,5 @@
-"""On a running Ray cluster, by Ray's own commands: `serve deploy`, then a training that comes as a job The new adapter
-answers on the server that was there before it.
+"""On a running Ray cluster, by Ray's own commands: `serve deploy`, then a training that comes as a job. The new
+adapter answers on the server that was there before it.
 """
 
 import os
@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.conftest import free_port, serve_config
+from tests.conftest import free_port, is_up, serve_config
 from training.base_models import BaseModel
 
 _BIN = Path(sys.executable).parent
@@ -47,11 +47,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def _wait_for(url: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=5, headers={"Authorization": f"Bearer {_TOKEN}"}).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
+        if is_up(url, {"Authorization": f"Bearer {_TOKEN}"}):
+            return
         time.sleep(0.3)
     raise AssertionError(f"{url} does not answer")
 
