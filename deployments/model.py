@@ -30,8 +30,6 @@ _FRESH_S = 5.0  # a token this young proves that the engine works
 _STALLED_S = 60.0  # a step takes milliseconds, on the largest models seconds
 _SLOT_POLL_S = 0.02
 _CHUNKS_PER_S_AND_CPU = 50  # costs about a tenth of the throughput at 8 and 32 streams on two cores
-_CPU_KV_CACHE_GIB = 1.0
-_CUDA_KV_CACHE_SHARE = 0.9  # of the memory that the weights leave
 
 
 @serve.deployment(
@@ -57,7 +55,7 @@ class LlamaModel:
             max_num_seqs=args.engine.max_num_seqs,
             max_num_batched_tokens=args.engine.max_num_batched_tokens,
             max_loras=args.engine.max_loras,
-            kv_cache_bytes=_kv_cache_bytes(args.engine.kv_cache_gib, device),
+            kv_cache_bytes=None if args.engine.kv_cache_gib is None else int(args.engine.kv_cache_gib * 2**30),
             deliver=self._deliver,
         )
         self._chunks_per_s = args.engine.chunks_per_s or _CHUNKS_PER_S_AND_CPU * (os.cpu_count() or 1)
@@ -166,18 +164,11 @@ class LlamaModel:
             directory = self._registry.fetch(manifest)
             config = json.loads((directory / "adapter_config.json").read_text())
             scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-            return self._engine.lora_weights(load_file(directory / "adapter_model.safetensors"), scaling)
+            try:
+                return self._engine.lora_weights(load_file(directory / "adapter_model.safetensors"), scaling)
+            except ValueError as error:
+                raise AdapterRefused(f"adapter {key!r}: {error}: train with a lower learning rate") from error
 
         weights = await asyncio.to_thread(read)
         while not self._engine.load_adapter(key, weights):  # every slot is in use: wait for one
             await asyncio.sleep(_SLOT_POLL_S)
-
-
-def _kv_cache_bytes(gib: float | None, device: torch.device) -> int:
-    """What the configuration says, else a gibibyte on a CPU, and on CUDA most of what the weights left."""
-    if gib is not None:
-        return int(gib * 2**30)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _CUDA_KV_CACHE_SHARE)
-    return int(_CPU_KV_CACHE_GIB * 2**30)

@@ -22,7 +22,7 @@ NO_ADAPTER, TABLE = -1, list(range(3, 11))
 
 def cpu_llama(base: BaseModel, quantization: Quantization) -> CpuLlama:
     model = load_quantized(base, quantization)
-    return CpuLlama(model, max_model_len=128, num_blocks=80, max_loras=2)
+    return CpuLlama(model, max_model_len=128, max_num_seqs=10, kv_cache_bytes=1 << 30, max_loras=2)
 
 
 def linear(model: torch.nn.Module, layer: int, target: str) -> torch.nn.Module:

@@ -1,6 +1,6 @@
 """The engine against PEFT on the same NF4 weights (E2), and its promises about neighbours, faults and cancellation.
 
-Everything runs twice: on the compiled CPU kernels and on torch's operators.
+Everything runs on the compiled CPU kernels, on torch's operators, and on a GPU where there is one.
 """
 
 import json
@@ -92,7 +92,7 @@ def load(engine: Engine, folder: Path, key: str) -> bool:
     return engine.load_adapter(key, engine.lora_weights(load_file(folder / "adapter_model.safetensors"), scaling))
 
 
-@pytest.fixture(scope="module", params=["kernels", "torch"])
+@pytest.fixture(scope="module", params=["kernels", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Which forward runs; `torch` as on a machine without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
@@ -105,8 +105,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def new_engine(base: BaseModel, backend: str, **changes: int) -> Engine:
     sizes = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_loras": 4} | changes
-    engine = Engine(load_quantized(base, Quantization(compute_dtype="float32")), **sizes)  # type: ignore[arg-type]
-    assert type(engine._llama).__name__ == {"kernels": "CpuLlama", "torch": "TorchLlama"}[backend]
+    model = load_quantized(base, Quantization(compute_dtype="float32"), "cuda" if backend == "cuda" else "cpu")
+    engine = Engine(model, **sizes)  # type: ignore[arg-type]
+    assert type(engine._llama).__name__ == ("CpuLlama" if backend == "kernels" else "TorchLlama")
     return engine
 
 

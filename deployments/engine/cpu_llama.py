@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from deployments.engine import cpu_kernels
 from deployments.engine.cpu_kernels import COLUMNS, GROUP, PAGE, KernelsUnavailable, Layer, Linear, Lora
-from deployments.engine.llama import TARGETS, ForwardBatch, kv_sizes
+from deployments.engine.llama import TARGETS, ForwardBatch, kv_sizes, num_kv_blocks
 from deployments.engine.lora import LoraWeights
 
 _TARGET_BLOCKS = ("self_attn",) * 4 + ("mlp",) * 3
@@ -23,11 +23,13 @@ class CpuLlama:
 
     block_size = PAGE
 
-    def __init__(self, model: LlamaForCausalLM, *, max_model_len: int, num_blocks: int, max_loras: int) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, *, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int, max_loras: int
+    ) -> None:
         self.dtype: torch.dtype = model.model.norm.weight.dtype
         self.device = torch.device("cpu")
         config = model.config
-        self.num_blocks = num_blocks
+        self.num_blocks = num_kv_blocks(model, PAGE, max_model_len, max_num_seqs, kv_cache_bytes)
         self.vocab_size: int = config.vocab_size
         num_kv_heads, head_dim = kv_sizes(config)
         self._check(model, head_dim)
@@ -40,7 +42,7 @@ class CpuLlama:
 
         self._kept: list[torch.Tensor] = []  # everything that the structures point at
         self._num_linear_bytes = 0
-        shape = (config.num_hidden_layers, num_blocks, num_kv_heads, head_dim * PAGE)
+        shape = (config.num_hidden_layers, self.num_blocks, num_kv_heads, head_dim * PAGE)
         self._keys, self._values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
         self._layers = (Layer * config.num_hidden_layers)()
         for i, layer in enumerate(model.model.layers):

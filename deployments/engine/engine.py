@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from deployments.engine.kv_cache import BlockPool
-from deployments.engine.llama import ForwardBatch, kv_sizes, load_llama
+from deployments.engine.llama import ForwardBatch, load_llama
 from deployments.engine.lora import NO_ADAPTER, AdapterSlots, LoraWeights
 from deployments.engine.request import Delta, EngineRequest, FinishReason, TokenLogprob
 from deployments.engine.sampling import SamplingRow, random_stream, sample, token_logprobs
@@ -37,7 +37,8 @@ class Engine:
         max_num_batched_tokens: tokens of one step; longer prompts are cut into chunks, so that running answers never
             wait longer than one such step.
         max_loras: adapters loaded at once.
-        kv_cache_bytes: memory for keys and values of all sequences; at least one sequence of max_model_len fits.
+        kv_cache_bytes: memory for keys and values of all sequences, by default a gibibyte on a CPU and on CUDA most of
+            what the weights leave; at least one sequence of max_model_len fits.
         deliver: called after each step with what it made; the default calls each request's `on_deltas`.
     """
 
@@ -49,14 +50,15 @@ class Engine:
         max_num_seqs: int = 32,
         max_num_batched_tokens: int = 256,
         max_loras: int = 8,
-        kv_cache_bytes: int = 1 << 30,
+        kv_cache_bytes: int | None = None,
         deliver: Callable[[list[tuple[OnDeltas, list[Delta]]]], None] | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self._llama = load_llama(
             model,
             max_model_len=max_model_len,
-            num_blocks=_num_blocks(model, max_model_len, max_num_seqs, kv_cache_bytes),
+            max_num_seqs=max_num_seqs,
+            kv_cache_bytes=kv_cache_bytes,
             max_loras=max_loras,
         )
         self._pool = BlockPool(self._llama.num_blocks, self._llama.block_size)
@@ -311,16 +313,6 @@ class Engine:
         if not alive:
             del self._requests[sequence.request_id], self._callbacks[sequence.request_id]
             self._prompt_logprobs.pop(sequence.request_id, None)
-
-
-def _num_blocks(model: LlamaForCausalLM, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int) -> int:
-    """How many blocks of 16 tokens the memory has room for, no more than the sequences could fill."""
-    from deployments.engine.cpu_kernels import PAGE
-
-    num_kv_heads, head_dim = kv_sizes(model.config)
-    per_token = 2 * model.config.num_hidden_layers * num_kv_heads * head_dim * model.dtype.itemsize
-    one_sequence = -(-max_model_len // PAGE)
-    return max(one_sequence, min(kv_cache_bytes // (per_token * PAGE), one_sequence * max_num_seqs))
 
 
 def _forward_batch(chunks: list[Chunk], block_size: int) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:

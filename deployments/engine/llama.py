@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+_CPU_KV_CACHE_BYTES = 1 << 30
+_CUDA_KV_CACHE_SHARE = 0.9  # the rest is for activations, graphs and adapters
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -66,15 +69,38 @@ def kv_sizes(config: LlamaConfig) -> tuple[int, int]:
     )
 
 
-def load_llama(model: LlamaForCausalLM, *, max_model_len: int, num_blocks: int, max_loras: int) -> Llama:
+def num_kv_blocks(
+    model: LlamaForCausalLM, block_size: int, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int
+) -> int:
+    """How many KV blocks the memory has room for, no more than the sequences could fill, and enough for one."""
+    num_kv_heads, head_dim = kv_sizes(model.config)
+    per_token = 2 * model.config.num_hidden_layers * num_kv_heads * head_dim * model.dtype.itemsize
+    one_sequence = -(-max_model_len // block_size)
+    return max(one_sequence, min(kv_cache_bytes // (per_token * block_size), one_sequence * max_num_seqs))
+
+
+def load_llama(
+    model: LlamaForCausalLM, *, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int | None, max_loras: int
+) -> Llama:
     """The fastest forward that runs here. `model` is a transformers Llama in NF4; its weights are taken over."""
     from deployments.engine.cpu_kernels import KernelsUnavailable
     from deployments.engine.cpu_llama import CpuLlama
     from deployments.engine.torch_llama import TorchLlama
 
+    if kv_cache_bytes is None:
+        kv_cache_bytes = _spare_bytes(model.device)
+    sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_cache_bytes": kv_cache_bytes}
     if model.device.type == "cpu":
         try:
-            return CpuLlama(model, max_model_len=max_model_len, num_blocks=num_blocks, max_loras=max_loras)
+            return CpuLlama(model, **sizes, max_loras=max_loras)
         except KernelsUnavailable as reason:
             logger.warning("the CPU kernels are not used, torch's operators are, several times slower: %s", reason)
-    return TorchLlama(model, max_model_len=max_model_len, num_blocks=num_blocks, max_loras=max_loras)
+    return TorchLlama(model, **sizes)
+
+
+def _spare_bytes(device: torch.device) -> int:
+    """What a KV cache may take when nobody says: a gibibyte on a CPU, on CUDA most of what is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _CUDA_KV_CACHE_SHARE)
+    return _CPU_KV_CACHE_BYTES

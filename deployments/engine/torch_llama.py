@@ -1,70 +1,33 @@
 """The Llama forward in torch's operators: on CUDA, and on CPUs where cpu_kernels.cpp does not compile.
 
 It borrows the linears, norms and rotary table of a transformers model that `training.base_models` loaded. On CUDA,
-attention reads the paged KV cache through the block table (`varlen_attn`); elsewhere the blocks are gathered first.
+bitsandbytes multiplies by the 4-bit weights in one kernel where that is faster than unpacking them (`gemm_4bit`),
+attention reads the paged KV cache through the block table, and decode steps replay CUDA graphs. Elsewhere the blocks
+are gathered before attention.
 """
 
-from dataclasses import dataclass
+import logging
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
-from deployments.engine.llama import TARGETS, ForwardBatch, kv_sizes
-from deployments.engine.lora import NO_ADAPTER, LoraWeights
+from deployments.engine.cuda_graphs import DecodeGraphs
+from deployments.engine.llama import ForwardBatch, kv_sizes, num_kv_blocks
+from deployments.engine.lora import NO_ADAPTER, LoraStacks, LoraWeights, StackedLora
+from deployments.engine.step import Step
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """All loaded adapters for one linear: `a` [sum_r, in], `b` [sum_r, out], `owner` [sum_r] the column's slot."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    owner: torch.Tensor
-
-
-class _LoraBatch:
-    """The adapters of one step. The A matrices of all loaded adapters are one matrix, likewise B: multiply by the
-    whole stack, zero the columns of other tokens' adapters with a 0/1 mask, multiply by the stacked B. Exact for any
-    mix and any ranks, without a loop over adapters."""
-
-    def __init__(self, stacks: dict[tuple[int, str], _Stack], token_slots: torch.Tensor) -> None:
-        self._stacks = stacks
-        self._token_slots = token_slots  # [num_tokens]
-        self._masks: dict[int, torch.Tensor] = {}
-
-    def add(self, layer: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`y` plus each token's own adapter applied to `x` ([num_tokens, in] -> [num_tokens, out])."""
-        stack = self._stacks.get((layer, target))
-        if stack is None:
-            return y
-        mask = self._masks.get(id(stack.owner))
-        if mask is None:
-            mask = self._masks[id(stack.owner)] = self._token_slots[:, None] == stack.owner
-        # Not a product with the mask: NaN or infinity of one token's adapter would reach its neighbours.
-        return y + torch.where(mask, x @ stack.a.T, 0) @ stack.b
-
-
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where a batch's tokens lie, as tensors; built once a step and used by every layer."""
-
-    positions: torch.Tensor  # [num_tokens]
-    slots: torch.Tensor  # [num_tokens] row of the flattened cache that a token's key and value go to
-    tables: torch.Tensor  # [num_sequences, table_width]
-    starts: torch.Tensor  # [num_sequences + 1] first token of each sequence
-    lengths: torch.Tensor  # [num_sequences] tokens in the cache after this step
-    max_new: int
-    max_length: int
+_BLOCK = 16  # tokens in a KV block
+_CUDA_BLOCK = 256  # what FlashAttention 2, which varlen_attn calls, reads
 
 
 class TorchLlama:
     """A Llama whose linear layers stay in 4 bit."""
 
-    block_size = 16
-
-    def __init__(self, model: LlamaForCausalLM, *, max_model_len: int, num_blocks: int, max_loras: int) -> None:
+    def __init__(self, model: LlamaForCausalLM, *, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int) -> None:
         config = model.config
         self.device = model.device
         self.dtype: torch.dtype = model.model.norm.weight.dtype
@@ -75,44 +38,39 @@ class TorchLlama:
         self._norm: torch.Tensor = model.model.norm.weight
         self._lm_head: torch.Tensor = model.lm_head.weight
         self._layers: list[Any] = list(model.model.layers)
-        if self.device.type == "cuda":  # varlen_attn takes pages of 256 tokens
-            self.block_size = 256
-            num_blocks = -(-num_blocks * TorchLlama.block_size // self.block_size)
-        self.num_blocks = num_blocks
-        shape = (config.num_hidden_layers, num_blocks, self.block_size, num_kv_heads, self._head_dim)
-        self._keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        self._values = torch.zeros(shape, dtype=self.dtype, device=self.device)
         cos, sin = model.model.rotary_emb(self._embed_tokens[:1], torch.arange(max_model_len, device=self.device)[None])
         self._cos: torch.Tensor = cos[0, :, None]  # [max_model_len, 1, head_dim]
         self._sin: torch.Tensor = sin[0, :, None]
-        self._adapters: dict[int, LoraWeights] = {}
-        self._stacks: dict[tuple[int, str], _Stack] = {}
+        self._loras = LoraStacks(self.device, self.dtype)
+        paged = self.device.type == "cuda" and varlen_attn_reads_blocks(
+            self.device, self.dtype, config.num_attention_heads, num_kv_heads, self._head_dim
+        )
+        self._attend = _attend_in_blocks if paged else _attend_gathered
+        self.block_size = _CUDA_BLOCK if paged else _BLOCK
+        self.num_blocks = num_kv_blocks(model, self.block_size, max_model_len, max_num_seqs, kv_cache_bytes)
+        # One block more, which no sequence holds, for the padding of CUDA graphs.
+        shape = (config.num_hidden_layers, self.num_blocks + 1, self.block_size, num_kv_heads, self._head_dim)
+        self._keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._values = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._graphs: DecodeGraphs | None = None
+        if paged:
+            self._graphs = DecodeGraphs(
+                self._run,
+                device=self.device,
+                block_size=self.block_size,
+                spare_block=self.num_blocks,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+            )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Run the batch and extend the KV cache; hidden states of `batch.out_rows` after the last norm, [n, hidden]."""
-        places = self._places(batch)
-        lora = None
-        if any(slot != NO_ADAPTER for slot in batch.slots):
-            lora = _LoraBatch(self._stacks, torch.tensor(batch.slots, device=self.device))
-        x = F.embedding(torch.tensor(batch.token_ids, device=self.device), self._embed_tokens)
-        cos, sin = self._cos[places.positions], self._sin[places.positions]
-        for i, layer in enumerate(self._layers):
-            attention = layer.self_attn
-            h = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, self._eps)
-            q = _rotate(self._heads(_linear(i, "q_proj", attention.q_proj, h, lora)), cos, sin)
-            k = _rotate(self._heads(_linear(i, "k_proj", attention.k_proj, h, lora)), cos, sin)
-            v = self._heads(_linear(i, "v_proj", attention.v_proj, h, lora))
-            self._keys[i].flatten(0, 1)[places.slots] = k
-            self._values[i].flatten(0, 1)[places.slots] = v
-            attended = self._attend(q, self._keys[i], self._values[i], places)
-            x = x + _linear(i, "o_proj", attention.o_proj, attended.flatten(1), lora)
-            h = F.rms_norm(x, x.shape[-1:], layer.post_attention_layernorm.weight, self._eps)
-            gate = _linear(i, "gate_proj", layer.mlp.gate_proj, h, lora)
-            up = _linear(i, "up_proj", layer.mlp.up_proj, h, lora)
-            x = x + _linear(i, "down_proj", layer.mlp.down_proj, F.silu(gate) * up, lora)
-        out: torch.Tensor = F.rms_norm(x[batch.out_rows], x.shape[-1:], self._norm, self._eps)
-        return out
+        stacked = self._loras.stacked if any(slot != NO_ADAPTER for slot in batch.slots) else None
+        hidden = self._replayed(batch, stacked)
+        if hidden is None:
+            hidden = self._run(Step.of(batch, self.block_size).to(self.device), stacked)
+        return F.rms_norm(hidden[batch.out_rows], hidden.shape[-1:], self._norm, self._eps)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -121,95 +79,131 @@ class TorchLlama:
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
         """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
-        self._adapters.pop(slot, None)
-        if weights is not None:
-            self._adapters[slot] = weights
-        stacks: dict[tuple[int, str], _Stack] = {}
-        owners: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}  # places with the same columns share one owner
-        for place in [(i, target) for i in range(len(self._layers)) for target in TARGETS]:
-            parts = [(s, *w.pairs[place]) for s, w in sorted(self._adapters.items()) if place in w.pairs]
-            if not parts:
-                continue
-            columns = tuple((s, len(a)) for s, a, _ in parts)
-            if columns not in owners:
-                owners[columns] = torch.tensor([s for s, r in columns for _ in range(r)], device=self.device)
-            a = torch.cat([a for _, a, _ in parts])
-            b = torch.cat([b * self._adapters[s].scaling for s, _, b in parts])
-            stacks[place] = _Stack(a, b, owners[columns])
-        self._stacks = stacks
+        self._loras.put(slot, weights)
+
+    def _replayed(self, batch: ForwardBatch, stacked: StackedLora | None) -> torch.Tensor | None:
+        """The batch through a CUDA graph; None where there is none for it."""
+        if self._graphs is None or not self._graphs.hold(batch):
+            return None
+        try:
+            return self._graphs.run(batch, stacked)
+        except RuntimeError:
+            logger.warning("decode steps run without CUDA graphs, slower: they cannot be recorded", exc_info=True)
+            self._graphs = None
+            return None
+
+    def _run(self, step: Step, stacked: StackedLora | None) -> torch.Tensor:
+        """All layers; hidden states of all tokens before the last norm, [num_tokens, hidden]."""
+        own = None if stacked is None else step.slots[:, None] == stacked.owner  # [num_tokens, columns]
+
+        def linear(i: int, target: str, module: Any, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = module(x)
+            pair = None if stacked is None else stacked.pairs.get((i, target))
+            if pair is None or own is None:
+                return y
+            a, b = pair
+            # Not a product with the mask: infinity of one token's adapter would reach its neighbours.
+            return y + torch.where(own, x @ a.T, 0) @ b
+
+        x = F.embedding(step.token_ids, self._embed_tokens)
+        cos, sin = self._cos[step.positions], self._sin[step.positions]
+        for i, layer in enumerate(self._layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            h = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, self._eps)
+            q = _rotate(self._heads(linear(i, "q_proj", attention.q_proj, h)), cos, sin)
+            k = _rotate(self._heads(linear(i, "k_proj", attention.k_proj, h)), cos, sin)
+            v = self._heads(linear(i, "v_proj", attention.v_proj, h))
+            self._keys[i].flatten(0, 1)[step.kv_rows] = k
+            self._values[i].flatten(0, 1)[step.kv_rows] = v
+            attended = self._attend(q, self._keys[i], self._values[i], step)
+            x = x + linear(i, "o_proj", attention.o_proj, attended.flatten(1))
+            h = F.rms_norm(x, x.shape[-1:], layer.post_attention_layernorm.weight, self._eps)
+            gate, up = linear(i, "gate_proj", mlp.gate_proj, h), linear(i, "up_proj", mlp.up_proj, h)
+            x = x + linear(i, "down_proj", mlp.down_proj, F.silu(gate) * up)
+        return x
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(len(x), -1, self._head_dim)
 
-    def _places(self, batch: ForwardBatch) -> _Places:
-        size = self.block_size
-        starts = [i for i, s in enumerate(batch.sequences) if i == 0 or s != batch.sequences[i - 1]]
-        ends = [*starts[1:], len(batch.sequences)]
-        lengths = [batch.positions[end - 1] + 1 for end in ends]
-        slots = [
-            batch.block_tables[s][p // size] * size + p % size
-            for s, p in zip(batch.sequences, batch.positions, strict=True)
-        ]
 
-        def tensor(values: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
+def varlen_attn_reads_blocks(
+    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> bool:
+    """Whether `varlen_attn` attends through block tables here, and rightly.
 
-        return _Places(
-            positions=tensor(batch.positions),
-            slots=tensor(slots),
-            tables=tensor(batch.block_tables, torch.int32),
-            starts=tensor([*starts, len(batch.sequences)], torch.int32),
-            lengths=tensor(lengths, torch.int32),
-            max_new=max(end - start for start, end in zip(starts, ends, strict=True)),
-            max_length=max(lengths),
+    It refuses float32 and GPUs before Ampere, and some releases got paged attention wrong without a word
+    (pytorch/pytorch#194167), so a step of three sequences is compared with what gathering the blocks gives.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    blocks = (4, _CUDA_BLOCK, num_kv_heads, head_dim)
+    batch = ForwardBatch(
+        token_ids=[0] * 5,
+        positions=[_CUDA_BLOCK + 1, 7, 8, 9, 0],
+        slots=[NO_ADAPTER] * 5,
+        sequences=[0, 1, 1, 1, 2],
+        block_tables=[[3, 1], [0, 0], [2, 0]],
+        out_rows=[],
+    )
+    step = Step.of(batch, _CUDA_BLOCK).to(device)
+    q, keys, values = random(5, num_heads, head_dim), random(*blocks), random(*blocks)
+    try:
+        found = _attend_in_blocks(q, keys, values, step)
+    except (ImportError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+    else:
+        difference = (found.float() - _attend_gathered(q, keys, values, step).float()).abs().max().item()
+        if difference < 0.05:  # bfloat16 rounds to 1/256; the mean of many normal values is below 4
+            return True
+        reason = f"its results are off by {difference:.2g}"
+    logger.warning("attention gathers the KV cache, slower: varlen_attn cannot be used here: %s", reason)
+    return False
+
+
+def _attend_in_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+    """q [num_tokens, heads, d] over blocks [num_blocks, block_size, kv_heads, d] -> [num_tokens, heads, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        q,
+        keys,
+        values,
+        cu_seq_q=step.starts,
+        cu_seq_k=step.kv_starts,
+        max_q=step.max_new,
+        max_k=step.max_length,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=step.lengths,
+        block_table=step.tables,
+        num_splits=1,  # the same sums whatever else is in the batch; more are wrong over blocks, see above
+    )
+    return cast(torch.Tensor, out)
+
+
+def _attend_gathered(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+    """What `_attend_in_blocks` gives, on any device and in any dtype."""
+    if step.max_new == 1:
+        seen = torch.arange(step.tables.shape[1] * keys.shape[1], device=q.device) < step.lengths[:, None]
+        # What lies in the blocks beyond a sequence's end may be another's NaN, which a mask alone lets through.
+        k, v = (
+            torch.where(seen[:, :, None, None], blocks[step.tables].flatten(1, 2), 0).transpose(1, 2)
+            for blocks in (keys, values)
         )
-
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: _Places) -> torch.Tensor:
-        """q [num_tokens, heads, d] over pages [num_blocks, block_size, kv_heads, d] -> [num_tokens, heads, d]."""
-        if self.device.type == "cuda":
-            from torch.nn.attention.varlen import varlen_attn
-
-            out = varlen_attn(
-                q,
-                keys,
-                values,
-                cu_seq_q=places.starts,
-                cu_seq_k=None,
-                max_q=places.max_new,
-                max_k=places.max_length,
-                window_size=(-1, 0),
-                enable_gqa=True,
-                seqused_k=places.lengths,
-                block_table=places.tables,
-                num_splits=1,  # the same sums whatever else is in the batch
-            )
-            return cast(torch.Tensor, out)
-        if places.max_new == 1:
-            seen = torch.arange(places.tables.shape[1] * self.block_size) < places.lengths[:, None]
-            # What lies in the blocks beyond a sequence's end may be another's NaN, which a mask alone lets through.
-            k, v = (
-                torch.where(seen[:, :, None, None], pages[places.tables].flatten(1, 2), 0).transpose(1, 2)
-                for pages in (keys, values)
-            )
-            attended = F.scaled_dot_product_attention(
-                q[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True
-            )
-            return attended[:, :, 0]
-        outputs = []
-        for s, (start, end) in enumerate(zip(places.starts[:-1].tolist(), places.starts[1:].tolist(), strict=True)):
-            length = int(places.lengths[s])
-            k, v = (pages[places.tables[s]].flatten(0, 1)[:length].transpose(0, 1)[None] for pages in (keys, values))
-            mask = torch.arange(length) <= places.positions[start:end, None]
-            queries = q[start:end].transpose(0, 1)[None]
-            outputs.append(
-                F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-            )
-        return torch.cat(outputs)
-
-
-def _linear(i: int, target: str, linear: Any, x: torch.Tensor, lora: _LoraBatch | None) -> torch.Tensor:
-    y: torch.Tensor = linear(x)
-    return y if lora is None else lora.add(i, target, x, y)
+        attended = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True)
+        return attended[:, :, 0]
+    outputs = []
+    starts, lengths = step.starts.tolist(), step.lengths.tolist()
+    for s, (start, end, length) in enumerate(zip(starts[:-1], starts[1:], lengths, strict=True)):
+        k, v = (blocks[step.tables[s]].flatten(0, 1)[:length].transpose(0, 1)[None] for blocks in (keys, values))
+        mask = torch.arange(length, device=q.device) <= step.positions[start:end, None]
+        queries = q[start:end].transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=True)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
