@@ -16,9 +16,10 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
 
-# The bare engine; `corral bench` measures a running server.
+# The quickstart server over HTTP, and the bare engine without Ray and HTTP: what is between them is the cost of serving.
 bench: setup
-	@$(BIN)/python -m deployments.engine.bench $(ARGS)
+	@$(BIN)/corral bench --serve configs/serve/quickstart.yaml $(ARGS)
+	@$(BIN)/python -m deployments.engine.bench
 
 lint: setup
 	@$(BIN)/ruff check .

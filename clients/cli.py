@@ -179,7 +179,12 @@ def chat(
 
 @app.command()
 def bench(
-    url: Annotated[str, typer.Argument(metavar="URL", help="any server that speaks OpenAI's API")] = _DEFAULT_URL,
+    url: Annotated[
+        str | None, typer.Argument(metavar="URL", help=f"any server that speaks OpenAI's API; default: {_DEFAULT_URL}")
+    ] = None,
+    serve_config: Annotated[
+        Path | None, typer.Option("--serve", metavar="CONFIG", help="instead: start a server of Corral for this run")
+    ] = None,
     models: Annotated[
         list[str] | None, typer.Option("--model", "-m", help="several take turns; default: the server's first")
     ] = None,
@@ -232,8 +237,15 @@ def bench(
     from clients.bench.results import Settings, numbers
     from clients.bench.run import Output, run_bench
     from clients.bench.stream import ChatServer
+    from clients.server import http_address, read_serve_config, running
+    from training.errors import ConfigError
 
-    server = ChatServer(url, api_key, verify=not insecure, timeout_s=timeout)
+    if url and serve_config:
+        raise ConfigError(f"{url} and --serve {serve_config}: give one of them")
+    content = read_serve_config(serve_config) if serve_config else None
+    if content is not None:
+        url = "http://{}:{}".format(*http_address(content))
+    server = ChatServer(url or _DEFAULT_URL, api_key, verify=not insecure, timeout_s=timeout)
     several_turns = workload == "shared-prefix"
     settings = Settings(
         url=server.url,
@@ -255,7 +267,8 @@ def bench(
         label=label,
     )
     try:
-        results = run_bench(settings, server, Output(json, plot, tuple(compare or ())))
+        with running(content) if content is not None else contextlib.nullcontext():
+            results = run_bench(settings, server, Output(json, plot, tuple(compare or ())))
     except KeyboardInterrupt:
         sys.exit(130)
     if results.interrupted:

@@ -101,3 +101,15 @@ def test_corral_serve_refuses_a_misspelt_key_before_anything_starts(tmp_path: Pa
     assert done.returncode == 2
     assert next(iter(change)) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_corral_bench_starts_the_server_that_it_measures(tmp_path: Path, embedded_base: object) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(serve_config()))
+    asked = ["--serve", str(config), "--concurrency", "2", "--num-requests", "4", "--max-tokens", "8", "--json", "-"]
+    done = subprocess.run(
+        [sys.executable, "-m", "clients.cli", "bench", *asked], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    level = json.loads(done.stdout)["levels"][0]
+    assert (level["requests"], level["errors"], level["output_tokens"]) == (4, 0, 32)
