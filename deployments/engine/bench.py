@@ -7,6 +7,7 @@ measures a random model of a Llama's sizes. Greedy answers of a fixed length to 
 import argparse
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -111,14 +112,21 @@ def random_adapter(config: LlamaConfig, r: int, seed: int) -> dict[str, torch.Te
 
 
 def measure(
-    engine: Engine, adapters: Sequence[str | None], concurrency: int, prompt_tokens: int, max_tokens: int
+    engine: Engine,
+    adapters: Sequence[str | None],
+    concurrency: int,
+    *,
+    rng: random.Random,
+    prompt_tokens: int,
+    max_tokens: int,
+    num_requests: int | None = None,
 ) -> Level:
-    """Answer twice `concurrency` requests, `concurrency` at a time, over `adapters` in turn."""
+    """Answer random prompts over `adapters` in turn, `concurrency` at a time, by default twice as many."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
     started: dict[int, float] = {}
     first: dict[int, float] = {}
     last: dict[int, float] = {}
-    todo = list(range(2 * concurrency))
+    todo = list(range(num_requests or 2 * concurrency))
     active: set[int] = set()
 
     def add(n: int) -> None:
@@ -128,7 +136,7 @@ def measure(
             if deltas[-1].finish_reason is not None:
                 active.discard(n)
 
-        prompt = [(n * 7919 + i * 31) % 500 + 1 for i in range(prompt_tokens)]
+        prompt = [rng.randrange(1, 500) for _ in range(prompt_tokens)]  # none that the prefix cache knows
         started[n] = time.perf_counter()
         active.add(n)
         engine.add_request(EngineRequest(str(n), prompt, sampling, adapters[n % len(adapters)]), receive)
@@ -155,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--base-model", default=EMBEDDED_MODEL)
     what.add_argument("--shape", choices=sorted(_SHAPES), help="a random model of these sizes instead")
     parser.add_argument("--concurrency", default="1,8,32")
+    parser.add_argument("--num-requests", type=int, help="per level; default: 2 per stream")
     parser.add_argument("--adapters", type=int, default=4, help="random adapters of rank 16, beside the base alone")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -179,13 +188,22 @@ def main(argv: list[str] | None = None) -> None:
     for i, name in enumerate(names):
         engine.load_adapter(name, engine.lora_weights(random_adapter(model.config, 16, i), 2.0))
     mixes: list[list[str | None]] = [[None], [*names]] if names else [[None]]
-    measure(engine, mixes[-1], 2, args.prompt_tokens, 4)  # warm
+    rng = random.Random(0)
+    measure(engine, mixes[-1], 2, rng=rng, prompt_tokens=args.prompt_tokens, max_tokens=4)  # warm
     print(f"{args.shape or args.base_model} on {_device_name(device)}, {model.dtype}, torch {torch.__version__}")
     print(f"{'adapters':>8} {'streams':>8} {'tokens/s':>9} {'TTFT ms':>8} {'TPOT ms':>8}")
     results = []
     for adapters in mixes:
         for concurrency in levels:
-            level = measure(engine, adapters, concurrency, args.prompt_tokens, args.max_tokens)
+            level = measure(
+                engine,
+                adapters,
+                concurrency,
+                rng=rng,
+                prompt_tokens=args.prompt_tokens,
+                max_tokens=args.max_tokens,
+                num_requests=args.num_requests,
+            )
             results.append(level)
             print(
                 f"{level.num_adapters:>8} {level.concurrency:>8} {level.tokens_per_s:>9} "
