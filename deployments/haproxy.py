@@ -32,7 +32,7 @@ def restricted(config: str, error_file: Path) -> str:
     config, num_errors = _ERROR_FILE.subn(lambda found: f"{found[1]} {error_file}", config)
     if (len(sections) - len(kept), num_sockets, num_errors) != (len(_STATISTICS), 1, 3):
         raise ServeError(
-            f"HAProxy's configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open sockets and "
+            f"the configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open sockets and "
             f"{num_errors} error files, not 2, 1 and 3 as Ray 2.60 writes it: set RAY_SERVE_ENABLE_HA_PROXY=0"
         )
     return config
