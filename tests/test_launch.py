@@ -1,12 +1,16 @@
 """A served YAML as a whole: replicas come and go with the load, and a taken port is said in one line (D16)."""
 
+import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -101,6 +105,35 @@ def test_corral_serve_refuses_a_misspelt_key_before_anything_starts(tmp_path: Pa
     assert done.returncode == 2
     assert next(iter(change)) in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_d5_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embedded_base: object) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(serve_config()))
+    command = [sys.executable, "-m", "clients.cli", "serve", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (replicas := named(process.pid, "ServeReplica")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        everything = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert replicas
+    assert process.returncode == 0, output
+    assert "stopped" in output
+    assert "SIGTERM received" not in output
+    _, alive = psutil.wait_procs(everything, timeout=15)
+    assert not alive
+
+
+def named(pid: int, name: str) -> list[psutil.Process]:
+    """Descendants of a process with this name in their command line; those that end meanwhile are left out."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_corral_bench_starts_the_server_that_it_measures(tmp_path: Path, embedded_base: object) -> None:
