@@ -40,7 +40,7 @@ class TorchLlama:
         self._layers: list[Any] = list(model.model.layers)
         cos, sin = model.model.rotary_emb(self._embed_tokens[:1], torch.arange(max_model_len, device=self.device)[None])
         self._cos: torch.Tensor = cos[0, :, None]  # [max_model_len, 1, head_dim]
-        self._sin: torch.Tensor = sin[0, :, None]
+        self._sin: torch.Tensor = _signed(sin)[0, :, None]
         self._loras = LoraStacks(self.device, self.dtype)
         paged = self.device.type == "cuda" and varlen_attn_reads_blocks(
             self.device, self.dtype, config.num_attention_heads, num_kv_heads, self._head_dim
@@ -110,9 +110,8 @@ class TorchLlama:
         for i, layer in enumerate(self._layers):
             attention, mlp = layer.self_attn, layer.mlp
             h = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, self._eps)
-            q = _rotate(self._heads(linear(i, "q_proj", attention.q_proj, h)), cos, sin)
-            k = _rotate(self._heads(linear(i, "k_proj", attention.k_proj, h)), cos, sin)
-            v = self._heads(linear(i, "v_proj", attention.v_proj, h))
+            q, k, v = (linear(i, target, getattr(attention, target), h) for target in ("q_proj", "k_proj", "v_proj"))
+            q, k, v = _rotate(self._heads(q), cos, sin), _rotate(self._heads(k), cos, sin), self._heads(v)
             self._keys[i].flatten(0, 1)[step.kv_rows] = k
             self._values[i].flatten(0, 1)[step.kv_rows] = v
             attended = self._attend(q, self._keys[i], self._values[i], step)
@@ -186,7 +185,7 @@ def _attend_in_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
 
 def _attend_gathered(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
     """What `_attend_in_blocks` gives, on any device and in any dtype."""
-    if step.max_new == 1:
+    if step.max_new == 1 and len(step.lengths) > 1:
         seen = torch.arange(step.tables.shape[1] * keys.shape[1], device=q.device) < step.lengths[:, None]
         # What lies in the blocks beyond a sequence's end may be another's NaN, which a mask alone lets through.
         k, v = (
@@ -199,14 +198,20 @@ def _attend_gathered(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     starts, lengths = step.starts.tolist(), step.lengths.tolist()
     for s, (start, end, length) in enumerate(zip(starts[:-1], starts[1:], lengths, strict=True)):
         k, v = (blocks[step.tables[s]].flatten(0, 1)[:length].transpose(0, 1)[None] for blocks in (keys, values))
-        mask = torch.arange(length, device=q.device) <= step.positions[start:end, None]
+        # A sequence's last token sees everything, and needs no mask.
+        mask = None if end - start == 1 else torch.arange(length, device=q.device) <= step.positions[start:end, None]
         queries = q[start:end].transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=True)
         outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _signed(sin: torch.Tensor) -> torch.Tensor:
+    """The sine table as `_rotate` takes it: its first half negative."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (arXiv:2104.09864) in the half-split layout of Llama's released weights."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * signed_sin
