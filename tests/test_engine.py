@@ -105,7 +105,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def new_engine(base: BaseModel, backend: str, **changes: int) -> Engine:
     sizes = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_loras": 4} | changes
-    model = load_quantized(base, Quantization(compute_dtype="float32"), "cuda" if backend == "cuda" else "cpu")
+    return engine_of(base, Quantization(compute_dtype="float32"), backend, **sizes)
+
+
+def engine_of(base: BaseModel, quantization: Quantization, backend: str, **sizes: int) -> Engine:
+    model = load_quantized(base, quantization, "cuda" if backend == "cuda" else "cpu")
     engine = Engine(model, **sizes)  # type: ignore[arg-type]
     assert type(engine._llama).__name__ == ("CpuLlama" if backend == "kernels" else "TorchLlama")
     return engine
@@ -384,7 +388,7 @@ def test_b3_what_can_never_fit_is_refused_at_once(engine: Engine) -> None:
         engine.add_request(EngineRequest("r", PROMPTS[3], greedy(107)), lambda deltas: None)
 
 
-def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel) -> None:
+def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel, backend: str) -> None:
     """The embedded model in bf16 compute: mean distance of log-probabilities from the fp32 reference."""
     token_ids = list(range(3000, 3096))
     with torch.inference_mode():
@@ -393,7 +397,9 @@ def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel) -> 
         del fp32
         bf16 = load_quantized(embedded_base, Quantization(compute_dtype="bfloat16"))
         theirs = bf16(torch.tensor([token_ids])).logits[0].float().log_softmax(-1)
-    engine = Engine(bf16, max_model_len=128, max_num_seqs=1)
+    del bf16  # bitsandbytes has repacked it
+    sizes = {"max_model_len": 128, "max_num_seqs": 1}
+    engine = engine_of(embedded_base, Quantization(compute_dtype="bfloat16"), backend, **sizes)
     answers = answer(engine, token_ids, SamplingParams(max_tokens=0, prompt_logprobs=20))
     ours = answers.prompt_logprobs["r"][1:]
     distances, their_distances, agreed = [], [], 0

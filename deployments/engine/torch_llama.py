@@ -7,6 +7,7 @@ are gathered before attention.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from deployments.engine.cuda_graphs import DecodeGraphs
-from deployments.engine.llama import ForwardBatch, kv_sizes, num_kv_blocks
+from deployments.engine.llama import TARGETS, ForwardBatch, kv_sizes, num_kv_blocks
 from deployments.engine.lora import NO_ADAPTER, LoraStacks, LoraWeights, StackedLora
 from deployments.engine.step import Step
 
@@ -37,7 +38,7 @@ class TorchLlama:
         self._embed_tokens: torch.Tensor = model.model.embed_tokens.weight
         self._norm: torch.Tensor = model.model.norm.weight
         self._lm_head: torch.Tensor = model.lm_head.weight
-        self._layers: list[Any] = list(model.model.layers)
+        self._layers = [_Layer(layer, fuse=self.device.type == "cpu") for layer in model.model.layers]
         cos, sin = model.model.rotary_emb(self._embed_tokens[:1], torch.arange(max_model_len, device=self.device)[None])
         self._cos: torch.Tensor = cos[0, :, None]  # [max_model_len, 1, head_dim]
         self._sin: torch.Tensor = _signed(sin)[0, :, None]
@@ -96,8 +97,10 @@ class TorchLlama:
         """All layers; hidden states of all tokens before the last norm, [num_tokens, hidden]."""
         own = None if stacked is None else step.slots[:, None] == stacked.owner  # [num_tokens, columns]
 
-        def linear(i: int, target: str, module: Any, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = module(x)
+        def adapted(i: int, targets: Sequence[str], linears: _Linears, x: torch.Tensor) -> list[torch.Tensor]:
+            return [add_lora(i, target, x, y) for target, y in zip(targets, linears(x), strict=True)]
+
+        def add_lora(i: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             pair = None if stacked is None else stacked.pairs.get((i, target))
             if pair is None or own is None:
                 return y
@@ -108,21 +111,84 @@ class TorchLlama:
         x = F.embedding(step.token_ids, self._embed_tokens)
         cos, sin = self._cos[step.positions], self._sin[step.positions]
         for i, layer in enumerate(self._layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            h = F.rms_norm(x, x.shape[-1:], layer.input_layernorm.weight, self._eps)
-            q, k, v = (linear(i, target, getattr(attention, target), h) for target in ("q_proj", "k_proj", "v_proj"))
-            q, k, v = _rotate(self._heads(q), cos, sin), _rotate(self._heads(k), cos, sin), self._heads(v)
+            h = F.rms_norm(x, x.shape[-1:], layer.input_norm, self._eps)
+            q, k, v = (self._heads(y) for y in adapted(i, TARGETS[:3], layer.qkv, h))
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             self._keys[i].flatten(0, 1)[step.kv_rows] = k
             self._values[i].flatten(0, 1)[step.kv_rows] = v
-            attended = self._attend(q, self._keys[i], self._values[i], step)
-            x = x + linear(i, "o_proj", attention.o_proj, attended.flatten(1))
-            h = F.rms_norm(x, x.shape[-1:], layer.post_attention_layernorm.weight, self._eps)
-            gate, up = linear(i, "gate_proj", mlp.gate_proj, h), linear(i, "up_proj", mlp.up_proj, h)
-            x = x + linear(i, "down_proj", mlp.down_proj, F.silu(gate) * up)
+            attended = self._attend(q, self._keys[i], self._values[i], step).flatten(1)
+            (o,) = adapted(i, TARGETS[3:4], layer.o, attended)
+            x = x + o
+            h = F.rms_norm(x, x.shape[-1:], layer.post_norm, self._eps)
+            gate, up = adapted(i, TARGETS[4:6], layer.gate_up, h)
+            (down,) = adapted(i, TARGETS[6:], layer.down, F.silu(gate) * up)
+            x = x + down
         return x
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(len(x), -1, self._head_dim)
+
+
+class _Layer:
+    """What the forward takes of a transformers layer. `fuse`: linears of the same input become one."""
+
+    def __init__(self, layer: Any, *, fuse: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm: torch.Tensor = layer.input_layernorm.weight
+        self.post_norm: torch.Tensor = layer.post_attention_layernorm.weight
+        self.qkv = _Linears([attention.q_proj, attention.k_proj, attention.v_proj], fuse=fuse)
+        self.o = _Linears([attention.o_proj], fuse=fuse)
+        self.gate_up = _Linears([mlp.gate_proj, mlp.up_proj], fuse=fuse)
+        self.down = _Linears([mlp.down_proj], fuse=fuse)
+
+
+class _Linears:
+    """4-bit linears of the same input; [num_tokens, in_features] -> one [num_tokens, out_features] for each.
+
+    On a CPU a call costs more than a small batch computes, so they are fused there, unless a forward has run and
+    bitsandbytes has repacked them. On CUDA graphs take the calls' cost away, and double quantization stays.
+    """
+
+    def __init__(self, linears: list[Any], *, fuse: bool) -> None:
+        self._sizes = [linear.out_features for linear in linears]
+        repacked = any(getattr(linear.weight.quant_state, "packing_format_for_cpu", False) for linear in linears)
+        self._linears = [_fused(linears)] if fuse and len(linears) > 1 and not repacked else linears
+
+    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        if len(self._linears) == len(self._sizes):
+            return [linear(x) for linear in self._linears]
+        y: torch.Tensor = self._linears[0](x)
+        return torch.split(y, self._sizes, dim=-1)
+
+
+def _fused(linears: list[Any]) -> Any:
+    """One NF4 linear with the rows of several, which dequantizes to the same bits; their own weights are freed."""
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    states = [linear.weight.quant_state for linear in linears]
+    absmax = [
+        dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        for state in states
+    ]
+    num_rows, first = sum(state.shape[0] for state in states), states[0]
+    state = QuantState(
+        absmax=torch.cat(absmax).float(),
+        shape=torch.Size((num_rows, first.shape[1])),
+        code=first.code,
+        blocksize=first.blocksize,
+        quant_type=first.quant_type,
+        dtype=first.dtype,
+    )
+    fused = Linear4bit(
+        first.shape[1], num_rows, bias=False, compute_dtype=linears[0].compute_dtype, quant_type="nf4", device="meta"
+    ).eval()
+    data = torch.cat([linear.weight.data.view(-1, 1) for linear in linears])
+    fused.support_avx512bf16_for_cpu = linears[0].support_avx512bf16_for_cpu  # off where the model computes in float32
+    fused.weight = Params4bit(data, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    for linear in linears:
+        linear.weight.data = torch.empty(0, dtype=torch.uint8)
+    return fused
 
 
 def varlen_attn_reads_blocks(
