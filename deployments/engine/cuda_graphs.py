@@ -69,7 +69,8 @@ class DecodeGraphs:
         key = (size, stacked is not None)
         recording = self._recordings.get(key)
         if recording is None or recording.stacked is not stacked:
-            self._recordings.pop(key, None)
+            if recording is not None:  # those with adapters hold stacks that are no longer used
+                self._recordings = {key: kept for key, kept in self._recordings.items() if kept.stacked is None}
             recording = self._recordings[key] = self._record(step, stacked)
         recording.step.copy_(step)
         recording.graph.replay()

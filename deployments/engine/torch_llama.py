@@ -162,7 +162,7 @@ class _Linears:
 
 
 def _fused(linears: list[Any]) -> Any:
-    """One NF4 linear with the rows of several, which dequantizes to the same bits; their own weights are freed."""
+    """One 4-bit linear with the rows of several, which dequantizes to the same bits; their own weights are freed."""
     from bitsandbytes.functional import QuantState, dequantize_blockwise
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -180,12 +180,13 @@ def _fused(linears: list[Any]) -> Any:
         quant_type=first.quant_type,
         dtype=first.dtype,
     )
+    kind = {"quant_type": first.quant_type}
     fused = Linear4bit(
-        first.shape[1], num_rows, bias=False, compute_dtype=linears[0].compute_dtype, quant_type="nf4", device="meta"
+        first.shape[1], num_rows, bias=False, compute_dtype=linears[0].compute_dtype, device="meta", **kind
     ).eval()
     data = torch.cat([linear.weight.data.view(-1, 1) for linear in linears])
     fused.support_avx512bf16_for_cpu = linears[0].support_avx512bf16_for_cpu  # off where the model computes in float32
-    fused.weight = Params4bit(data, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True)
+    fused.weight = Params4bit(data, requires_grad=False, quant_state=state, bnb_quantized=True, **kind)
     for linear in linears:
         linear.weight.data = torch.empty(0, dtype=torch.uint8)
     return fused
