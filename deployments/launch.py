@@ -9,7 +9,6 @@ import errno
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
