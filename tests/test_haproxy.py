@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -11,7 +12,7 @@ import pytest
 
 from deployments.errors import ServeError
 from deployments.haproxy import restricted
-from tests.conftest import RunningServer
+from tests.conftest import RunningServer, is_up
 
 CONFIG = """global
     stats socket /run/admin.sock mode 666 level admin expose-fd listeners
@@ -51,21 +52,16 @@ def processes(server: RunningServer, name: str) -> list[psutil.Process]:
 
 
 def test_c3_http_is_on_the_loopback_interface_only(server: RunningServer) -> None:
-    (haproxy,) = processes(server, "bin/haproxy")
     (ingress,) = processes(server, "ChatIngress")
-    port = httpx.URL(server.url).port
-    listening = [c.laddr for c in haproxy.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert [(address.ip, address.port) for address in listening] == [("127.0.0.1", port)]
-    direct = [c.laddr for c in ingress.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    answering = {a.ip for a in direct if httpx_answers(f"http://127.0.0.1:{a.port}/healthz")}
+    haproxies = processes(server, "bin/haproxy")  # one that Ray replaced may still finish its connections
+    listening = {(a.ip, a.port) for haproxy in haproxies for a in listening_on(haproxy)}
+    assert listening == {("127.0.0.1", httpx.URL(server.url).port)}
+    answering = {a.ip for a in listening_on(ingress) if is_up(f"http://127.0.0.1:{a.port}/healthz")}
     assert answering == {"127.0.0.1"}
 
 
-def httpx_answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
+def listening_on(process: psutil.Process) -> list[Any]:
+    return [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
 
 
 def test_d2_without_an_ingress_replica_the_answer_is_503_until_there_is_a_new_one(server: RunningServer) -> None:
@@ -75,8 +71,8 @@ def test_d2_without_an_ingress_replica_the_answer_is_503_until_there_is_a_new_on
     while (response := httpx.get(f"{server.url}/v1/models", timeout=20)).status_code != 200:
         refusals.append(response)
         time.sleep(0.1)
-        assert time.monotonic() - started < 15, response.text
+        assert time.monotonic() - started < 30, response.text  # 8 to 11 s on a quiet machine
     for response in refusals:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error"]["code"] == "not_ready"
-    assert refusals or time.monotonic() - started > 0.5  # something was missed in between
+    assert refusals
