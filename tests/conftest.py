@@ -5,6 +5,7 @@ quickstart is trained once, by the command a user types, and served once, likewi
 it is trained while the others run.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -79,6 +81,16 @@ def is_up(url: str, headers: dict[str, str] | None = None) -> bool:
         return httpx.get(url, headers=headers, timeout=30).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def descendants(pid: int, name: str) -> list[psutil.Process]:
+    """Descendants of a process with this name in their command line; those that end meanwhile are left out."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

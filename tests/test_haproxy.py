@@ -1,5 +1,6 @@
 """HAProxy in front of the API: what it opens, what it answers by itself, and what it refuses to run with (C3, D2)."""
 
+import json
 import os
 import signal
 import time
@@ -11,8 +12,8 @@ import psutil
 import pytest
 
 from deployments.errors import ServeError
-from deployments.haproxy import restricted
-from tests.conftest import RunningServer, is_up
+from deployments.haproxy import restricted, unavailable
+from tests.conftest import RunningServer, descendants, is_up
 
 CONFIG = """global
     stats socket /run/admin.sock mode 666 level admin expose-fd listeners
@@ -47,13 +48,9 @@ def test_c3_an_unknown_configuration_is_refused(lost: str) -> None:
         restricted(CONFIG.replace(lost, "something else"), Path("/run/unavailable.http"))
 
 
-def processes(server: RunningServer, name: str) -> list[psutil.Process]:
-    return [p for p in psutil.Process(server.pid).children(recursive=True) if name in " ".join(p.cmdline())]
-
-
 def test_c3_http_is_on_the_loopback_interface_only(server: RunningServer) -> None:
-    (ingress,) = processes(server, "ChatIngress")
-    haproxies = processes(server, "bin/haproxy")  # one that Ray replaced may still finish its connections
+    (ingress,) = descendants(server.pid, "ChatIngress")
+    haproxies = descendants(server.pid, "bin/haproxy")  # one that Ray replaced may still finish its connections
     listening = {(a.ip, a.port) for haproxy in haproxies for a in listening_on(haproxy)}
     assert listening == {("127.0.0.1", httpx.URL(server.url).port)}
     answering = {a.ip for a in listening_on(ingress) if is_up(f"http://127.0.0.1:{a.port}/healthz")}
@@ -64,15 +61,23 @@ def listening_on(process: psutil.Process) -> list[Any]:
     return [c.laddr for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
 
 
-def test_d2_without_an_ingress_replica_the_answer_is_503_until_there_is_a_new_one(server: RunningServer) -> None:
-    (ingress,) = processes(server, "ChatIngress")
+def test_what_haproxy_answers_itself_is_an_openai_error() -> None:
+    head, _, body = unavailable().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 503 ")
+    assert "retry-after: 1" in head
+    assert f"content-length: {len(body.encode())}" in head
+    assert json.loads(body)["error"]["code"] == "not_ready"
+
+
+def test_d2_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_new_one(server: RunningServer) -> None:
+    (ingress,) = descendants(server.pid, "ChatIngress")
     os.kill(ingress.pid, signal.SIGKILL)
     refusals, started = [], time.monotonic()
-    while (response := httpx.get(f"{server.url}/v1/models", timeout=20)).status_code != 200:
+    while (response := httpx.get(f"{server.url}/v1/models", timeout=60)).status_code != 200:
         refusals.append(response)
         time.sleep(0.1)
-        assert time.monotonic() - started < 30, response.text  # 8 to 11 s on a quiet machine
+        assert time.monotonic() - started < 30, response.text  # 8 to 12 s on a quiet machine
     for response in refusals:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error"]["code"] == "not_ready"
-    assert refusals
+    assert ingress.pid not in {process.pid for process in descendants(server.pid, "ChatIngress")}

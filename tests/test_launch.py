@@ -1,6 +1,5 @@
 """A served YAML as a whole: replicas come and go with the load, and a taken port is said in one line (D16)."""
 
-import contextlib
 import json
 import signal
 import socket
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import serve_config
+from tests.conftest import descendants, serve_config
 
 # Runs beside pytest: it owns a Ray cluster. Prints the number of model replicas before, during and after a load.
 _LOAD = """
@@ -113,7 +112,7 @@ def test_d5_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embed
     command = [sys.executable, "-m", "clients.cli", "serve", str(config)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         deadline = time.monotonic() + 60
-        while not (replicas := named(process.pid, "ServeReplica")) and time.monotonic() < deadline:
+        while not (replicas := descendants(process.pid, "ServeReplica")) and time.monotonic() < deadline:
             time.sleep(0.2)
         everything = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
@@ -124,16 +123,6 @@ def test_d5_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embed
     assert "SIGTERM received" not in output
     _, alive = psutil.wait_procs(everything, timeout=15)
     assert not alive
-
-
-def named(pid: int, name: str) -> list[psutil.Process]:
-    """Descendants of a process with this name in their command line; those that end meanwhile are left out."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
 
 
 def test_corral_bench_starts_the_server_that_it_measures(tmp_path: Path, embedded_base: object) -> None:
