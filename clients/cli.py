@@ -233,22 +233,20 @@ def bench(
 ) -> None:
     """Put load on a chat server: tokens per second, time to first token, time per output token."""
     import secrets
+    from dataclasses import replace
 
     from clients.bench.results import Settings, numbers
     from clients.bench.run import Output, run_bench
     from clients.bench.stream import ChatServer
-    from clients.server import http_address, read_serve_config, running
+    from clients.server import read_serve_config, running
     from training.errors import ConfigError
 
     if url and serve_config:
         raise ConfigError(f"{url} and --serve {serve_config}: give one of them")
     content = read_serve_config(serve_config) if serve_config else None
-    if content is not None:
-        url = "http://{}:{}".format(*http_address(content))
-    server = ChatServer(url or _DEFAULT_URL, api_key, verify=not insecure, timeout_s=timeout)
     several_turns = workload == "shared-prefix"
     settings = Settings(
-        url=server.url,
+        url=url or _DEFAULT_URL,
         models=tuple(models or ()),
         workload=workload,
         concurrency=numbers("--concurrency", concurrency or ("" if rate else "1,8,32"), int),
@@ -267,8 +265,11 @@ def bench(
         label=label,
     )
     try:
-        with running(content) if content is not None else contextlib.nullcontext():
-            results = run_bench(settings, server, Output(json, plot, tuple(compare or ())))
+        with contextlib.ExitStack() as up:
+            if content is not None:
+                settings = replace(settings, url=up.enter_context(running(content)).url)
+            server = ChatServer(settings.url, api_key, verify=not insecure, timeout_s=timeout)
+            results = run_bench(replace(settings, url=server.url), server, Output(json, plot, tuple(compare or ())))
     except KeyboardInterrupt:
         sys.exit(130)
     if results.interrupted:

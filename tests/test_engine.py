@@ -6,6 +6,7 @@ Everything runs on the compiled CPU kernels, on torch's operators, and on a GPU 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,9 +109,9 @@ def new_engine(base: BaseModel, backend: str, **changes: int) -> Engine:
     return engine_of(base, Quantization(compute_dtype="float32"), backend, **sizes)
 
 
-def engine_of(base: BaseModel, quantization: Quantization, backend: str, **sizes: int) -> Engine:
+def engine_of(base: BaseModel, quantization: Quantization, backend: str, **sizes: Any) -> Engine:
     model = load_quantized(base, quantization, "cuda" if backend == "cuda" else "cpu")
-    engine = Engine(model, **sizes)  # type: ignore[arg-type]
+    engine = Engine(model, **sizes)
     assert type(engine._llama).__name__ == ("CpuLlama" if backend == "kernels" else "TorchLlama")
     return engine
 

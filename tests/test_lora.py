@@ -19,8 +19,8 @@ def weights(r: int, *places: tuple[int, str], scaling: float = 2.0) -> LoraWeigh
 
 def applied(stacks: LoraStacks, slot: int, place: tuple[int, str], x: torch.Tensor) -> torch.Tensor:
     """What the forward adds for a token of this slot."""
-    a, b = stacks.stacked.pairs[place]
-    return torch.where(stacks.stacked.owner == slot, x @ a.T, 0) @ b
+    owned = stacks.stacked.owned_by(torch.full((len(x),), slot))
+    return stacks.stacked.add(place, owned, x, torch.zeros(len(x), 5))
 
 
 def expected(adapter: LoraWeights, place: tuple[int, str], x: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,10 @@ from deployments.engine.cuda_graphs import decode_sizes
 from deployments.engine.engine import Engine
 from deployments.engine.llama import ForwardBatch
 from deployments.engine.lora import LoraWeights
-from deployments.engine.request import Delta, EngineRequest, SamplingParams
+from deployments.engine.request import EngineRequest
 from deployments.engine.step import padded
 from deployments.engine.torch_llama import TorchLlama, varlen_attn_reads_blocks
+from tests.test_engine import Answers, drain, greedy
 from training.base_models import BaseModel, Quantization, load_quantized
 
 CPU = torch.device("cpu")
@@ -81,20 +82,13 @@ def test_attention_over_blocks_works_on_this_gpu() -> None:
     assert varlen_attn_reads_blocks(torch.device("cuda"), torch.bfloat16, 32, 8, 128)
 
 
-def greedy(engine: Engine, adapters: list[str | None]) -> list[list[int]]:
-    """Answers of one length to prompts that fit one step together, so that all steps after it are of one size."""
-    answers: list[list[int]] = [[] for _ in adapters]
-
-    def receiver(answer: list[int]) -> Callable[[list[Delta]], None]:
-        return lambda deltas: answer.extend(token for delta in deltas for token in delta.token_ids)
-
-    for i, (adapter, answer) in enumerate(zip(adapters, answers, strict=True)):
-        sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-        prompt = list(range(10 * i + 1, 10 * i + 31))
-        engine.add_request(EngineRequest(str(i), prompt, sampling, adapter), receiver(answer))
-    while engine.step():
-        pass
-    return answers
+def answers_of_one_length(engine: Engine, adapters: list[str | None]) -> dict[str, list[int]]:
+    """To prompts that fit one step together, so that all steps after it are of one size."""
+    answers = Answers()
+    for i, adapter in enumerate(adapters):
+        answers.add(engine, EngineRequest(str(i), list(range(10 * i + 1, 10 * i + 31)), greedy(24), adapter))
+    drain(engine)
+    return answers.tokens
 
 
 @pytest.mark.gpu
@@ -106,9 +100,9 @@ def test_a_replayed_step_gives_what_its_operators_give_also_after_the_stacks_mov
     for name, r in {"r8": 8, "r4": 4, "r64": 64}.items():  # the last makes the stacks larger, at other addresses
         assert engine.load_adapter(name, engine.lora_weights(random_adapter(model.config, r, r), 2.0))
         for adapters in ([None] * 4, [name, None, "r8", name]):
-            replayed = greedy(engine, adapters)
+            replayed = answers_of_one_length(engine, adapters)
             graphs = llama._graphs
             assert graphs is not None, "a recording failed"
             llama._graphs = None
-            assert greedy(engine, adapters) == replayed
+            assert answers_of_one_length(engine, adapters) == replayed
             llama._graphs = graphs

@@ -2,7 +2,6 @@
 with one call, so that small batches do not wait for Python (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/).
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +11,6 @@ import torch
 from deployments.engine.llama import ForwardBatch
 from deployments.engine.lora import StackedLora
 from deployments.engine.step import Step, padded
-
-logger = logging.getLogger(__name__)
 
 Forward = Callable[[Step, StackedLora | None], torch.Tensor]
 

@@ -69,6 +69,18 @@ class StackedLora:
     pairs: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
     owner: torch.Tensor
 
+    def owned_by(self, slots: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] adapter slots -> [num_tokens, columns], whether the column is of the token's adapter."""
+        return slots[:, None] == self.owner
+
+    def add(self, place: tuple[int, str], owned: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`y` ([num_tokens, out_features]) plus each token's own adapter applied to `x` ([num_tokens, in_features])."""
+        if place not in self.pairs:
+            return y
+        a, b = self.pairs[place]
+        # Not a product with the mask: infinity of one token's adapter would reach its neighbours.
+        return y + torch.where(owned, x @ a.T, 0) @ b
+
 
 class LoraStacks:
     """All loaded adapters, one A and one B for each linear: multiply by the whole stack, zero the columns of other

@@ -95,18 +95,13 @@ class TorchLlama:
 
     def _run(self, step: Step, stacked: StackedLora | None) -> torch.Tensor:
         """All layers; hidden states of all tokens before the last norm, [num_tokens, hidden]."""
-        own = None if stacked is None else step.slots[:, None] == stacked.owner  # [num_tokens, columns]
+        owned = None if stacked is None else stacked.owned_by(step.slots)
 
-        def adapted(i: int, targets: Sequence[str], linears: _Linears, x: torch.Tensor) -> list[torch.Tensor]:
-            return [add_lora(i, target, x, y) for target, y in zip(targets, linears(x), strict=True)]
-
-        def add_lora(i: int, target: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            pair = None if stacked is None else stacked.pairs.get((i, target))
-            if pair is None or own is None:
-                return y
-            a, b = pair
-            # Not a product with the mask: infinity of one token's adapter would reach its neighbours.
-            return y + torch.where(own, x @ a.T, 0) @ b
+        def adapted(i: int, targets: Sequence[str], linears: _Linears, x: torch.Tensor) -> Sequence[torch.Tensor]:
+            outputs = linears(x)
+            if stacked is None or owned is None:
+                return outputs
+            return [stacked.add((i, target), owned, x, y) for target, y in zip(targets, outputs, strict=True)]
 
         x = F.embedding(step.token_ids, self._embed_tokens)
         cos, sin = self._cos[step.positions], self._sin[step.positions]
