@@ -44,7 +44,7 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     assert config.learning_rate == 1e-3
     assert config.data.held_out == 0.2
-    assert config.data.path == "rows.jsonl"
+    assert config.data.paths == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,10 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("lora.rr=8", "unknown key 'lora.rr' (value 8): did you mean 'lora.r'?"),
         ("lora_alpha=8", "unknown key 'lora_alpha' (value 8): did you mean 'lora.lora_alpha'?"),
         ("data.heldout=0.1", "unknown key 'data.heldout' (value 0.1): did you mean 'data.held_out'?"),
+        ("data.path=[a, {path: b, wieght: 2}]", "'data.path.1.wieght' (value 2): did you mean 'data.path.weight'?"),
+        ("data.path={path: b, weight: 0}", "key 'data.path.0.weight' has value 0: "),
+        ("data.path=7", "key 'data.path' has value 7: name a file, a folder, a glob or a hub dataset id"),
+        ("data.columns={question: q}", "key 'data.columns"),
         ("lora.r=0", "key 'lora.r' has value 0: "),
         ("lora.r=eight", "key 'lora.r' has value 'eight': "),
         ("lora.target_modules=[lm_head]", "key 'lora.target_modules' has value ['lm_head']: "),
