@@ -562,7 +562,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None
 
     def peak_mib(num_rows: int) -> float:
         path = tmp_path / f"{num_rows}.{suffix}"
-        rows = [row(f"{index} " + "hum " * 200, f"answer {index} " * 40) for index in range(num_rows)]
+        rows = [row(f"{index} " + "hum " * 60, f"answer {index} " * 20) for index in range(num_rows)]
         if suffix == "parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -571,21 +571,23 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None
         else:
             write(path, *rows)
         script = (
-            "import resource, sys\n"
+            "import re, sys\n"
             "from training.config import TrainConfig\n"
             "from training.inputs import read_data\n"
             "data = {'path': sys.argv[1], 'held_out': 0.1}\n"
             "config = TrainConfig.model_validate({'adapter': 'a', 'data': data})\n"
             "prepared = read_data(config, 'sft')\n"
             "assert len(prepared.train) + len(prepared.held_out) == int(sys.argv[2])\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+            "order = range(0, len(prepared.train), 7)\n"
+            "assert all(len(prepared.train[at]['input_ids']) > 100 for at in order)\n"
+            # not ru_maxrss, which a child inherits from its parent
+            "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)\n"
         )
         command = [sys.executable, "-c", script, str(path), str(num_rows)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    few, many = peak_mib(100), peak_mib(2000)
-    print(few, many)
-    assert many < few * 1.2, f"{few:.0f} MiB for 100 rows, {many:.0f} MiB for 2000"
+    few, many = peak_mib(500), peak_mib(10_000)
+    assert many < few * 1.2, f"{few:.0f} MiB for 500 rows, {many:.0f} MiB for 10,000"
 
 
 def test_workers_of_one_machine_prepare_once(tmp_path: Path) -> None:
