@@ -12,7 +12,7 @@ import yaml
 from training.config import TrainConfig, load_config, resolved
 from training.errors import ConfigError, CorralError
 from training.fit import FitResult, fit
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
@@ -41,6 +41,8 @@ def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> 
         dataset=result.inputs.dataset,
         config=dict(resolved(config)),
         run_name=result.run_name,
+        method="sft",
+        samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     registry = AdapterRegistry()
     return registry.register(result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement)

@@ -48,9 +48,9 @@ class LoraSettings(_Section):
 
 
 class GateConfig(_Section):
-    """When an adapter may be registered: its held-out loss must be at most `(1 - min_improvement)` x the base's."""
+    """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's."""
 
-    min_improvement: float = Field(default=0.0, ge=0, lt=1)
+    min_improvement: float = Field(default=0.0, ge=0)  # nats per token; 0: no worse than the base
 
 
 class TrainConfig(_Section):
