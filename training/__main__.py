@@ -59,9 +59,10 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
         lines.append(
             f"  held-out loss  base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f} ({share:.0%})"
         )
-    if result.inputs.skipped:
-        first = result.inputs.skipped[0]
-        lines.append(f"  rows skipped   {len(result.inputs.skipped)}, the first {first.source}: {first.reason}")
+    report = result.inputs.report
+    if skipped := [*report.skipped, *report.too_long]:
+        count = report.num_skipped + report.num_too_long
+        lines.append(f"  rows skipped   {count}, the first {skipped[0].source}: {skipped[0].reason}")
     for sample in result.samples:
         lines += [f"  > {_one_line(sample['prompt'])}"]
         lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]
