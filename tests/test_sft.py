@@ -18,10 +18,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import TrainConfig
-from training.data import IGNORED_LABEL
 from training.errors import TrainingError
 from training.inputs import read_inputs
 from training.qlora import attach_lora
+from training.row_store import IGNORED_LABEL
 from training.sft import LengthBucketSampler, SftResult, _Watch, held_out_loss, train
 
 PROJECT = Path(__file__).parent.parent

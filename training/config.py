@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from training.base_models import EMBEDDED_MODEL, Quantization
-from training.data import DataConfig
+from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
 
@@ -48,9 +48,9 @@ class LoraSettings(_Section):
 
 
 class GateConfig(_Section):
-    """When an adapter may be registered: its held-out loss must be at most `(1 - min_improvement)` x the base's."""
+    """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's."""
 
-    min_improvement: float = Field(default=0.0, ge=0, lt=1)
+    min_improvement: float = Field(default=0.0, ge=0)  # nats per token; 0: no worse than the base
 
 
 class TrainConfig(_Section):
@@ -134,12 +134,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file, a key or a value is not accepted; one line that names them.
     """
-    values = _read_yaml(Path(path))
+    return build_config(read_yaml(Path(path)), overrides, str(path))
+
+
+def build_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
+    """A `TrainConfig` of plain values, with `overrides` applied to them; `source` says in errors where they are from.
+
+    Raises:
+        ConfigError: a key or a value is not accepted.
+    """
     overridden = {_apply_override(values, override) for override in overrides}
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), overridden)) from None
+        raise ConfigError(_explain(error, source, overridden)) from None
 
 
 def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
@@ -212,7 +220,12 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else.
+    """
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -73,6 +73,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     if not on_cluster and not _ray_is_running_here():
         check_this_machine(config)
     inputs = read_inputs(config)
+    print(inputs.report.short(), file=sys.stderr)
     run_name = config.run_name or fresh_run_name(config.adapter)
     run_dir = _open_run(config, run_name)
     try:
@@ -215,8 +216,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         path = Path(name).expanduser()
         return str(path.absolute()) if path.exists() else name
 
-    data = config.data.model_copy(update={"path": [absolute(path) for path in config.data.paths]})
-    return config.model_copy(update={"base_model": absolute(config.base_model), "data": data})
+    return config.model_copy(
+        update={"base_model": absolute(config.base_model), "data": config.data.with_absolute_paths()}
+    )
 
 
 def _equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:

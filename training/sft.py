@@ -36,10 +36,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 from training.base_models import ComputeDtype, compute_dtype_on, load_quantized
 from training.chat_format import Message
 from training.config import TrainConfig
-from training.data import IGNORED_LABEL, TokenizedRow
 from training.errors import TrainingError
 from training.inputs import RunInputs, read_inputs
 from training.qlora import adapters_to_float32, attach_lora
+from training.row_store import IGNORED_LABEL, TokenizedRow
 
 _EVAL_BATCH_TOKENS = 2048  # padded tokens in one forward of the held-out evaluation
 _SAMPLE_TOKENS = 64
@@ -135,7 +135,7 @@ def train(
     samples: list[Sample] = []
     if run.rank == 0:
         model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
-        if inputs.held_out and config.sample_prompts:
+        if inputs.held_out_samples and config.sample_prompts:
             run.on_phase("sample answers of base and adapter")
             samples = _sample_answers(model, inputs, config.sample_prompts)
     return SftResult(metrics, samples, compute_dtype_on(device, config.quantization))
@@ -339,7 +339,7 @@ def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device, *, 
 
 def _sample_answers(model: PeftModel, inputs: RunInputs, num_prompts: int) -> list[Sample]:
     """Greedy answers to the first question of up to `num_prompts` held-out conversations, spread over them."""
-    chosen = inputs.held_out[:: max(1, len(inputs.held_out) // num_prompts)][:num_prompts]
+    chosen = inputs.held_out_samples[:: max(1, len(inputs.held_out_samples) // num_prompts)][:num_prompts]
     firsts = [next(i for i, m in enumerate(c.messages) if m.role == "assistant") for c in chosen]
     dialogs = [conversation.messages[:first] for conversation, first in zip(chosen, firsts, strict=True)]
     adapter = generate_answers(model, inputs, dialogs)
