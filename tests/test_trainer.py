@@ -1,5 +1,6 @@
-"""What a training step computes: the same as a plain PyTorch loop, packed or not, divided or not, on one worker or two."""
+"""What a training step computes: what a plain PyTorch loop does, packed or not, divided or not, on one worker or two."""
 
+import itertools
 import json
 import math
 import os
@@ -146,8 +147,9 @@ def test_packed_loss_and_gradients_are_those_of_rows_alone(tiny_base: BaseModel,
 
 def test_a_packed_run_learns_what_the_same_rows_teach_unpacked(config: TrainConfig, tmp_path: Path) -> None:
     """One pack of all rows a step is all rows a step."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_rows": 12})})
     every_row = {"max_length": 512, "per_device_train_batch_size": 1, "packing": True, "max_steps": 3}
-    unpacked = {"max_length": 512, "per_device_train_batch_size": 24, "max_steps": 3}
+    unpacked = {"max_length": 512, "per_device_train_batch_size": 12, "max_steps": 3}
     assert_same(trained(config, tmp_path / "1", **every_row), trained(config, tmp_path / "2", **unpacked))
 
 
@@ -186,21 +188,20 @@ from training.sft import train
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-folder = Path(sys.argv[1]) / os.environ["RANK"]
-run = Losses()
-run.rank = dist.get_rank()
-config = TrainConfig.model_validate_json(Path(sys.argv[1], "config.json").read_text())
-train(config, run, adapter_dir=folder / "a", scratch_dir=folder / "s", device=torch.device("cpu"))
-(folder / "losses.json").write_text(json.dumps(run.losses))
+for rows_a_step in (4, 7):
+    folder = Path(sys.argv[1], str(rows_a_step), os.environ["RANK"])
+    run = Losses()
+    run.rank = dist.get_rank()
+    config = TrainConfig.model_validate_json(Path(sys.argv[1], "config.json").read_text())
+    config = config.model_copy(update={"train_batch_size": rows_a_step})
+    train(config, run, adapter_dir=folder / "a", scratch_dir=folder / "s", device=torch.device("cpu"))
+    (folder / "losses.json").write_text(json.dumps(run.losses))
 """
 
 
-@pytest.mark.parametrize("rows_a_step", [4, 7])
-def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
-    config: TrainConfig, tmp_path: Path, rows_a_step: int
-) -> None:
+def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(config: TrainConfig, tmp_path: Path) -> None:
     """Steps of 7: the last of an epoch has 3 rows, and one worker sees more tokens than the other."""
-    config = config.model_copy(update={"per_device_train_batch_size": 2, "train_batch_size": rows_a_step})
+    config = config.model_copy(update={"per_device_train_batch_size": 2})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -211,10 +212,12 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
         for r in ("0", "1")
     ]
     assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
-    one = trained(config, tmp_path / "one")
-    for rank in ("0", "1"):
-        losses = json.loads((tmp_path / rank / "losses.json").read_text())
-        assert_same((losses, load_file(tmp_path / rank / "a" / "adapter_model.safetensors")), one)
+    for rows_a_step in (4, 7):
+        one = trained(config, tmp_path / f"one-{rows_a_step}", train_batch_size=rows_a_step)
+        for rank in ("0", "1"):
+            folder = tmp_path / str(rows_a_step) / rank
+            losses = json.loads((folder / "losses.json").read_text())
+            assert_same((losses, load_file(folder / "a" / "adapter_model.safetensors")), one)
 
 
 def test_neftune_noise_has_the_papers_scale_for_every_document(tiny_base: BaseModel, config: TrainConfig) -> None:
@@ -231,7 +234,7 @@ def test_neftune_noise_has_the_papers_scale_for_every_document(tiny_base: BaseMo
     assert len(seen) == 200
     largest = (torch.stack(seen) - plain).abs().amax((0, 1, 3))  # [num_tokens]
     starts = [0, 5, 7, 15]
-    for row, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
         bound = 5.0 / math.sqrt(len(ROWS[row]["input_ids"]) * plain.shape[-1])
         assert largest[start:end].max() <= bound * 1.01  # the base computes in bfloat16 where it can
         assert largest[start:end].max() > bound * 0.9
