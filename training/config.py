@@ -46,6 +46,12 @@ class LoraSettings(_Section):
             raise ValueError(f"name at least one of {', '.join(LLAMA_LINEARS)}, or 'all-linear'")
         return value
 
+    @property
+    def targets(self) -> list[LlamaLinear]:
+        """The linear layers that get an adapter, in the order of a Llama block."""
+        chosen = LLAMA_LINEARS if self.target_modules == "all-linear" else self.target_modules
+        return [name for name in LLAMA_LINEARS if name in chosen]
+
 
 class GateConfig(_Section):
     """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's."""
