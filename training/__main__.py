@@ -10,9 +10,10 @@ import sys
 import yaml
 
 from training.config import TrainConfig, load_config, resolved
-from training.errors import ConfigError, CorralError
+from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.signals import sigterm_interrupts
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
@@ -22,10 +23,14 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
         force: register an adapter that does not pass `gate` all the same; its manifest says so.
 
     Raises:
-        CorralError: the run failed, or its adapter is refused.
+        CorralError: the run failed or was stopped, or its adapter is refused.
     """
-    result = fit(config, debug=debug)
-    manifest = register(config, result, force=force)
+    with sigterm_interrupts():
+        result = fit(config, debug=debug)
+        try:
+            manifest = register(config, result, force=force)
+        except KeyboardInterrupt:  # the registry has a whole version or none
+            raise RunStopped(result.run_name) from None
     print(summary(manifest, result))
     return manifest
 

@@ -23,10 +23,11 @@ from typing import Any
 from training import errors
 from training.base_models import Quantization
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.errors import ConfigError, CorralError, TrainingError
+from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
 from training.progress import Progress, show_progress, write_progress
+from training.signals import kept_handlers, undisturbed
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
@@ -66,7 +67,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
     Raises:
-        CorralError: config, data or cluster do not fit, or the run failed; one line.
+        CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not _ray_is_running_here():
@@ -75,9 +76,12 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     print(inputs.report.short(), file=sys.stderr)
     run_name = config.run_name or fresh_run_name(config.adapter)
     run_dir = _open_run(config, run_name)
-    with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
-        write_progress(run_dir, Progress("starting Ray Train"))
-        _run_workers(config, run_name, run_dir, debug)
+    try:
+        with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
+            write_progress(run_dir, Progress("starting Ray Train"))
+            _run_workers(config, run_name, run_dir, debug)
+    except KeyboardInterrupt:
+        raise RunStopped(run_name) from None
     result = json.loads((run_dir / "result.json").read_text())
     quantization = config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]})
     return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization)
@@ -131,10 +135,13 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
         return
     quiet: dict[str, Any] = {} if debug else {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if on_cluster:
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, **quiet)
+        with kept_handlers():
+            if on_cluster:
+                ray.init(**quiet)
+            else:
+                # Its agents outlive a killed driver by this long, by default for a minute.
+                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+                ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
         raise TrainingError(f"{where} cannot be reached: {_one_line(error)}") from error
@@ -142,7 +149,8 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with undisturbed():
+            ray.shutdown()
 
 
 def _ray_is_running_here() -> bool:
@@ -183,7 +191,10 @@ def _run_workers(config: TrainConfig, run_name: str, run_dir: Path, debug: bool)
         ),
     )
     try:
-        trainer.fit()
+        with kept_handlers():
+            trainer.fit()
+    except SystemExit:  # what Ray Train makes of Ctrl-C, with exit code 0
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         _raise_recorded(run_dir)
         raise TrainingError(
