@@ -18,6 +18,7 @@ from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
+from training.trackers import TrackerName
 
 LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
@@ -98,6 +99,8 @@ class TrainConfig(_Section):
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=100, ge=1)
     sample_prompts: int = Field(default=3, ge=0, le=100)  # held-out prompts answered after training
+    report_to: list[TrackerName] = ["tensorboard"]  # beside metrics.jsonl and Ray's Prometheus endpoint; [] for none
+    price_per_hour: float | None = Field(default=None, ge=0)  # of all workers together, in any currency; for the report
 
     gate: GateConfig = GateConfig()
 

@@ -21,20 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from training import errors
-from training.base_models import Quantization
+from training.base_models import Quantization, base_name
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
-from training.progress import Progress, show_progress, write_progress
+from training.progress import Progress, progress_in, show_progress, write_progress
 from training.signals import kept_handlers, undisturbed
+from training.trackers import TrackedRun, Trackers, check_trackers, open_trackers
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
-    "gate", "logging_steps", "max_failures", "num_workers", "resources_per_worker", "run_name", "sample_prompts",
-    "save_steps", "storage_path", "use_gpu",
+    "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
+    "run_name", "sample_prompts", "save_steps", "storage_path", "use_gpu",
 }  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     Raises:
         CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
     """
+    check_trackers(config.report_to)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not _ray_is_running_here():
         check_this_machine(config)
@@ -77,7 +79,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     run_name = config.run_name or fresh_run_name(config.adapter)
     run_dir = _open_run(config, run_name)
     try:
-        with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
+        with _ray(on_cluster, debug), show_progress(progress_in(run_dir), f"{config.adapter} on {inputs.base.name}"):
             write_progress(run_dir, Progress("starting Ray Train"))
             _run_workers(config, run_name, run_dir, debug)
     except KeyboardInterrupt:
@@ -251,7 +253,7 @@ def _train_func(loop_config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(cpus)))
     _keep_quiet()
     with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
-        run = _RayRun(get_context().get_world_rank(), run_dir)
+        run = _RayRun(get_context().get_world_rank(), run_dir, config)
         resume_from = _last_whole_checkpoint()
         if run.rank == 0:
             _forget_steps_after(run_dir / "metrics.jsonl", _checkpoint_step(resume_from))
@@ -266,10 +268,12 @@ def _train_func(loop_config: dict[str, Any]) -> None:
                 resume_from=resume_from,
             )
         except CorralError as error:
+            run.close()
             if run.rank == 0:
                 _write_json(run_dir / "failure.json", {"error": type(error).__name__, "message": str(error)})
             raise
         if run.rank == 0:
+            run.close(result.metrics)
             shutil.rmtree(run_dir / "adapter", ignore_errors=True)
             shutil.copytree(adapter_dir, run_dir / "adapter")
             samples = [asdict(sample) for sample in result.samples]
@@ -282,9 +286,11 @@ def _train_func(loop_config: dict[str, Any]) -> None:
 class _RayRun:
     """A `training.sft.Run` on a Ray Train worker."""
 
-    def __init__(self, rank: int, run_dir: Path) -> None:
+    def __init__(self, rank: int, run_dir: Path, config: TrainConfig) -> None:
         self.rank = rank
         self._run_dir = run_dir
+        self._config = config
+        self._trackers: Trackers | None = None  # opened with the first step that is logged
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
 
     def on_phase(self, phase: str) -> None:
@@ -298,11 +304,33 @@ class _RayRun:
         line = json.dumps({"step": step, "num_steps": num_steps, "time": now, **metrics})
         with (self._run_dir / "metrics.jsonl").open("a") as file:
             file.write(line + "\n")
+        self._trackers = self._trackers or self._open_trackers(step)
+        self._trackers.log(step, metrics)
         first_step, started = self._started = self._started or (step, now)
         eta_s = (num_steps - step) * (now - started) / (step - first_step) if step > first_step else None
         write_progress(
             self._run_dir, Progress("training", step, num_steps, metrics["loss"], metrics["tokens_per_s"], eta_s)
         )
+
+    def close(self, result: Mapping[str, float] | None = None) -> None:
+        """Give the trackers the figures of a finished run, and say in `trackers.json` which of them failed."""
+        if self._trackers is not None:
+            if result is not None:
+                self._trackers.log(int(result["num_steps"]), {f"result/{key}": value for key, value in result.items()})
+            self._trackers.close()
+            _write_json(self._run_dir / "trackers.json", {"failed": self._trackers.failed})
+
+    def _open_trackers(self, first_step: int) -> Trackers:
+        config = self._config
+        run = TrackedRun(
+            name=self._run_dir.name,
+            adapter=config.adapter,
+            base=base_name(config.base_model),
+            config=resolved(config),
+            first_step=first_step,
+            tensorboard_dir=self._run_dir / "tensorboard",
+        )
+        return open_trackers(config.report_to, run)
 
     def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
         import ray.train
