@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from training.progress import Progress, progress_in, show_progress, write_progress
+from training.progress import Progress, read_progress, show_progress, write_progress
+from training.run_dir import RunDir
 
 TRAINING = Progress("training", 3, 12, 1.25, 1234.0, 3725.0)
 
 
 def test_written_progress_is_read_back_with_its_heartbeat(tmp_path: Path) -> None:
-    read = progress_in(tmp_path)
-    assert read() is None
-    write_progress(tmp_path, TRAINING)
-    assert read() == TRAINING
+    run_dir = RunDir(tmp_path, "run")
+    assert read_progress(run_dir) is None
+    write_progress(run_dir, TRAINING)
+    assert read_progress(run_dir) == TRAINING
     assert abs(TRAINING.time - time.time()) < 60
-    (tmp_path / "progress.json").write_text('{"phase": "tra')
-    assert read() is None
-    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+    (tmp_path / "run" / "progress.json").write_text('{"phase": "tra')
+    assert read_progress(run_dir) is None
 
 
 def test_line_names_step_loss_speed_and_time_left() -> None:

@@ -134,7 +134,7 @@ def test_a_run_is_seen_live_at_rays_prometheus_endpoint_and_afterwards_in_tensor
     finally:
         ended.set()
         scraper.join()
-    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in str(result.run_dir.read_text("metrics.jsonl")).splitlines()]
     by_step = {line["step"]: line for line in lines}
     assert 0 < scraped["ray_corral_train_step"] <= 30
     reached = by_step[int(scraped["ray_corral_train_step"])]
@@ -144,11 +144,11 @@ def test_a_run_is_seen_live_at_rays_prometheus_endpoint_and_afterwards_in_tensor
     assert scraped["ray_corral_train_grad_norm"] > 0
     assert reached["learning_rate"] == pytest.approx(scraped["ray_corral_train_learning_rate"], abs=1e-5)
 
-    shown = scalars(result.run_dir)
+    shown = scalars(Path(result.run_dir.address))
     assert [step for step, _ in shown["train/loss"]] == list(range(1, 31))
     assert [step for step, _ in shown["eval/eval_loss"]] == [15, 30]
     assert shown["result/base_eval_loss"][0][1] == pytest.approx(result.metrics["base_eval_loss"], rel=1e-5)
-    assert json.loads((result.run_dir / "trackers.json").read_text()) == {"failed": {}}
+    assert result.run_dir.read_json("trackers.json") == {"failed": {}}
     for line in lines:
         assert line["peak_memory_bytes"] > 100 << 20
         assert line["samples_per_s"] > 0

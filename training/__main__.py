@@ -46,6 +46,8 @@ def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> 
         dataset=result.inputs.dataset,
         config=dict(resolved(config)),
         run_name=result.run_name,
+        evaluated_sha256=result.adapter_sha256,
+        changes=result.changes,
         method="sft",
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )

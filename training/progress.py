@@ -6,13 +6,14 @@ The worker writes `progress.json` into the run's directory with `write_progress`
 
 import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from training.errors import CorralError
+from training.run_dir import RunDir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,23 +66,16 @@ class Progress:
 ProgressReader = Callable[[], Progress | None]
 
 
-def write_progress(run_dir: Path, progress: Progress) -> None:
-    """Make `progress` the present state of the run in a local directory."""
-    fresh = run_dir / f".{PROGRESS_FILE}.{os.getpid()}.{threading.get_ident()}"
-    fresh.write_text(progress.to_json())
-    fresh.replace(run_dir / PROGRESS_FILE)
+def write_progress(run_dir: RunDir, progress: Progress) -> None:
+    """Make `progress` the present state of the run."""
+    run_dir.write_text(PROGRESS_FILE, progress.to_json())
 
 
-def progress_in(run_dir: Path) -> ProgressReader:
-    """Reads what `write_progress` wrote into a local directory; None where nothing is there."""
-
-    def read() -> Progress | None:
-        try:
-            return Progress.from_json((run_dir / PROGRESS_FILE).read_bytes())
-        except OSError:
-            return None
-
-    return read
+def read_progress(run_dir: RunDir) -> Progress | None:
+    """What `write_progress` wrote; None where nothing is there, or nothing can be read at the moment."""
+    with contextlib.suppress(CorralError):
+        return Progress.from_json(run_dir.read_text(PROGRESS_FILE) or "")
+    return None
 
 
 @contextlib.contextmanager
