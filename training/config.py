@@ -226,17 +226,25 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
 
 def check_this_machine(config: TrainConfig) -> None:
     """`check_resources` for the machine that this runs on."""
-    gpus, bf16 = 0, True
-    if (config.use_gpu is not False and Path("/dev/nvidiactl").exists()) or config.use_gpu is True:
+    gpus, bf16 = gpus_here(config), True
+    if gpus:
         import torch
 
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        bf16 = gpus == 0 or torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     check_resources(config, os.cpu_count() or 1, gpus, "this machine")
     if not bf16 and config.quantization.compute_dtype == "bfloat16":
         raise TrainingError(
             "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=auto"
         )
+
+
+def gpus_here(config: TrainConfig) -> int:
+    """GPUs of this machine that the run could use; imports torch only where there may be some."""
+    if config.use_gpu is False or not (config.use_gpu is True or Path("/dev/nvidiactl").exists()):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def wants_gpu(config: TrainConfig, gpus: float) -> bool:

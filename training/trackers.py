@@ -129,9 +129,7 @@ class TensorBoard:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         # Whoever reads the files forgets earlier entries from `purge_step` on.
-        self._writer = SummaryWriter(
-            str(run.tensorboard_dir), purge_step=run.first_step if run.first_step > 1 else None, flush_secs=10
-        )
+        self._writer = SummaryWriter(str(run.tensorboard_dir), purge_step=run.first_step, flush_secs=10)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the numbers of one step."""
