@@ -116,17 +116,20 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as lora.r=8 learning_rate=1e-4")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print configuration, rows, steps and memory, and stop")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print --dry-run as JSON")] = False,
     force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
 ) -> None:
     """Train an adapter here and register it."""
-    from training.config import load_config, resolved
+    from training.config import load_config
 
     settings = load_config(config, overrides or [])
     if dry_run:
-        import yaml
+        from training import plan
 
-        print(yaml.safe_dump(dict(resolved(settings)), sort_keys=False), end="")
+        print(plan.dry_run(settings, as_json=as_json))
         return
     from training.__main__ import run_training
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,16 @@ from training.config import TrainConfig, check_resources, check_this_machine, re
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
-from training.progress import Progress, show_progress
+from training.progress import Progress, read_progress, show_progress, write_progress
 from training.run_dir import RunDir
 from training.signals import kept_handlers, undisturbed
+from training.trackers import check_trackers
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
-    "gate", "logging_steps", "max_failures", "num_workers", "resources_per_worker", "run_name", "sample_prompts",
-    "save_steps", "storage_path", "use_gpu",
+    "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
+    "run_name", "sample_prompts", "save_steps", "storage_path", "use_gpu",
 }  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     Raises:
         CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
     """
+    check_trackers(config.report_to)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not _ray_is_running_here():
         check_this_machine(config)
@@ -77,13 +79,14 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
     config = _open_run(config, run_dir)
     run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
+    title = f"{config.adapter} on {inputs.base.name}"
     try:
         with (
             _ray(on_cluster, debug),
             _driven(run_dir),
-            show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"),
+            show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
         ):
-            run_dir.write_json("progress.json", asdict(Progress("starting Ray Train")))
+            write_progress(run_dir, Progress("starting Ray Train"))
             _run_workers(config, run_dir, debug)
     except KeyboardInterrupt:
         raise RunStopped(run_dir.name) from None
