@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -76,12 +77,10 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     print(inputs.report.short(), file=sys.stderr)
     run_name = config.run_name or fresh_run_name(config.adapter)
     run_dir = _open_run(config, run_name)
-    try:
-        with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
-            write_progress(run_dir, Progress("starting Ray Train"))
-            _run_workers(config, run_name, run_dir, debug)
-    except KeyboardInterrupt:
-        raise RunStopped(run_name) from None
+    title = f"{config.adapter} on {inputs.base.name}"
+    with _recorded(run_name, run_dir), _ray(on_cluster, debug), show_progress(run_dir, title):
+        write_progress(run_dir, Progress("starting Ray Train"))
+        _run_workers(config, run_name, run_dir, debug)
     result = json.loads((run_dir / "result.json").read_text())
     quantization = config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]})
     return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization)
@@ -120,6 +119,24 @@ def _open_run(config: TrainConfig, run_name: str) -> Path:
             f"run directory {str(run_dir)!r} cannot be written: {error.strerror}: set storage_path"
         ) from error
     return run_dir
+
+
+@contextlib.contextmanager
+def _recorded(run_name: str, run_dir: Path) -> Iterator[None]:
+    """Tell in `driver.json` which process drives the run and until when, and in `failure.json` why it failed."""
+    driver = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "ended": None}
+    _write_json(run_dir / "driver.json", driver)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunStopped(run_name) from None
+    except CorralError as error:
+        with contextlib.suppress(OSError):
+            _write_json(run_dir / "failure.json", {"error": type(error).__name__, "message": str(error)})
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # the disk may be full
+            _write_json(run_dir / "driver.json", {**driver, "ended": time.time()})
 
 
 @contextlib.contextmanager

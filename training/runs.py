@@ -102,7 +102,11 @@ def read_runs(address: str) -> list[Run]:
     """
     fs, root = _open(address)
     try:
-        names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in fs.ls(root) if entry["type"] == "directory"]
+        names = [
+            entry["name"].rstrip("/").rpartition("/")[2]
+            for entry in fs.ls(root, detail=True)
+            if entry["type"] == "directory"
+        ]
     except FileNotFoundError:
         return []
     except Exception as error:  # an object store's client has its own
@@ -166,7 +170,7 @@ def stop_run(run: Run) -> None:
 def _read(fs: Any, root: str, address: str, name: str) -> Run | None:
     directory = f"{root}/{name}"
     try:
-        files = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in fs.ls(directory))
+        files = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in fs.ls(directory, detail=True))
         if "config.json" not in files:
             return None
         records = {record: _record(fs, f"{directory}/{record}") for record in _RECORDS if record in files}
