@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _TIMEOUT_S = 30.0
+_STOP_S = 30  # for a driver to end in order before Ray kills it; Ray's default is 3
 _RECONNECT_S = 1.0
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 _REFUSED = (401, 403)
@@ -119,7 +120,10 @@ class TrainingJobs:
                 self._client.submit_job(
                     entrypoint=shlex.join([*command, *(["--force"] if force else [])]),
                     submission_id=fresh_id,
-                    runtime_env={"working_dir": str(archive), "env_vars": dict(env)},
+                    runtime_env={
+                        "working_dir": str(archive),
+                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S), **env},
+                    },
                     metadata={
                         "corral": "train",
                         "run_name": run_name,
@@ -157,10 +161,10 @@ class TrainingJobs:
             unseen(text)
 
     def stop(self, job: TrainingJob) -> TrainingJob:
-        """Have the job's driver end in order (Ray kills it after three seconds), and wait for that."""
+        """Have the job's driver end in order, and wait until it has."""
         with self._guard():
             self._client.stop_job(job.submission_id)
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + 2 * _STOP_S
         while not job.has_ended and time.monotonic() < deadline:
             time.sleep(0.3)
             job = self.find(job.submission_id)
