@@ -80,16 +80,13 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     config = _open_run(config, run_dir)
     run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
     title = f"{config.adapter} on {inputs.base.name}"
-    try:
-        with (
-            _ray(on_cluster, debug),
-            _driven(run_dir),
-            show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
-        ):
-            write_progress(run_dir, Progress("starting Ray Train"))
-            _run_workers(config, run_dir, debug)
-    except KeyboardInterrupt:
-        raise RunStopped(run_dir.name) from None
+    with (
+        _recorded(run_dir),
+        _ray(on_cluster, debug),
+        show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
+    ):
+        write_progress(run_dir, Progress("starting Ray Train"))
+        _run_workers(config, run_dir, debug)
     result = run_dir.read_json("result.json")
     return FitResult(
         run_dir=run_dir,
@@ -140,21 +137,18 @@ def _open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
 
 
 @contextlib.contextmanager
-def _driven(run_dir: RunDir) -> Iterator[None]:
-    """Say in the run's directory which process drives it, and when it ended."""
-    import psutil
-
-    driver = {
-        "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "host": socket.gethostname(),
-        "job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
-        "started": time.time(),
-        "ended": None,
-    }
+def _recorded(run_dir: RunDir) -> Iterator[None]:
+    """Tell in `driver.json` which process drives the run and until when, and in `failure.json` why it failed."""
+    driver = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "ended": None}
     run_dir.write_json("driver.json", driver)
     try:
         yield
+    except KeyboardInterrupt:
+        raise RunStopped(run_dir.name) from None
+    except CorralError as error:
+        with contextlib.suppress(CorralError):  # the disk may be full
+            run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
+        raise
     finally:
         with contextlib.suppress(CorralError):
             run_dir.write_json("driver.json", {**driver, "ended": time.time()})
