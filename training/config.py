@@ -18,6 +18,7 @@ from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
+from training.trackers import TrackerName
 
 LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
@@ -47,6 +48,12 @@ class LoraSettings(_Section):
         if not value:
             raise ValueError(f"name at least one of {', '.join(LLAMA_LINEARS)}, or 'all-linear'")
         return value
+
+    @property
+    def targets(self) -> list[LlamaLinear]:
+        """The linear layers that get an adapter, in the order of a Llama block."""
+        chosen = LLAMA_LINEARS if self.target_modules == "all-linear" else self.target_modules
+        return [name for name in LLAMA_LINEARS if name in chosen]
 
 
 class GateConfig(_Section):
@@ -92,6 +99,8 @@ class TrainConfig(_Section):
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=100, ge=1)
     sample_prompts: int = Field(default=3, ge=0, le=100)  # held-out prompts answered after training
+    report_to: list[TrackerName] = ["tensorboard"]  # beside metrics.jsonl and Ray's Prometheus endpoint; [] for none
+    price_per_hour: float | None = Field(default=None, ge=0)  # of all workers together, in any currency; for the report
 
     gate: GateConfig = GateConfig()
 
@@ -99,7 +108,7 @@ class TrainConfig(_Section):
     use_gpu: bool | Literal["auto"] = "auto"
     resources_per_worker: dict[str, float] | None = None  # None: an equal share of the CPUs, and a GPU where used
     max_failures: int = Field(default=1, ge=0)  # times a run goes on from its last checkpoint after a worker died
-    storage_path: str | None = None  # a directory that all workers share; None: CORRAL_HOME/runs
+    storage_path: str | None = None  # a directory or fsspec address that all workers see; None: CORRAL_HOME/runs
     run_name: str | None = None  # None: a fresh one; the name of an earlier run resumes it
 
     @field_validator("adapter")
@@ -149,13 +158,6 @@ class TrainConfig(_Section):
     def _run_name(cls, value: str | None) -> str | None:
         if value is not None and not _RUN_NAME.fullmatch(value):
             raise ValueError("use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit")
-        return value
-
-    @field_validator("storage_path")
-    @classmethod
-    def _storage_path(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
-            raise ValueError("name a directory that every worker sees: metrics are appended to a file there")
         return value
 
     @field_validator("max_steps")
@@ -224,17 +226,25 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
 
 def check_this_machine(config: TrainConfig) -> None:
     """`check_resources` for the machine that this runs on."""
-    gpus, bf16 = 0, True
-    if (config.use_gpu is not False and Path("/dev/nvidiactl").exists()) or config.use_gpu is True:
+    gpus, bf16 = gpus_here(config), True
+    if gpus:
         import torch
 
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        bf16 = gpus == 0 or torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     check_resources(config, os.cpu_count() or 1, gpus, "this machine")
     if not bf16 and config.quantization.compute_dtype == "bfloat16":
         raise TrainingError(
             "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=auto"
         )
+
+
+def gpus_here(config: TrainConfig) -> int:
+    """GPUs of this machine that the run could use; imports torch only where there may be some."""
+    if config.use_gpu is False or not (config.use_gpu is True or Path("/dev/nvidiactl").exists()):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def wants_gpu(config: TrainConfig, gpus: float) -> bool:
