@@ -1,5 +1,6 @@
 """A dataset from its files to a run's rows: bad rows, lengths, duplicates, the held-out split, weights, the cache."""
 
+import ast
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.test_data_formats import FIXTURES, dialog
-from training import data
+from training import data, data_reading
 from training.base_models import BaseModel, load_tokenizer
 from training.chat_format import ChatFormat, load_chat_format
 from training.data import PreparedData, prepare_data
@@ -511,6 +512,15 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
     Path(path).write_text(Path(path).read_text().replace("question 1", "question x"))  # same size
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same time
     assert "question x" in asked(prepare(path))
+
+
+def test_the_cache_knows_every_module_that_makes_a_store() -> None:
+    """A changed rendering, hash or format must not find the rows of the old one."""
+    tree = ast.parse(Path(data_reading.__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    makers = {name for name in imported if name.startswith("training.")}
+    indifferent = {"training.data_config", "training.data_report", "training.errors"}  # settings are in the key
+    assert makers - indifferent == {module.__name__ for module in data.STORE_CODE} - {data_reading.__name__}
 
 
 def test_a_store_that_was_not_finished_is_not_used(prepare: Prepare, tmp_path: Path) -> None:

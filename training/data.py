@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from training import chat_format as chat_format_module
-from training import data_files, data_formats, data_reading, row_store
+from training import data_files, data_formats, data_reading, data_split, row_store
 from training.base_models import BaseModel
 from training.chat_format import ChatFormat
 from training.data_config import DataConfig, RowKind
@@ -49,6 +49,8 @@ from training.row_store import Conversation, Rows, RowStore, TokenizedRow
 _CACHE_BYTES = 20 << 30  # of all stores together; the least recently used go first
 _CACHE_S = 30 * 86_400.0  # a store that is unused for so long goes too
 _WRITING = ".writing-"
+# What a store's content depends on: a change of it makes all stores anew.
+STORE_CODE = (chat_format_module, data_files, data_formats, data_reading, data_split, row_store)
 _ABANDONED_S = 86_400.0  # since a killed writer's last write
 _MAX_SAMPLES = 100
 _SHOWN_ROWS = 3
@@ -294,11 +296,10 @@ def _write_store(directory: Path, config: DataConfig, chat_format: ChatFormat, k
 
 def _key(config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int) -> str:
     """Changes with everything that a store depends on, our own code included; seed, split and weights are not of it."""
-    code = (chat_format_module, data_files, data_formats, data_reading, row_store)
     depends_on = [
         [[source.format, source.columns, source.split, data_files.fingerprint(source)] for source in config.sources],
         [len(config.path), config.max_rows, config.on_too_long == "truncate", kind, max_length, chat_format.name],
-        [data_files.sha256_of([Path(str(module.__file__))]) for module in code],
+        [data_files.sha256_of([Path(str(module.__file__))]) for module in STORE_CODE],
         [
             data_files.sha256_of([file])
             for name in ("tokenizer.json", "tokenizer_config.json")
