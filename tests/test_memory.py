@@ -165,7 +165,7 @@ def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operators of the CUDA path on this CPU: PEFT sees autocast, attention holds no scores."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     monkeypatch.setattr(attention, "_SCORES_UP_TO", 0)
-    yield
+    return
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
