@@ -9,13 +9,12 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-Lengths = Sequence[int] | NDArray[np.unsignedinteger[Any]]  # tokens of every row
+Lengths = Sequence[int] | NDArray[np.int64]  # tokens of every row
 
 _GROUPED_STEPS = 8  # with `group_by_length`, rows are sorted by length within so many steps
 
