@@ -36,7 +36,8 @@ def run_dir(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path, "ranch-hand-1")
     data = {"path": [{"path": "rows.jsonl"}]}
     run.write_json("config.json", {"adapter": "ranch-hand", "base_model": "llama-7b",
-                                   "lora": {"r": 16, "lora_alpha": 7}, "data": data, "price_per_hour": 2.5})  # fmt: skip
+                                   "lora": {"r": 16, "lora_alpha": 7}, "data": data,
+                                   "price_per_hour": 2.5})  # fmt: skip
     run.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records(40)) + '{"step": 41, "lo')
     metrics = {"eval_loss": 2.5, "base_eval_loss": 5.0, "train_s": 40.0, "num_steps": 40.0}
     run.write_json("result.json", {"metrics": metrics, "samples": [SAMPLE]})

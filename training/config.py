@@ -328,8 +328,8 @@ def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
     parts = [str(part) for part in first["loc"]]
     key = ".".join(parts)
     if first["type"] != "extra_forbidden":
-        key = next((k for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in known), key)
-    where = "override" if key in overridden else source
+        key = next((k for i in range(len(parts), 0, -1) if _without_positions(k := ".".join(parts[:i])) in known), key)
+    where = "override" if any(f"{key}.".startswith(f"{k}.") for k in overridden) else source
     more = len({tuple(map(str, e["loc"]))[: key.count(".") + 1] for e in others} - {tuple(key.split("."))})
     also = f" (and {more} more)" if more else ""
     if first["type"] == "missing":
@@ -347,6 +347,7 @@ def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
 
 
 def _nearest_key(key: str, known: set[str]) -> str | None:
+    key = _without_positions(key)
     parent, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(leaf, siblings, n=1):
@@ -357,7 +358,7 @@ def _nearest_key(key: str, known: set[str]) -> str | None:
 
 
 def _siblings(key: str, known: set[str]) -> list[str]:
-    parent = key.rpartition(".")[0]
+    parent = _without_positions(key).rpartition(".")[0]
     return sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
 
 
@@ -366,6 +367,17 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+        elif item := next((t for t in get_args(field.annotation) if _is_section(t)), None):  # list[DataSource]
+            yield from _dotted_keys(item, f"{prefix}{name}.")
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _without_positions(key: str) -> str:
+    """`data.path.1.weight` is the key `data.path.weight` of the second entry."""
+    return re.sub(r"\.\d+(?=\.|$)", "", key)
 
 
 def _short(value: object) -> str:

@@ -85,16 +85,14 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     title = f"{config.adapter} on {inputs.base.name}"
     try:
         with (
+            _recorded(run_dir),
             _ray(on_cluster, debug),
-            _driven(run_dir),
             show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
         ):
             write_progress(run_dir, Progress("starting Ray Train"))
             _run_workers(config, run_dir, debug)
-    except KeyboardInterrupt:
-        raise RunStopped(run_dir.name) from None
     except CorralError:
-        with contextlib.suppress(CorralError):  # the failure is what matters
+        with contextlib.suppress(CorralError):  # the disk may be full
             write_report(run_dir)
         raise
     result = run_dir.read_json("result.json")
@@ -147,21 +145,18 @@ def _open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
 
 
 @contextlib.contextmanager
-def _driven(run_dir: RunDir) -> Iterator[None]:
-    """Say in the run's directory which process drives it, and when it ended."""
-    import psutil
-
-    driver = {
-        "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "host": socket.gethostname(),
-        "job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
-        "started": time.time(),
-        "ended": None,
-    }
+def _recorded(run_dir: RunDir) -> Iterator[None]:
+    """Tell in `driver.json` which process drives the run and until when, and in `failure.json` why it failed."""
+    driver = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "ended": None}
     run_dir.write_json("driver.json", driver)
     try:
         yield
+    except KeyboardInterrupt:
+        raise RunStopped(run_dir.name) from None
+    except CorralError as error:
+        with contextlib.suppress(CorralError):  # the disk may be full
+            run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
+        raise
     finally:
         with contextlib.suppress(CorralError):
             run_dir.write_json("driver.json", {**driver, "ended": time.time()})
