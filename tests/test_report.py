@@ -13,7 +13,7 @@ from training.run_dir import RunDir
 MEMORY = {
     "phase": "backward", "base_4bit": 2 << 30, "base_other": 1 << 29, "adapter": 1 << 28, "optimizer": 0,
     "gradients": 0, "activations": 3 << 30, "workspace": 1 << 28, "paged": 1 << 29, "context": 600 << 20,
-    "allocated": 6 << 30, "total": 7 << 30,
+    "allocated": 6 << 30, "total": 7 << 30, "on_gpu": True,
 }  # fmt: skip
 SAMPLE = {"prompt": "Who cooks | breakfast?", "reference": "Ada.", "base": "I\ncannot", "adapter": "<b>Ada</b>"}
 

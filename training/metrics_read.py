@@ -1,7 +1,7 @@
 """`metrics.jsonl` read back: what a run logged, step by step. The report and its pictures are made of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from training.run_dir import MetricsLog, RunDir
 class Metrics:
     """The logged steps, in order."""
 
-    records: list[Mapping[str, Any]]
+    records: Sequence[Mapping[str, Any]]
 
     @property
     def steps(self) -> list[int]:

@@ -164,7 +164,7 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
         "gradients": memory["gradients"],
         f"activations ({memory['phase']})": memory["activations"],
         "workspace": memory["workspace"],
-        "CUDA context": memory["context"],
+        "CUDA context" if memory["on_gpu"] else "Python and libraries": memory["context"],
     }
     lines = [f"{name:<28} {_gib(size)}" for name, size in parts.items() if size]
     if memory["paged"]:

@@ -103,11 +103,11 @@ def _memory(files: Mapping[str, Any], metrics: Metrics) -> str:
     if measured:
         rows.append(("measured on worker 0", _gib(measured)))
     if estimated:
-        comparable = estimated["allocated"] if estimated["context"] else estimated["total"]
+        comparable = estimated["allocated"] if estimated["on_gpu"] else estimated["total"]
         rows.append(("estimated", _gib(comparable)))
     if not rows:
         return ""
-    on_gpu = bool(estimated and estimated["context"])
+    on_gpu = bool(estimated and estimated["on_gpu"])
     of = "`torch.cuda.max_memory_allocated`" if on_gpu else "the whole process, Python and libraries included"
     parts = "\n\n```\n" + "\n".join(memory_lines(estimated)) + "\n```" if estimated else ""
     return _table(("peak of a worker", ""), rows) + f"\n\nMeasured is {of}. The estimate in parts:{parts}"
