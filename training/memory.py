@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from training.base_models import ComputeDtype, Quantization
-from training.config import LoraSettings
+from training.config import LoraSettings, TrainConfig
 from training.llama_shape import LlamaShape
 
 Phase = Literal["loss", "backward", "end of backward", "optimizer step"]
@@ -96,6 +96,31 @@ class TrainStep:
     compute_dtype: ComputeDtype = "bfloat16"
     on_gpu: bool = True
     labelled_share: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        *,
+        max_length: int,
+        compute_dtype: ComputeDtype,
+        on_gpu: bool,
+        gradient_accumulation_steps: int = 1,
+        labelled_share: float = 1.0,
+    ) -> "TrainStep":
+        """A step of a configured run."""
+        return cls(
+            lora=config.lora,
+            quantization=config.quantization,
+            optim=config.optim,
+            gradient_checkpointing=config.gradient_checkpointing,
+            max_length=max_length,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            num_workers=config.max_workers,
+            compute_dtype=compute_dtype,
+            on_gpu=on_gpu,
+            labelled_share=labelled_share,
+        )
 
 
 def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) -> MemoryEstimate:

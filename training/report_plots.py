@@ -60,4 +60,5 @@ def _draw_loss(axes: Any, metrics: Metrics, base_loss: float | None) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    FigureCanvasAgg(figure).print_png(str(file))
+    FigureCanvasAgg(figure)  # draws without a display; the figure keeps it
+    figure.savefig(file, format="png")
