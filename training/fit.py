@@ -21,7 +21,9 @@ from training.config import TrainConfig, check_resources, check_this_machine, re
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
+from training.plan import make_plan
 from training.progress import Progress, read_progress, show_progress, write_progress
+from training.report import write_report
 from training.run_dir import RunDir
 from training.signals import kept_handlers, undisturbed
 from training.trackers import check_trackers
@@ -79,14 +81,20 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
     config = _open_run(config, run_dir)
     run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
+    run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
     title = f"{config.adapter} on {inputs.base.name}"
-    with (
-        _recorded(run_dir),
-        _ray(on_cluster, debug),
-        show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
-    ):
-        write_progress(run_dir, Progress("starting Ray Train"))
-        _run_workers(config, run_dir, debug)
+    try:
+        with (
+            _recorded(run_dir),
+            _ray(on_cluster, debug),
+            show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
+        ):
+            write_progress(run_dir, Progress("starting Ray Train"))
+            _run_workers(config, run_dir, debug)
+    except CorralError:
+        with contextlib.suppress(CorralError):  # the disk may be full
+            write_report(run_dir)
+        raise
     result = run_dir.read_json("result.json")
     return FitResult(
         run_dir=run_dir,
@@ -132,7 +140,7 @@ def _open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
             config = config.model_copy(update=changes)
     else:
         run_dir.write_json("config.json", told)
-    run_dir.remove("failure.json", "result.json", "progress.json")
+    run_dir.remove("failure.json", "result.json", "progress.json", "registered.json", "phases.json")
     return config
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from training.base_models import base_name
 from training.config import TrainConfig, resolved
+from training.environment import environment_here
 from training.errors import CorralError, TrainingError
 from training.progress import Progress, write_progress
 from training.run_dir import MetricsLog, RunDir
@@ -47,6 +48,9 @@ def train_func(loop_config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     _keep_quiet()
     rank = get_context().get_world_rank()
+    if rank == 0:
+        environment = environment_here(str(get_device()), get_context().get_world_size())
+        run_dir.write_json("environment.json", environment.model_dump(mode="json"))
     with _scratch(run_dir, rank) as scratch:
         try:
             with _full_disk_named(run_dir), contextlib.ExitStack() as stack:
@@ -93,6 +97,7 @@ class _RayRun:
         )
         self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
+        self._phases: list[dict[str, Any]] = []  # each with when it began
         self._written_at = 0.0
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
 
@@ -114,6 +119,8 @@ class _RayRun:
         if self._metrics:
             self._metrics.flush()
             self._show(Progress(phase), now=True)
+            self._phases.append({"phase": phase, "time": time.time()})
+            self._run_dir.write_json("phases.json", self._phases)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
         if not self._metrics or not self._trackers:
