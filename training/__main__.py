@@ -39,7 +39,7 @@ def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> 
         quantization=result.quantization,
         metrics=result.metrics,
         dataset=result.inputs.dataset,
-        config=dict(resolved(config)),
+        config=dict(resolved(result.config)),
         run_name=result.run_name,
     )
     registry = AdapterRegistry()
@@ -52,7 +52,13 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
     lines = [f"\n{manifest.model_id} is registered" + (" (forced)" if manifest.forced else "")]
     minutes, seconds = divmod(round(metrics["train_s"]), 60)
     lines.append(f"  trained        {metrics['num_steps']:.0f} steps in {minutes}:{seconds:02d}")
-    if "eval_loss" in metrics:
+    if "eval_reward_margin" in metrics:
+        lines.append(
+            f"  held-out loss  reference {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f}; "
+            f"{metrics['eval_preference_accuracy']:.0%} preferred rightly, reward margin "
+            f"{metrics['eval_reward_margin']:.2f}"
+        )
+    elif "eval_loss" in metrics:
         share = metrics["eval_loss"] / metrics["base_eval_loss"]
         lines.append(
             f"  held-out loss  base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f} ({share:.0%})"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data import DataConfig
@@ -33,7 +33,7 @@ class _Section(BaseModel):
 class LoraSettings(_Section):
     """The adapter's shape (arXiv:2106.09685); `use_rslora` scales by 1/sqrt(r) (arXiv:2312.03732)."""
 
-    r: int = Field(default=16, ge=1, le=512)
+    r: int = Field(default=16, ge=1, le=1024)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
@@ -45,6 +45,20 @@ class LoraSettings(_Section):
         if not value:
             raise ValueError(f"name at least one of {', '.join(LLAMA_LINEARS)}, or 'all-linear'")
         return value
+
+
+class PreferenceSettings(_Section):
+    """What `method: dpo` (arXiv:2305.18290) and `method: kto` (arXiv:2402.01306) optimize; TRL's names and defaults.
+
+    Their reward is `beta` x the log-ratio of adapter to reference. Dropout is off in both, as in TRL.
+    """
+
+    beta: float = Field(default=0.1, gt=0)  # the higher, the closer the adapter stays to the reference
+    reference: Literal["initial", "base"] = "initial"  # initial: what the run starts from, so the parent if it has one
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"] = "sigmoid"  # of dpo
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # of loss_type robust: share of pairs labelled wrongly
+    desirable_weight: float = Field(default=1.0, gt=0)  # of kto: where one kind of row is rarer, weigh it more
+    undesirable_weight: float = Field(default=1.0, gt=0)
 
 
 class GateConfig(_Section):
@@ -59,6 +73,11 @@ class TrainConfig(_Section):
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None
     adapter: str  # name in the registry
+    method: Literal["sft", "dpo", "kto"] = (
+        "sft"  # conversations; preferred and rejected answers; answers with a verdict
+    )
+    preference: PreferenceSettings = PreferenceSettings()  # of dpo and kto
+    continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS: a registered adapter instead of a new one
     chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"
     data: DataConfig
     quantization: Quantization = Quantization()
@@ -96,6 +115,21 @@ class TrainConfig(_Section):
     def _adapter_name(cls, value: str) -> str:
         if not re.fullmatch(ADAPTER_NAME, value):
             raise ValueError("use 1 to 63 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @field_validator("preference")
+    @classmethod
+    def _preference(cls, value: PreferenceSettings, info: ValidationInfo) -> PreferenceSettings:
+        if info.data.get("method") == "sft" and value != PreferenceSettings():
+            raise ValueError("method is 'sft', which has no preferences: set method to dpo or kto")
+        return value
+
+    @field_validator("continue_from")
+    @classmethod
+    def _continue_from(cls, value: str | None) -> str | None:
+        name, at, ref = (value or "").partition("@")
+        if value is not None and not (ADAPTER_NAME.fullmatch(name) and (not at or ADAPTER_NAME.fullmatch(ref))):
+            raise ValueError("write NAME, NAME@VERSION or NAME@ALIAS of a registered adapter, such as ranch-hand@2")
         return value
 
     @field_validator("run_name")

@@ -104,6 +104,22 @@ class TokenizedRow(TypedDict):
     labels: list[int]
 
 
+class PreferenceRow(TypedDict):
+    """A prompt with a preferred and a rejected answer, for DPO."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class UnpairedRow(TypedDict):
+    """A prompt with one answer and whether it is desirable, for KTO."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    label: bool
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedRows:
     """What `tokenize` made, and the conversations it left out."""

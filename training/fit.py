@@ -1,8 +1,8 @@
 """Ray Train around `training.sft`: `fit` runs a `TrainConfig` on its workers and waits.
 
 Each run has a directory, STORAGE/RUN_NAME: `config.json`, `metrics.jsonl` (one line per logged step), Ray Train's
-checkpoints, and at the end `adapter/` and `result.json`. The same run name goes on from the last whole checkpoint.
-Knows nothing of the registry.
+checkpoints, `parent/` where it goes on from a registered adapter, and at the end `adapter/` and `result.json`. The same
+run name goes on from the last whole checkpoint. Registers nothing.
 """
 
 import contextlib
@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from training import errors
-from training.base_models import Quantization
+from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
 from training.errors import ConfigError, CorralError, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
+from training.parent import PARENT_DIR, copy_parent, resolve_parent
 from training.progress import Progress, show_progress, write_progress
+from training.registry import AdapterManifest
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
@@ -47,6 +49,8 @@ class FitResult:
         metrics: see `training.sft.SftResult`.
         samples: held-out prompts answered by base and adapter, as `training.sft.Sample` has them.
         quantization: of the base, with the compute dtype that was used.
+        config: as it ran, with the parent's version and shape written out.
+        parent: the adapter that the run went on from.
     """
 
     run_name: str
@@ -55,6 +59,8 @@ class FitResult:
     metrics: dict[str, float]
     samples: list[dict[str, str]]
     quantization: Quantization
+    config: TrainConfig
+    parent: AdapterManifest | None
 
     @property
     def adapter_dir(self) -> Path:
@@ -71,15 +77,18 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not _ray_is_running_here():
         check_this_machine(config)
+    config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = read_inputs(config)
     run_name = config.run_name or fresh_run_name(config.adapter)
     run_dir = _open_run(config, run_name)
+    if parent:
+        copy_parent(parent, run_dir)
     with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
         write_progress(run_dir, Progress("starting Ray Train"))
         _run_workers(config, run_name, run_dir, debug)
     result = json.loads((run_dir / "result.json").read_text())
     quantization = config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]})
-    return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization)
+    return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization, config, parent)
 
 
 def fresh_run_name(adapter: str) -> str:
@@ -251,6 +260,7 @@ def _train_func(loop_config: dict[str, Any]) -> None:
                 scratch_dir=Path(scratch) / "checkpoints",
                 device=get_device(),
                 resume_from=resume_from,
+                parent_dir=run_dir / PARENT_DIR if config.continue_from else None,
             )
         except CorralError as error:
             if run.rank == 0:

@@ -4,8 +4,12 @@
 and is the same base that is served. Knows nothing of data, Ray or the trainer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.adapter_files import WEIGHTS_FILE
 from training.base_models import forbid_packed_cpu_kernel
 from training.config import LLAMA_LINEARS, LoraSettings
 
@@ -20,6 +24,24 @@ def target_modules(lora: LoraSettings) -> list[str]:
     if lora.target_modules == "all-linear":
         return list(LLAMA_LINEARS)
     return [name for name in LLAMA_LINEARS if name in lora.target_modules]
+
+
+def start_adapter(model: "LlamaForCausalLM", lora: LoraSettings, parent_dir: Path | None = None) -> "PeftModel":
+    """The base with the adapter that a run starts from: a new one, or the one in `parent_dir`, bit for bit.
+
+    Args:
+        lora: of the adapter; the shape is the parent's where there is one.
+        parent_dir: a registered adapter's files.
+    """
+    peft_model = attach_lora(model, lora)
+    if parent_dir is not None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        loaded = set_peft_model_state_dict(peft_model, load_file(parent_dir / WEIGHTS_FILE))
+        wrong = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if "lora_" in key)]
+        assert not wrong, f"{wrong[0]}: the registry and resolve_parent checked the shape"
+    return peft_model
 
 
 def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings) -> "PeftModel":
@@ -45,6 +67,19 @@ def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings) -> "PeftModel":
     assert isinstance(peft_model, PeftModel)
     adapters_to_float32(peft_model)
     return peft_model
+
+
+@contextmanager
+def exact_adapters(model: "torch.nn.Module") -> Iterator[None]:
+    """Give trainable weights back to `model` as they were before the block.
+
+    TRL rounds adapters on a 4-bit base to bfloat16 when its trainer is built: a parent's adapter would be another.
+    """
+    exact = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in exact:
+            parameter.data = exact[name]
 
 
 def adapters_to_float32(model: "torch.nn.Module") -> None:

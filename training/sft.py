@@ -8,10 +8,10 @@ which this module does not know.
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -39,7 +40,10 @@ from training.config import TrainConfig
 from training.data import IGNORED_LABEL, TokenizedRow
 from training.errors import TrainingError
 from training.inputs import RunInputs, read_inputs
-from training.qlora import adapters_to_float32, attach_lora
+from training.qlora import adapters_to_float32, exact_adapters, start_adapter
+
+if TYPE_CHECKING:
+    from training.preferences import PreferenceRows
 
 _EVAL_BATCH_TOKENS = 2048  # padded tokens in one forward of the held-out evaluation
 _SAMPLE_TOKENS = 64
@@ -79,7 +83,8 @@ class SftResult:
 
     Attributes:
         metrics: train_loss, train_s, num_steps, num_train_tokens; with held-out rows also eval_loss, base_eval_loss
-            (mean over eval_tokens assistant tokens, in nats).
+            (mean over eval_tokens assistant tokens, in nats) and parent_eval_loss where there is a parent; for dpo and
+            kto what `HeldOutPreferences.metrics` has.
         samples: on rank 0 only.
         compute_dtype: what the base was computed in.
     """
@@ -97,12 +102,14 @@ def train(
     scratch_dir: Path,
     device: torch.device,
     resume_from: Path | None = None,
+    parent_dir: Path | None = None,
 ) -> SftResult:
     """Train one adapter and save it to `adapter_dir` (rank 0).
 
     Args:
         scratch_dir: local, this rank's own; checkpoints are written here before `run` takes them.
         resume_from: a checkpoint that `run` was given earlier, all ranks' parts in one directory.
+        parent_dir: the files of the adapter to go on from (`continue_from`).
 
     Raises:
         TrainingError: the loss became NaN or infinite, or exploded; naming the step.
@@ -112,7 +119,8 @@ def train(
     run.on_phase(f"loading {inputs.base.name} in 4 bit")
     set_seed(config.seed)
     base = load_quantized(inputs.base, config.quantization, device)
-    model = attach_lora(base, config.lora)
+    model = start_adapter(base, config.lora, parent_dir)
+    held_out = _held_out(config, inputs, model, parent_dir) if inputs.held_out_rows else None
 
     run.on_phase("training")
     watch = _Watch(config, run, vocab_size=base.config.vocab_size)
@@ -127,11 +135,9 @@ def train(
     del trainer
     model.eval()
 
-    if inputs.held_out_rows:
+    if held_out:
         run.on_phase("held-out loss of base and adapter")
-        metrics["eval_loss"], metrics["eval_tokens"] = held_out_loss(model, inputs.held_out_rows)
-        with model.disable_adapter():
-            metrics["base_eval_loss"], _ = held_out_loss(model, inputs.held_out_rows)
+        metrics |= held_out(model)
     samples: list[Sample] = []
     if run.rank == 0:
         model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
@@ -139,6 +145,27 @@ def train(
             run.on_phase("sample answers of base and adapter")
             samples = _sample_answers(model, inputs, config.sample_prompts)
     return SftResult(metrics, samples, compute_dtype_on(device, config.quantization))
+
+
+def _held_out(
+    config: TrainConfig, inputs: RunInputs, model: PeftModel, parent_dir: Path | None
+) -> Callable[[PeftModel], dict[str, float]]:
+    """What measures the adapter on the held-out rows after training; what it is compared with is measured here."""
+    if config.method != "sft":
+        from training.preferences import HeldOutPreferences
+
+        return HeldOutPreferences(model, config.preference, cast("PreferenceRows", inputs.held_out_rows)).metrics
+    rows = cast("list[TokenizedRow]", inputs.held_out_rows)
+    model.eval()
+    parent = {"parent_eval_loss": held_out_loss(model, rows)[0]} if parent_dir else {}
+
+    def metrics(model: PeftModel) -> dict[str, float]:
+        loss, num_tokens = held_out_loss(model, rows)
+        with model.disable_adapter():
+            base_loss, _ = held_out_loss(model, rows)
+        return {"eval_loss": loss, "eval_tokens": num_tokens, "base_eval_loss": base_loss, **parent}
+
+    return metrics
 
 
 @torch.no_grad()
@@ -215,7 +242,13 @@ class _Watch(TrainerCallback):
         self.last: dict[str, float] = {}
         self._config = config
         self._run = run
-        self._highest_loss = 2 * math.log(vocab_size)  # twice that of blind guessing
+        if config.method == "sft":
+            self._highest_loss, self._compared = 2 * math.log(vocab_size), "twice that of blind guessing"
+        else:
+            from training.preferences import loss_at_reference
+
+            start = loss_at_reference(config.preference, config.method)
+            self._highest_loss, self._compared = 10 * start, f"ten times the {start:.2f} that it started from"
         self._seen_tokens, self._seen_at = 0.0, time.monotonic()
 
     def on_train_begin(
@@ -244,6 +277,7 @@ class _Watch(TrainerCallback):
             "epoch": float(logs["epoch"]),
             "num_tokens": tokens,
             "tokens_per_s": (tokens - self._seen_tokens) / max(now - self._seen_at, 1e-6),
+            **{key: float(value) for key, value in logs.items() if key.startswith("rewards/")},
         }
         self.last = {"train_loss": loss, "num_train_tokens": tokens}
         if state.global_step % self._config.logging_steps == 0 or state.global_step == state.max_steps:
@@ -263,60 +297,76 @@ class _Watch(TrainerCallback):
             raise TrainingError(f"training stopped at step {step}: the {what} became {value}: {advice}")
         if loss > self._highest_loss:
             raise TrainingError(
-                f"training stopped at step {step}: the loss rose to {loss:.1f}, twice that of blind guessing: {advice}"
+                f"training stopped at step {step}: the loss rose to {loss:.1f}, {self._compared}: {advice}"
             )
 
 
-def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: _Watch, scratch_dir: Path) -> _Trainer:
-    on_cpu = model.device.type == "cpu"
-    dtype = compute_dtype_on(model.device, config.quantization)
+def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: _Watch, scratch_dir: Path) -> Trainer:
     tokenizer = AutoTokenizer.from_pretrained(inputs.base.path, local_files_only=True)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # On CUDA, TRL projects only labelled positions onto the vocabulary; on the CPU too it pays.
     setattr(trl_utils, "_use_triton", lambda device: device.type in ("cuda", "cpu"))  # noqa: B010
+    trainer: Trainer
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that transformers is about to change
-        args = SFTConfig(
-            output_dir=str(scratch_dir),
-            per_device_train_batch_size=config.per_device_train_batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps if config.warmup_steps < 1 else int(config.warmup_steps),
-            weight_decay=config.weight_decay,
-            adam_beta2=config.adam_beta2,
-            max_grad_norm=config.max_grad_norm,
-            optim=config.optim,
-            gradient_checkpointing=config.gradient_checkpointing,
-            seed=config.seed,
-            use_cpu=on_cpu,
-            bf16=dtype == "bfloat16",
-            fp16=dtype == "float16",
-            dataloader_pin_memory=not on_cpu,
-            ddp_find_unused_parameters=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,  # rows are checked before
-            logging_steps=1,  # every step is checked for divergence
-            logging_nan_inf_filter=False,
-            save_steps=config.save_steps,
-            save_total_limit=1,
-            eval_strategy="no",
-            disable_tqdm=True,
-            report_to="none",
-        )
-        trainer = _Trainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list([dict(row) for row in inputs.train_rows]),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_token_id),
-            callbacks=[watch],
-        )
+        arguments = _training_arguments(config, model, scratch_dir)
+        if config.method != "sft":
+            from training.preference_trainer import preference_trainer
+
+            rows = cast("PreferenceRows", inputs.train_rows)
+            trainer = preference_trainer(
+                config, model, rows, arguments=arguments, tokenizer=tokenizer, callbacks=[watch]
+            )
+        else:
+            with exact_adapters(model):
+                trainer = _Trainer(
+                    model=model,
+                    args=SFTConfig(
+                        **arguments,
+                        dataset_kwargs={"skip_prepare_dataset": True},
+                        max_length=None,  # rows are checked before
+                    ),
+                    train_dataset=Dataset.from_list([dict(row) for row in inputs.train_rows]),
+                    processing_class=tokenizer,
+                    data_collator=DataCollatorForLanguageModeling(pad_token_id=pad_token_id),
+                    callbacks=[watch],
+                )
     trainer.remove_callback(PrinterCallback)
-    adapters_to_float32(model)
     return trainer
+
+
+def _training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path) -> dict[str, Any]:
+    """What every method's trainer is told, by the names of transformers' TrainingArguments."""
+    on_cpu = model.device.type == "cpu"
+    dtype = compute_dtype_on(model.device, config.quantization)
+    return {
+        "output_dir": str(scratch_dir),
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps if config.warmup_steps < 1 else int(config.warmup_steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta2": config.adam_beta2,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "seed": config.seed,
+        "use_cpu": on_cpu,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,
+        "logging_steps": 1,  # every step is checked for divergence
+        "logging_nan_inf_filter": False,
+        "save_steps": config.save_steps,
+        "save_total_limit": 1,
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
 
 
 def _eval_batches(rows: Sequence[TokenizedRow]) -> Iterator[list[TokenizedRow]]:
