@@ -6,6 +6,8 @@ Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m tra
 
 import argparse
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -30,8 +32,14 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
     return manifest
 
 
-def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> AdapterManifest:
-    """Publish the adapter of a finished run as the next version of `config.adapter`."""
+def register(
+    config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
+) -> AdapterManifest:
+    """Publish the adapter of a finished run as the next version of `config.adapter`.
+
+    Args:
+        sweep: name, number of trials and searched keys of the sweep that the run was the best of.
+    """
     draft = AdapterDraft(
         name=config.adapter,
         base=result.inputs.base,
@@ -39,7 +47,7 @@ def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> 
         quantization=result.quantization,
         metrics=result.metrics,
         dataset=result.inputs.dataset,
-        config=dict(resolved(result.config)),
+        config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
         run_name=result.run_name,
     )
     registry = AdapterRegistry()

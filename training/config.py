@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -162,8 +162,20 @@ class TrainConfig(_Section):
         return value
 
 
+_Config = TypeVar("_Config", bound=TrainConfig)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a `TrainConfig` from the YAML file `path`, with `overrides` such as `lora.r=8` applied to it.
+
+    Raises:
+        ConfigError: the file, a key or a value is not accepted; one line that names them.
+    """
+    return read_config(path, overrides, TrainConfig)
+
+
+def read_config(path: str | Path, overrides: Sequence[str], model: type[_Config]) -> _Config:
+    """As `load_config`, for a `model` that knows more keys.
 
     Raises:
         ConfigError: the file, a key or a value is not accepted; one line that names them.
@@ -171,9 +183,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = _read_yaml(Path(path))
     overridden = {_apply_override(values, override) for override in overrides}
     try:
-        return TrainConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), overridden)) from None
+        raise ConfigError(explain(error, str(path), overridden, model)) from None
 
 
 def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
@@ -286,10 +298,11 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
+def explain(error: ValidationError, source: str, overridden: set[str], model: type[BaseModel]) -> str:
+    """One line on the first thing wrong: where, the key, its value, and the nearest key or what is accepted."""
     first, *others = error.errors(include_url=False)
     # Where a value may be of several types, the location ends in the name of the type that was tried.
-    known = set(_dotted_keys(TrainConfig))
+    known = set(_dotted_keys(model))
     parts = [str(part) for part in first["loc"]]
     key = ".".join(parts)
     if first["type"] != "extra_forbidden":

@@ -35,7 +35,7 @@ _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
     "gate", "logging_steps", "max_failures", "num_workers", "resources_per_worker", "run_name", "sample_prompts",
-    "save_steps", "storage_path", "use_gpu",
+    "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
 
 

@@ -30,7 +30,8 @@ class HeldOutPreferences:
     def __init__(self, model: PeftModel, settings: PreferenceSettings, rows: PreferenceRows) -> None:
         self._settings = settings
         self._pairs = scored_pairs(rows, len(rows))
-        self._labels = torch.tensor([row["label"] for row in rows if "label" in row])  # [num_rows], of kto only
+        labels = [row["label"] for row in cast("list[UnpairedRow]", rows)] if "label" in rows[0] else []
+        self._labels = torch.tensor(labels, dtype=torch.bool)  # [num_rows], of kto only
         self._lengths = torch.tensor([len(completion) for _, completion in self._pairs]).chunk(2)
         self._reference = reference_logps(model, settings, self._pairs)
 
