@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import LoraSettings, TrainConfig
@@ -19,7 +18,8 @@ from training.preference_trainer import preference_trainer
 from training.preferences import completion_logps, scored_pairs
 from training.qlora import exact_adapters, start_adapter
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry
-from training.sft import _trainer, _training_arguments, _Watch, train
+from training.sft import _trainer, train, training_arguments
+from training.watch import Watch
 
 IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])
 
@@ -127,12 +127,12 @@ def test_outputs_at_step_0_are_the_parents_bit_for_bit(
     config, _ = resolve_parent(config_of(tiny_base, tmp_path, method=method), tiny_base, registry)
     served = PeftModel.from_pretrained(load_quantized(tiny_base, config.quantization), str(registry.fetch(parent)))
     copy_parent(parent, tmp_path, registry)
-    model = start_adapter(load_quantized(tiny_base, config.quantization), config.lora, tmp_path / "parent")
+    model = start_adapter(load_quantized(tiny_base, config.quantization), config.lora, parent_dir=tmp_path / "parent")
     weights = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
 
-    watch = _Watch(config, cast(Any, None), vocab_size=10)
+    watch = Watch(config, cast(Any, None), 10, "")
     trainer = _trainer(config, read_inputs(config), model, watch, tmp_path / "scratch")  # TRL rounds to bfloat16
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(IDS).logits, served.eval()(IDS).logits)
@@ -148,16 +148,12 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     config = config_of(tiny_base, tmp_path, method="dpo", preference={"reference": reference})
     config, _ = resolve_parent(config, tiny_base, registry)
     inputs = read_inputs(config)
-    rows = cast(Any, inputs.train_rows)
-    model = start_adapter(load_quantized(tiny_base, config.quantization), config.lora, registry.fetch(parent))
-    trainer = preference_trainer(
-        config,
-        model,
-        rows,
-        arguments=_training_arguments(config, model, tmp_path / "scratch"),
-        tokenizer=AutoTokenizer.from_pretrained(inputs.base.path),
-        callbacks=[],
+    rows = inputs.train_rows
+    model = start_adapter(
+        load_quantized(tiny_base, config.quantization), config.lora, parent_dir=registry.fetch(parent)
     )
+    arguments = training_arguments(config, model, tmp_path / "scratch", 1)
+    trainer = preference_trainer(config, inputs, model, arguments, [])
     with_parent = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
     with model.disable_adapter():
         of_base = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]

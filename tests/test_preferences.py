@@ -11,11 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from training.base_models import BaseModel, load_quantized
 from training.config import PreferenceSettings, TrainConfig
-from training.data import IGNORED_LABEL, PreferenceRow, UnpairedRow
 from training.errors import TrainingError
 from training.inputs import read_inputs
 from training.preference_trainer import preference_trainer
@@ -28,7 +26,8 @@ from training.preferences import (
     mismatched_completions,
 )
 from training.qlora import start_adapter
-from training.sft import SftResult, _training_arguments, train
+from training.row_store import PreferenceRow, UnpairedRow
+from training.sft import SftResult, train, training_arguments
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
@@ -105,10 +104,10 @@ def run(config: TrainConfig, folder: Path, recorder: Recorder, **options: Any) -
     )
 
 
-def shaken(config: TrainConfig, parent_dir: Path | None = None) -> PeftModel:
+def shaken(config: TrainConfig) -> PeftModel:
     """The base with an adapter that says something else than the base does."""
     torch.manual_seed(1)
-    model = start_adapter(load_quantized(read_inputs(config).base, config.quantization), config.lora, parent_dir)
+    model = start_adapter(load_quantized(read_inputs(config).base, config.quantization), config.lora)
     shake(model)
     return model
 
@@ -128,15 +127,8 @@ def logp(model: PeftModel, prompt: list[int], completion: list[int]) -> torch.Te
 
 
 def trainer_for(config: TrainConfig, model: PeftModel, tmp_path: Path) -> Any:
-    inputs = read_inputs(config)
-    return preference_trainer(
-        config,
-        model,
-        cast(Any, inputs.train_rows),
-        arguments=_training_arguments(config, model, tmp_path / "scratch"),
-        tokenizer=AutoTokenizer.from_pretrained(inputs.base.path),
-        callbacks=[],
-    )
+    arguments = training_arguments(config, model, tmp_path / "scratch", 1)
+    return preference_trainer(config, read_inputs(config), model, arguments, [])
 
 
 def first_batch(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
@@ -282,4 +274,3 @@ def test_e5_answers_are_rendered_as_in_serving_and_end_with_the_turn(tiny_base: 
     assert decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
     assert decode(row["chosen_ids"]).endswith("friend.<|im_end|>")
     assert decode(row["rejected_ids"]).startswith("Find it yourself")
-    assert IGNORED_LABEL not in row["chosen_ids"]

@@ -371,7 +371,7 @@ def test_changed_added_or_linked_files_are_refused_at_load_C4(
         ({"files": {"../../../etc/passwd": {"sha256": "0", "size": 1}}}, "files"),
         ({"name": "other"}, "speaks of other@1"),
         ({"version": 2}, "speaks of ranch@2"),
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 3}, "schema_version"),
         ({"surprise": 1}, "surprise"),
     ],
 )

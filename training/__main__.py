@@ -14,7 +14,7 @@ import yaml
 from training.config import TrainConfig, load_config, resolved
 from training.errors import ConfigError, CorralError
 from training.fit import FitResult, fit
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
@@ -49,6 +49,8 @@ def register(
         dataset=result.inputs.dataset,
         config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
         run_name=result.run_name,
+        method="sft",
+        samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     registry = AdapterRegistry()
     return registry.register(result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement)
@@ -71,9 +73,10 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
         lines.append(
             f"  held-out loss  base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f} ({share:.0%})"
         )
-    if result.inputs.skipped:
-        first = result.inputs.skipped[0]
-        lines.append(f"  rows skipped   {len(result.inputs.skipped)}, the first {first.source}: {first.reason}")
+    report = result.inputs.report
+    if skipped := [*report.skipped, *report.too_long]:
+        count = report.num_skipped + report.num_too_long
+        lines.append(f"  rows skipped   {count}, the first {skipped[0].source}: {skipped[0].reason}")
     for sample in result.samples:
         lines += [f"  > {_one_line(sample['prompt'])}"]
         lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]

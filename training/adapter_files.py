@@ -70,12 +70,14 @@ class AdapterFiles:
         config_json: the `adapter_config.json` to publish, written anew from the accepted keys.
         weights: the source's `adapter_model.safetensors`.
         weights_sha256: of the bytes that were checked.
+        changes: whether B @ A is other than zero for any layer; PEFT starts with B at zero.
     """
 
     lora: LoraShape
     config_json: bytes
     weights: Path
     weights_sha256: str
+    changes: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +124,12 @@ def read_adapter(directory: Path, base: BaseModel) -> AdapterFiles:
         _check_named_base(config_file, config.base_model_name_or_path, base)
         with weights.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        _check_tensors(weights, lora_shapes(base, lora))
+        zero = _check_tensors(weights, lora_shapes(base, lora))
     except OSError as error:
         raise AdapterRefused(f"adapter folder {directory} cannot be read: {error.strerror or error}") from error
-    return AdapterFiles(lora, _published_config(config, lora, base), weights, sha256)
+    layers = {name.rpartition(".lora_")[0] for name in lora_shapes(base, lora)}
+    changes = any(not {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} & zero for layer in layers)
+    return AdapterFiles(lora, _published_config(config, lora, base), weights, sha256, changes)
 
 
 def lora_shapes(base: BaseModel, lora: LoraShape) -> dict[str, tuple[int, int]]:
@@ -255,7 +259,8 @@ def _published_config(config: _AdapterConfig, lora: LoraShape, base: BaseModel) 
     return json.dumps(fields, indent=2).encode() + b"\n"
 
 
-def _check_tensors(path: Path, expected: dict[str, tuple[int, int]]) -> None:
+def _check_tensors(path: Path, expected: dict[str, tuple[int, int]]) -> set[str]:
+    """Returns the names of tensors that hold nothing but zeros."""
     entries = read_safetensors_header(path)
     if extra := sorted(entries.keys() - expected.keys()):
         _refuse(path, f"has {len(extra)} tensors that its config does not name, the first is {extra[0]!r:.120}")
@@ -264,12 +269,13 @@ def _check_tensors(path: Path, expected: dict[str, tuple[int, int]]) -> None:
     for name, shape in expected.items():
         if entries[name].shape != shape:
             _refuse(path, f"has {name!r} of shape {list(entries[name].shape)}, config and base ask for {list(shape)}")
-    _check_finite(path, entries.items())
+    return _check_values(path, entries.items())
 
 
-def _check_finite(path: Path, entries: Iterable[tuple[str, TensorEntry]]) -> None:
+def _check_values(path: Path, entries: Iterable[tuple[str, TensorEntry]]) -> set[str]:
     import numpy as np
 
+    zero = set()
     data = np.memmap(path, dtype=np.uint8, mode="r")
     for name, entry in entries:
         width, exponent = _FORMATS[entry.dtype]
@@ -277,6 +283,10 @@ def _check_finite(path: Path, entries: Iterable[tuple[str, TensorEntry]]) -> Non
         bad = (values & exponent) == exponent
         if bad.any():
             _refuse(path, f"has {int(bad.sum())} NaN or infinite values in {name!r}: the training run diverged")
+        sign = 1 << (8 * width - 1)
+        if not (values & (sign - 1)).any():
+            zero.add(name)
+    return zero
 
 
 def _tensor_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorEntry:

@@ -10,9 +10,11 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, ConfigDict, Field
 from pydantic import BaseModel as PydanticModel
 
-from training.adapter_files import LoraShape
+from training.adapter_files import WEIGHTS_FILE, LoraShape
 from training.base_models import BaseModel, Quantization
 from training.errors import AdapterRefused, RegistryError
+
+Method = Literal["sft", "dpo", "kto"]
 
 MANIFEST_FILE = "manifest.json"
 ADAPTER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
@@ -36,12 +38,54 @@ class BaseRef(Record):
 
 
 class DatasetRef(Record):
-    """What an adapter was trained and evaluated on."""
+    """What an adapter was trained and evaluated on. The later fields are missing from older manifests.
+
+    Attributes:
+        num_rows: of one epoch, weights included, and the held-out ones.
+        weights: of the sources, in their order.
+        num_duplicates: rows that said the same as an earlier one.
+        num_skipped: rows that could not be used.
+        num_tokens: of one epoch.
+    """
 
     sources: list[str]
     sha256: str
     num_rows: int
     num_held_out: int
+    weights: list[float] = []
+    formats: list[str] = []
+    num_duplicates: int = 0
+    num_skipped: int = 0
+    num_tokens: int | None = None
+
+
+class ParentRef(Record):
+    """The version of an adapter that training went on from."""
+
+    name: str
+    version: int
+    weights_sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Environment(Record):
+    """What a run was computed with; `training.environment` fills it in."""
+
+    code_version: str | None  # of the installed distribution
+    git_commit: str | None  # where the code is a checkout; ends in -dirty if files in it were changed
+    libraries: dict[str, str]  # name: version
+    devices: list[str]  # one for each worker
+
+
+class SampleAnswer(Record):
+    """A held-out prompt, the answer in the dataset, and what base and adapter said to it (greedy)."""
+
+    prompt: str
+    reference: str
+    base: str
+    adapter: str
 
 
 class FileRef(Record):
@@ -52,9 +96,12 @@ class FileRef(Record):
 
 
 class AdapterManifest(Record):
-    """All that is known of one version; written once, as `manifest.json`."""
+    """All that is known of one version; written once, as `manifest.json`.
 
-    schema_version: Literal[1] = 1
+    What schema version 1 had not is optional, and None where it is not known.
+    """
+
+    schema_version: Literal[1, 2] = 2
     name: str
     version: int = Field(ge=1, lt=10**9)
     base: BaseRef
@@ -65,9 +112,20 @@ class AdapterManifest(Record):
     config: dict[str, Any] | None
     metrics: dict[str, float]
     forced: bool
+    forced_because: str | None = None  # what `force` overrode
+    evaluated_sha256: str | None = None  # of the weights that eval_loss was computed with, loaded from their file
     files: dict[Literal["adapter_config.json", "adapter_model.safetensors"], FileRef] = Field(min_length=2)
     created: AwareDatetime
     run_name: str | None
+    method: Method | None = None
+    parent: ParentRef | None = None
+    environment: Environment | None = None
+    samples: list[SampleAnswer] = Field(default_factory=list)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the published adapter_model.safetensors."""
+        return self.files[WEIGHTS_FILE].sha256
 
     @property
     def model_id(self) -> str:

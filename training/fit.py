@@ -79,6 +79,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
         check_this_machine(config)
     config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = read_inputs(config)
+    print(inputs.report.short(), file=sys.stderr)
     run_name = config.run_name or fresh_run_name(config.adapter)
     run_dir = _open_run(config, run_name)
     if parent:
@@ -213,8 +214,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         path = Path(name).expanduser()
         return str(path.absolute()) if path.exists() else name
 
-    data = config.data.model_copy(update={"path": [absolute(path) for path in config.data.paths]})
-    return config.model_copy(update={"base_model": absolute(config.base_model), "data": data})
+    return config.model_copy(
+        update={"base_model": absolute(config.base_model), "data": config.data.with_absolute_paths()}
+    )
 
 
 def _equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:

@@ -3,29 +3,22 @@
 The driver reads them to refuse a bad dataset at once, every worker reads them to train. Imports no torch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from training.base_models import BaseModel, load_tokenizer, resolve_base_model
 from training.chat_format import ChatFormat, load_chat_format
 from training.config import TrainConfig
-from training.data import (
-    Conversation,
-    PreferenceRow,
-    SkippedRow,
-    TokenizedRow,
-    UnpairedRow,
-    load_conversations,
-    split_held_out,
-    tokenize,
-)
+from training.data import PreparedData, prepare_data
+from training.data_config import RowKind
+from training.data_report import DataReport
 from training.errors import ConfigError
-from training.preference_data import Preference, load_preferences, tokenize_pairs, tokenize_unpaired
 from training.registry import DatasetRef
+from training.row_store import Conversation, Rows
 
-Rows = list[TokenizedRow] | list[PreferenceRow] | list[UnpairedRow]
+_KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired_preference"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +26,21 @@ class RunInputs:
     """What a run trains on and with.
 
     Attributes:
-        train_rows: tokenized, at least one; of the kind that the method takes.
-        held_out_rows: tokenized, empty where `data.held_out` is 0.
-        held_out: the conversations behind `held_out_rows`, those that were skipped included.
-        skipped: rows left out, with the reason.
+        train_rows: of one epoch, at least one, of the kind that the method takes. Mapped from disk: `train_rows[i]`
+            reads one row.
+        held_out_rows: empty where `data.held_out` is 0.
+        held_out_samples: up to a hundred of the conversations behind `held_out_rows`, from all over them.
+        report: what was found in the data and what was left out.
         dataset: what the registry records of the data.
     """
 
     base: BaseModel
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    train_rows: Rows
-    held_out_rows: Rows
-    held_out: list[Conversation]
-    skipped: list[SkippedRow]
+    train_rows: Rows[Any]
+    held_out_rows: Rows[Any]
+    held_out_samples: list[Conversation]
+    report: DataReport
     dataset: DatasetRef
 
 
@@ -56,6 +50,49 @@ def read_inputs(config: TrainConfig) -> RunInputs:
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
+    base, tokenizer, chat_format = _base(config)
+    data = _data(config, base, tokenizer, chat_format, _KINDS[config.method])
+    report = data.report
+    return RunInputs(
+        base=base,
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        train_rows=data.train,
+        held_out_rows=data.held_out,
+        held_out_samples=data.held_out_samples(),
+        report=report,
+        dataset=DatasetRef(
+            sources=config.data.paths,
+            sha256=report.sha256,
+            num_rows=report.num_train_rows + report.num_held_out,
+            num_held_out=report.num_held_out,
+            weights=[source.weight for source in config.data.path],
+            formats=[*report.formats],
+            num_duplicates=report.num_duplicates,
+            num_skipped=report.num_skipped + report.num_too_long,
+            num_tokens=report.num_train_tokens,
+        ),
+    )
+
+
+def read_data(config: TrainConfig, kind: RowKind) -> PreparedData:
+    """The dataset of `read_inputs` alone, for rows of any kind.
+
+    Raises:
+        CorralError: naming the base, the format, the row or the key that is wrong.
+    """
+    return _data(config, *_base(config), kind)
+
+
+def _data(
+    config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat, kind: RowKind
+) -> PreparedData:
+    return prepare_data(
+        config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
+    )
+
+
+def _base(config: TrainConfig) -> tuple[BaseModel, Tokenizer, ChatFormat]:
     base = resolve_base_model(config.base_model, config.base_revision)
     if config.max_length > base.context_length:
         raise ConfigError(
@@ -63,54 +100,4 @@ def read_inputs(config: TrainConfig) -> RunInputs:
             f"set max_length={base.context_length} or less"
         )
     tokenizer = load_tokenizer(base)
-    chat_format = load_chat_format(config.chat_format, base, tokenizer)
-    rows = _preferences(config, chat_format) if config.method != "sft" else _conversations(config, chat_format)
-    return RunInputs(
-        base=base,
-        tokenizer=tokenizer,
-        chat_format=chat_format,
-        train_rows=rows.train,
-        held_out_rows=rows.held_out,
-        held_out=rows.held_out_conversations,
-        skipped=rows.skipped,
-        dataset=DatasetRef(
-            sources=config.data.paths,
-            sha256=rows.sha256,
-            num_rows=len(rows.train) + len(rows.held_out),
-            num_held_out=len(rows.held_out),
-        ),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Split:
-    train: Rows
-    held_out: Rows
-    held_out_conversations: list[Conversation]
-    skipped: list[SkippedRow]
-    sha256: str
-
-
-def _conversations(config: TrainConfig, chat_format: ChatFormat) -> _Split:
-    loaded = load_conversations(config.data)
-    train, held_out = split_held_out(loaded.conversations, config.data.held_out, config.seed)
-    train_rows = tokenize(train, chat_format, config.max_length, config.data.on_bad_row)
-    held_out_rows = tokenize(held_out, chat_format, config.max_length, config.data.on_bad_row)
-    skipped = [*loaded.skipped, *train_rows.skipped, *held_out_rows.skipped]
-    return _Split(train_rows.rows, held_out_rows.rows, held_out, skipped, loaded.sha256)
-
-
-def _preferences(config: TrainConfig, chat_format: ChatFormat) -> _Split:
-    assert config.method != "sft"
-    loaded = load_preferences(config.data, config.method)
-    by_source = {row.source: row for row in loaded.rows}
-    conversations = [row.conversation for row in loaded.rows]
-    train, held_out = split_held_out(conversations, config.data.held_out, config.seed)
-    skipped = [*loaded.skipped]
-
-    def tokenized(chosen: Sequence[Conversation]) -> Rows:
-        rows: list[Preference] = [by_source[conversation.source] for conversation in chosen]
-        as_ids = tokenize_pairs if config.method == "dpo" else tokenize_unpaired
-        return as_ids(rows, chat_format, config.max_length, skipped, config.data.on_bad_row)
-
-    return _Split(tokenized(train), tokenized(held_out), held_out, skipped, loaded.sha256)
+    return base, tokenizer, load_chat_format(config.chat_format, base, tokenizer)

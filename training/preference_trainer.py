@@ -1,75 +1,76 @@
 """TRL's DPOTrainer and KTOTrainer over rows that are tokenized already.
 
-`training.sft.train` comes here for `method: dpo` and `method: kto`, instead of to its SFTTrainer. The reference's
-log-probabilities are computed once, before the first step: no second copy of the adapter is kept, saved or run.
+`training.sft` comes here for `method: dpo` and `method: kto`. The reference's log-probabilities are computed once, before
+the first step: no second copy of the adapter is kept, saved or run.
 """
 
 import random
-from typing import Any, cast
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
+import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from training.config import TrainConfig
-from training.data import UnpairedRow
-from training.preferences import PreferenceRows, mismatched_completions, reference_logps, scored_pairs
+from training.inputs import RunInputs
+from training.preferences import mismatched_completions, reference_logps, scored_pairs
 from training.qlora import exact_adapters
-from training.sft import LengthBucketSampler
 
 
 class _DPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthBucketSampler:
-        rows: Any = self.train_dataset
-        answers = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
-        lengths = [len(prompt) + max(map(len, pair)) for prompt, pair in zip(rows["prompt_ids"], answers, strict=True)]
-        return LengthBucketSampler(lengths, self.args.train_batch_size, self.args.seed)
-
 
 class _KTOTrainer(KTOTrainer):  # type: ignore[misc]
-    """Takes the rows in their order: whose answers serve as mismatched ones is decided by who shares a batch."""
-
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
 def preference_trainer(
     config: TrainConfig,
+    inputs: RunInputs,
     model: PeftModel,
-    rows: PreferenceRows,
-    *,
     arguments: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    callbacks: list[TrainerCallback],
+    callbacks: Sequence[TrainerCallback],
 ) -> DPOTrainer | KTOTrainer:
     """The trainer of `config.method`, with the reference's log-probabilities beside the rows.
 
     Args:
         model: as the run starts; that is the reference, unless `preference.reference` is `base`.
-        arguments: the TrainingArguments that every method has.
+        arguments: what the trainer of any method is told.
     """
     settings, batch_size = config.preference, config.per_device_train_batch_size
-    common: dict[str, Any] = {"model": model, "processing_class": tokenizer, "callbacks": callbacks}
     arguments = arguments | {"beta": settings.beta, "max_length": None}  # rows are checked before
+    common = {
+        "model": model,
+        "processing_class": AutoTokenizer.from_pretrained(inputs.base.path, local_files_only=True),
+        "callbacks": [*callbacks],
+    }
+    # On CUDA, TRL projects only labelled positions onto the vocabulary; on the CPU too it pays.
+    setattr(trl_utils, "_use_triton", lambda device: device.type in ("cuda", "cpu"))  # noqa: B010
     trainer: DPOTrainer | KTOTrainer
-    with exact_adapters(model):
+    with exact_adapters(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that transformers is about to change
         if config.method == "dpo":
             columns = ("ref_chosen_logps", "ref_rejected_logps")
-            dataset = Dataset.from_list([dict(row) for row in rows])
+            rows = [*inputs.train_rows]
+            dataset = Dataset.from_list(rows)
             args = DPOConfig(**arguments, loss_type=[settings.loss_type], label_smoothing=settings.label_smoothing)
             trainer = _DPOTrainer(args=args, train_dataset=dataset, **common)
         else:
             columns = ("ref_logps", "ref_KL_logps")
-            unpaired = cast("list[UnpairedRow]", rows)
-            rows = random.Random(config.seed).sample(unpaired, len(unpaired))
-            dataset = Dataset.from_list([dict(row) for row in rows])
+            # TRL takes KTO's rows in their order: who shares a batch decides whose answers are the mismatched ones.
+            rows = random.Random(config.seed).sample([*inputs.train_rows], len(inputs.train_rows))
+            dataset = Dataset.from_list(rows)
             dataset = dataset.add_column("KL_completion_ids", mismatched_completions(rows, batch_size))
             weights = {name: getattr(settings, name) for name in ("desirable_weight", "undesirable_weight")}
             trainer = _KTOTrainer(args=KTOConfig(**arguments, **weights), train_dataset=dataset, **common)
@@ -80,4 +81,5 @@ def preference_trainer(
         dataset = dataset.add_column(name, column.tolist())
     trainer.train_dataset = dataset
     trainer.precompute_ref_logps = True
+    trainer.remove_callback(PrinterCallback)
     return trainer

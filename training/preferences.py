@@ -6,6 +6,7 @@ trains is TRL's, and a test holds that both are the same. Knows neither TRL nor 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,21 +17,26 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from training.config import PreferenceSettings
-from training.data import PreferenceRow, UnpairedRow
+from training.evaluate import load_adapter
+from training.gate import GateReport
+from training.row_store import PreferenceRow, UnpairedRow
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
 
-PreferenceRows = list[PreferenceRow] | list[UnpairedRow]
+PreferenceRows = Sequence[PreferenceRow] | Sequence[UnpairedRow]
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
 
 
 class HeldOutPreferences:
-    """Held-out rows, and the log-probabilities that the reference gives them; made before the first step."""
+    """Held-out rows, at least one, and the log-probabilities that the reference gives them.
+
+    Made before the first step, when `model` is as the run starts.
+    """
 
     def __init__(self, model: PeftModel, settings: PreferenceSettings, rows: PreferenceRows) -> None:
         self._settings = settings
         self._pairs = scored_pairs(rows, len(rows))
-        labels = [row["label"] for row in cast("list[UnpairedRow]", rows)] if "label" in rows[0] else []
+        labels = [row["label"] for row in cast("Sequence[UnpairedRow]", rows)] if "label" in rows[0] else []
         self._labels = torch.tensor(labels, dtype=torch.bool)  # [num_rows], of kto only
         self._lengths = torch.tensor([len(completion) for _, completion in self._pairs]).chunk(2)
         self._reference = reference_logps(model, settings, self._pairs)
@@ -49,7 +55,6 @@ class HeldOutPreferences:
         metrics = {
             "eval_loss": self._loss(ratios),
             "base_eval_loss": self._loss(torch.zeros_like(ratios)),
-            "eval_rows": float(len(self._pairs) // 2),
         }
         first, second = ratios.chunk(2)
         if not len(self._labels):
@@ -60,6 +65,21 @@ class HeldOutPreferences:
             metrics["eval_reward_margin"] = self._settings.beta * float(differences.mean())
             metrics["eval_preference_accuracy"] = float((differences > 0).double().mean())
         return metrics
+
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+        """`metrics` of the adapter in `adapter_dir`, loaded from its files; `base` is left as it was.
+
+        Raises:
+            AdapterRefused: the folder does not hold all tensors of its adapter.
+        """
+        model, sha256 = load_adapter(adapter_dir, base)
+        try:
+            figures = self.metrics(model)
+        finally:
+            model.unload()
+        loss, base_loss = figures["eval_loss"], figures["base_eval_loss"]
+        num_tokens = sum(len(completion) for _, completion in self._pairs)
+        return GateReport(loss, base_loss, num_tokens, loss != base_loss, sha256, figures)
 
     def _loss(self, ratios: Tensor) -> float:
         first, second = ratios.chunk(2)
@@ -119,11 +139,11 @@ def scored_pairs(rows: PreferenceRows, group_size: int) -> list[Pair]:
     """Every prompt with its chosen answer, then with the rejected one; of KTO's rows with their answer, then with that
     of the row before in the same group of `group_size`, from which the KL is estimated."""
     if rows and "label" in rows[0]:
-        unpaired = cast("list[UnpairedRow]", rows)
+        unpaired = cast("Sequence[UnpairedRow]", rows)
         own = [(row["prompt_ids"], row["completion_ids"]) for row in unpaired]
         others = mismatched_completions(unpaired, group_size)
         return own + [(row["prompt_ids"], other) for row, other in zip(unpaired, others, strict=True)]
-    paired = cast("list[PreferenceRow]", rows)
+    paired = cast("Sequence[PreferenceRow]", rows)
     chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in paired]
     return chosen + [(row["prompt_ids"], row["rejected_ids"]) for row in paired]
 

@@ -12,7 +12,6 @@ sees half of one. What the files must be is `training.adapter_files`' business.
 import difflib
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,14 +30,19 @@ from training.adapter_manifest import (
     AdapterManifest,
     BaseRef,
     DatasetRef,
+    Environment,
     FileRef,
+    Method,
     ModelId,
+    ParentRef,
     Record,
+    SampleAnswer,
     check_base,
     parse_model_id,
 )
 from training.base_models import BaseModel, Quantization
 from training.errors import AdapterNotFound, AdapterRefused, RegistryError
+from training.gate import check_evaluated, objection
 from training.home import corral_home
 from training.storage import TEMPORARY_PREFIX, Storage
 
@@ -50,9 +54,12 @@ __all__ = [
     "AdapterRegistry",
     "BaseRef",
     "DatasetRef",
+    "Environment",
     "FileRef",
     "LoraShape",
     "ModelId",
+    "ParentRef",
+    "SampleAnswer",
     "check_base",
     "import_adapter",
     "parse_model_id",
@@ -77,6 +84,11 @@ class AdapterDraft:
         chat_format: the resolved name, never `auto`.
         metrics: should hold `eval_loss` and `base_eval_loss`, the held-out loss with and without the adapter.
         config: the resolved training configuration, JSON values only.
+        evaluated_sha256: of the weights that `metrics` were computed with, where they were loaded from their file.
+        changes: whether `training.evaluate` saw any output differ from the base's; None if it did not look.
+        parent: the version that training went on from.
+        environment: code, libraries and devices of the run.
+        samples: held-out prompts, answered by base and adapter.
     """
 
     name: str
@@ -87,6 +99,12 @@ class AdapterDraft:
     dataset: DatasetRef | None = None
     config: dict[str, Any] | None = None
     run_name: str | None = None
+    evaluated_sha256: str | None = None
+    changes: bool | None = None
+    method: Method | None = None
+    parent: ParentRef | None = None
+    environment: Environment | None = None
+    samples: Sequence[SampleAnswer] = ()
 
 
 class _Alias(Record):
@@ -110,19 +128,21 @@ class AdapterRegistry:
     ) -> AdapterManifest:
         """Check the PEFT adapter in `source_dir` and publish it as the next version of `draft.name`.
 
-        The held-out loss must be at least `min_improvement` below the base's. `force` overrides that check, and
-        no other; the manifest then says `forced`.
+        The adapter must change something, and its held-out loss be at least `min_improvement` (nats) below the
+        base's. `force` overrides these two, and no other check; the manifest then says `forced` and why.
 
         Raises:
-            AdapterRefused: the files are not a plain LoRA adapter of this base, or it is no better than the base.
+            AdapterRefused: the files are not a plain LoRA adapter of this base, it is no better than the base, or the
+                weights are not those that were evaluated.
         """
         _check_name(draft.name, RegistryError)
         if draft.chat_format == "auto":
             raise RegistryError("chat format 'auto' cannot be recorded: give the name that it stands for")
         adapter = read_adapter(source_dir, draft.base)
-        objection = _objection(draft.metrics, min_improvement)
-        if objection and not force:
-            raise AdapterRefused(f"adapter {draft.name!r} is not registered: {objection}, or force it")
+        check_evaluated(draft.evaluated_sha256, adapter.weights_sha256)
+        reason = objection(draft.metrics, min_improvement, changes=adapter.changes and draft.changes is not False)
+        if reason and not force:
+            raise AdapterRefused(f"adapter {draft.name!r} is not registered: {reason}, or force it")
         base = draft.base
         with self._storage.guard(f"register {draft.name!r}"):
             base_ref = BaseRef(
@@ -131,7 +151,7 @@ class AdapterRegistry:
             self._sweep(draft.name)
             version = self._claim(draft.name)
             try:
-                return self._publish(draft, base_ref, version, adapter, forced=objection is not None)
+                return self._publish(draft, base_ref, version, adapter, forced_because=reason)
             except BaseException:
                 self._give_up(draft.name, version)
                 raise
@@ -262,7 +282,7 @@ class AdapterRegistry:
                 raise
 
     def _publish(
-        self, draft: AdapterDraft, base: BaseRef, version: int, adapter: AdapterFiles, *, forced: bool
+        self, draft: AdapterDraft, base: BaseRef, version: int, adapter: AdapterFiles, *, forced_because: str | None
     ) -> AdapterManifest:
         folder = _folder(draft.name, version)
         copied = self._storage.upload(adapter.weights, f"{folder}/{WEIGHTS_FILE}")
@@ -279,7 +299,9 @@ class AdapterRegistry:
             dataset=draft.dataset,
             config=draft.config,
             metrics=dict(draft.metrics),
-            forced=forced,
+            forced=forced_because is not None,
+            forced_because=forced_because,
+            evaluated_sha256=draft.evaluated_sha256,
             files={
                 CONFIG_FILE: FileRef(
                     sha256=hashlib.sha256(adapter.config_json).hexdigest(), size=len(adapter.config_json)
@@ -288,6 +310,10 @@ class AdapterRegistry:
             },
             created=datetime.now(UTC),
             run_name=draft.run_name,
+            method=draft.method,
+            parent=draft.parent,
+            environment=draft.environment,
+            samples=list(draft.samples),
         )
         self._storage.write(f"{folder}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode())
         return manifest
@@ -394,20 +420,6 @@ def import_adapter(
         metrics=metrics or {},
     )
     return registry.register(source_dir, draft, force=force)
-
-
-def _objection(metrics: Mapping[str, float], min_improvement: float) -> str | None:
-    """Why the held-out loss does not speak for the adapter, if it does not."""
-    missing = [key for key in ("eval_loss", "base_eval_loss") if key not in metrics]
-    if missing:
-        return f"its metrics lack {' and '.join(missing)}: evaluate it on held-out rows"
-    tuned, plain = metrics["eval_loss"], metrics["base_eval_loss"]
-    if not (math.isfinite(tuned) and math.isfinite(plain)):
-        return f"its held-out loss is {tuned} and the base's {plain}: train it again"
-    if not tuned <= plain - min_improvement:
-        needed = f", less than {min_improvement:g} below" if min_improvement else ", above"
-        return f"its held-out loss is {tuned:.4f}{needed} the base's {plain:.4f}: train longer or on other data"
-    return None
 
 
 def _folder(name: str, version: int) -> str:

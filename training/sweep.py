@@ -13,13 +13,13 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base_models import resolve_base_model
-from training.config import check_resources, check_this_machine, resolved, wants_gpu
+from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
 from training.errors import CorralError
 from training.fit import (
     FitResult,
@@ -111,7 +111,7 @@ def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: Path, deb
     )
     grid: ResultGrid = tuner.fit()
     shutil.rmtree(run_dir / "tune", ignore_errors=True)  # Tune's own state: what counts is in the trials' directories
-    results = [grid[index] for index in range(len(grid))]
+    results: Iterable[Any] = [grid[index] for index in range(len(grid))]
     return {result.config["task"]["number"]: _one_line(result.error) for result in results if result.error}
 
 
@@ -165,7 +165,6 @@ def _run_trial(space: dict[str, Any]) -> None:
     from ray import tune
 
     from training import sft
-    from training.config import TrainConfig
 
     task = space["task"]
     run_dir = Path(task["run_dir"])
@@ -177,7 +176,7 @@ def _run_trial(space: dict[str, Any]) -> None:
         try:
             result = sft.train(
                 config,
-                _TrialRun(run_dir, tune.report),
+                _TrialRun(config, run_dir, tune.report),
                 adapter_dir=Path(scratch) / "adapter",
                 scratch_dir=Path(scratch) / "checkpoints",
                 device=torch.device("cuda" if ray.get_gpu_ids() else "cpu"),
@@ -195,15 +194,23 @@ def _run_trial(space: dict[str, Any]) -> None:
 
 
 class _TrialRun(_RayRun):
-    """A `training.sft.Run` in a trial: logs as a run does, and tells Tune the smoothed loss; keeps no checkpoints."""
+    """A `training.sft.Run` in a trial: logs as a run does, and tells Tune the loss; keeps no checkpoints.
 
-    def __init__(self, run_dir: Path, report: Callable[[dict[str, float]], None]) -> None:
+    That is the held-out loss where there is one during training (`eval_steps`), else the smoothed training loss.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, report: Callable[[dict[str, float]], None]) -> None:
         super().__init__(0, run_dir)
         self._report = report
+        self._by_eval_loss = config.eval_steps is not None
         self._loss: float | None = None
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
         super().on_log(step, num_steps, metrics)
+        if self._by_eval_loss:
+            if "eval_loss" in metrics:
+                self._report({"step": step, "loss": metrics["eval_loss"]})
+            return
         before = metrics["loss"] if self._loss is None else self._loss
         self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * metrics["loss"]
         self._report({"step": step, "loss": self._loss})

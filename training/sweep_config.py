@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from training.config import TrainConfig, explain, read_config
+from training.config import TrainConfig, build_config_of, explain, read_yaml
 from training.errors import ConfigError
 
 Value = bool | int | float | str | list[str]
@@ -80,7 +80,7 @@ class SweepSettings(_Section):
     num_samples: int = Field(default=1, ge=1)  # draws of what is not a grid, for each point of the grids
     max_concurrent_trials: int | None = Field(default=None, ge=1)  # None: as many as there are resources for
     metric: Literal["eval_loss", "eval_preference_accuracy", "eval_reward_margin"] = "eval_loss"
-    scheduler: Literal["fifo", "asha"] = "fifo"  # asha stops trials whose training loss lags (arXiv:1810.05934)
+    scheduler: Literal["fifo", "asha"] = "fifo"  # asha stops trials whose loss lags (arXiv:1810.05934)
     grace_period: int = Field(default=20, ge=1)  # of asha: steps before a trial may be stopped
     reduction_factor: int = Field(default=3, ge=2)  # of asha: one trial in so many goes on at each rung
 
@@ -119,7 +119,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: naming file, key and value.
     """
-    config = read_config(path, overrides, SweepConfig)
+    config = build_config_of(SweepConfig, read_yaml(Path(path)), overrides, str(path))
     if config.num_workers != 1:
         raise ConfigError(f"{path}: num_workers is {config.num_workers}: a trial runs on one worker, leave it out")
     if config.data.held_out == 0:
