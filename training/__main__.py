@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from training.config import TrainConfig, load_config, resolved
-from training.errors import ConfigError, CorralError
+from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+from training.signals import sigterm_interrupts
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
@@ -24,10 +25,14 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
         force: register an adapter that does not pass `gate` all the same; its manifest says so.
 
     Raises:
-        CorralError: the run failed, or its adapter is refused.
+        CorralError: the run failed or was stopped, or its adapter is refused.
     """
-    result = fit(config, debug=debug)
-    manifest = register(config, result, force=force)
+    with sigterm_interrupts():
+        result = fit(config, debug=debug)
+        try:
+            manifest = register(config, result, force=force)
+        except KeyboardInterrupt:  # the registry has a whole version or none
+            raise RunStopped(result.run_name) from None
     print(summary(manifest, result))
     return manifest
 
@@ -49,11 +54,16 @@ def register(
         dataset=result.inputs.dataset,
         config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
         run_name=result.run_name,
-        method="sft",
+        method=config.method,
+        parent=_ref(result.parent) if result.parent else None,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     registry = AdapterRegistry()
     return registry.register(result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement)
+
+
+def _ref(parent: AdapterManifest) -> ParentRef:
+    return ParentRef(name=parent.name, version=parent.version, weights_sha256=parent.weights_sha256)
 
 
 def summary(manifest: AdapterManifest, result: FitResult) -> str:

@@ -59,10 +59,8 @@ def document_attention(
         out: torch.Tensor = varlen(query, key, value, starts, starts, longest, longest, **options)
         return out
     if longest * len(lengths) > 2 * len(query):  # padding would be most of the work
-        parts = [tensor.split(lengths.tolist()) for tensor in (query, key, value)]
-        return torch.cat(
-            [_attend(*(part[None] for part in document), scale)[0] for document in zip(*parts, strict=True)]
-        )
+        documents = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
+        return torch.cat([_attend(*(part[None] for part in document), scale)[0] for document in documents])
     rows, places = _grid(lengths, longest, query.device)
     padded = [_to_grid(tensor, rows, places, len(lengths), longest) for tensor in (query, key, value)]
     return _attend(*padded, scale)[rows, places]
@@ -109,7 +107,7 @@ def _documents_attention(
     cu_seq_lens: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' attention interface: query [1, num_heads, num_tokens, head_dim] -> [1, num_tokens, num_heads, ...]."""
+    """transformers' interface: query [1, num_heads, num_tokens, head_dim] -> [1, num_tokens, num_heads, head_dim]."""
     if cu_seq_lens is None:
         attended: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

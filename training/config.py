@@ -75,9 +75,7 @@ class TrainConfig(_Section):
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None
     adapter: str  # name in the registry
-    method: Literal["sft", "dpo", "kto"] = (
-        "sft"  # conversations; preferred and rejected answers; answers with a verdict
-    )
+    method: Literal["sft", "dpo", "kto"] = "sft"  # on conversations, pairs of answers, or answers with a verdict
     preference: PreferenceSettings = PreferenceSettings()  # of dpo and kto
     continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS: a registered adapter instead of a new one
     chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from training.adapter_files import WEIGHTS_FILE
-from training.data import IGNORED_LABEL, TokenizedRow
 from training.errors import AdapterRefused
 from training.gate import GateReport
+from training.row_store import IGNORED_LABEL, TokenizedRow
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
 

@@ -23,12 +23,13 @@ from typing import Any
 from training import errors
 from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.errors import ConfigError, CorralError, TrainingError
+from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
 from training.parent import PARENT_DIR, copy_parent, resolve_parent
 from training.progress import Progress, show_progress, write_progress
 from training.registry import AdapterManifest
+from training.signals import kept_handlers, undisturbed
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
@@ -72,7 +73,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
     Raises:
-        CorralError: config, data or cluster do not fit, or the run failed; one line.
+        CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not _ray_is_running_here():
@@ -84,9 +85,12 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     run_dir = _open_run(config, run_name)
     if parent:
         copy_parent(parent, run_dir)
-    with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
-        write_progress(run_dir, Progress("starting Ray Train"))
-        _run_workers(config, run_name, run_dir, debug)
+    try:
+        with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
+            write_progress(run_dir, Progress("starting Ray Train"))
+            _run_workers(config, run_name, run_dir, debug)
+    except KeyboardInterrupt:
+        raise RunStopped(run_name) from None
     result = json.loads((run_dir / "result.json").read_text())
     quantization = config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]})
     return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization, config, parent)
@@ -140,10 +144,13 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
         return
     quiet: dict[str, Any] = {} if debug else {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if on_cluster:
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, **quiet)
+        with kept_handlers():
+            if on_cluster:
+                ray.init(**quiet)
+            else:
+                # Its agents outlive a killed driver by this long, by default for a minute.
+                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+                ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
         raise TrainingError(f"{where} cannot be reached: {_one_line(error)}") from error
@@ -151,7 +158,8 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with undisturbed():
+            ray.shutdown()
 
 
 def _ray_is_running_here() -> bool:
@@ -192,7 +200,10 @@ def _run_workers(config: TrainConfig, run_name: str, run_dir: Path, debug: bool)
         ),
     )
     try:
-        trainer.fit()
+        with kept_handlers():
+            trainer.fit()
+    except SystemExit:  # what Ray Train makes of Ctrl-C, with exit code 0
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         _raise_recorded(run_dir)
         raise TrainingError(

@@ -1,7 +1,7 @@
 """TRL's DPOTrainer and KTOTrainer over rows that are tokenized already.
 
-`training.sft` comes here for `method: dpo` and `method: kto`. The reference's log-probabilities are computed once, before
-the first step: no second copy of the adapter is kept, saved or run.
+`training.sft` comes here for `method: dpo` and `method: kto`. The reference's log-probabilities are computed once,
+before the first step: no second copy of the adapter is kept, saved or run.
 """
 
 import random

@@ -7,6 +7,7 @@ Random numbers depend on seed, step and micro-batch alone: a checkpoint needs no
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from types import MethodType
 from typing import Any, Protocol
 
@@ -22,11 +23,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from training.attention import cumulative, documents_apart
 from training.batches import StepBatches
-from training.data import IGNORED_LABEL, TokenizedRow
+from training.row_store import IGNORED_LABEL, TokenizedRow
 
-_LOGITS_CHUNK = (
-    1024  # labelled tokens whose logits are held at once; at a vocabulary of 128k those are 0.5 GB in float32
-)
+_LOGITS_CHUNK = 1024  # labelled tokens whose logits are held at once: 0.5 GB in float32 where 128k tokens are known
 
 Batch = dict[str, torch.Tensor]
 
@@ -125,7 +124,7 @@ class DocumentTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | int | None]:
         """The micro-batches of a step, and the number of its labelled tokens over all workers."""
-        batches = [batch for batch, _ in zip(epoch_iterator, range(num_batches), strict=False)]
+        batches = list(islice(epoch_iterator, num_batches))
         counts = torch.tensor(
             [
                 sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches),
@@ -178,7 +177,7 @@ class _EpochLoader(DataLoader[TokenizedRow]):
 
 @contextmanager
 def neftune(model: PeftModel, alpha: float | None) -> Iterator[None]:
-    """In the block, training adds noise to embeddings: uniform, scaled by alpha / sqrt(length x hidden) (arXiv:2310.05914).
+    """In the block, training adds noise to embeddings: uniform times alpha / sqrt(length x hidden) (arXiv:2310.05914).
 
     The length is the document's, as in the paper, also where documents lie end to end.
     """
