@@ -128,7 +128,8 @@ def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Wa
 
         shape = StepShape(config.step_size, world_size, config.per_device_train_batch_size)
         arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
-        return preference_trainer(config, inputs, model, arguments, [watch])
+        trainer: Trainer = preference_trainer(config, inputs, model, arguments, [watch])
+        return trainer
     batches, shape = step_batches(config, inputs, rank, world_size)
     arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     return DocumentTrainer(
