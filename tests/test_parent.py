@@ -1,6 +1,9 @@
 """Going on from a registered adapter: the same outputs at step 0, the same shape, its base, the reference of DPO."""
 
 import json
+import math
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from training.__main__ import run_training
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import LoraSettings, TrainConfig
 from training.errors import AdapterNotFound, AdapterRefused, ConfigError
@@ -17,7 +21,7 @@ from training.parent import copy_parent, resolve_parent
 from training.preference_trainer import preference_trainer
 from training.preferences import completion_logps, scored_pairs
 from training.qlora import exact_adapters, start_adapter
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
 from training.sft import _trainer, train, training_arguments
 from training.watch import Watch
 
@@ -30,6 +34,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def ray_cluster() -> Iterator[None]:
+    """A Ray of the test's own, with a short socket path, gone afterwards."""
+    import ray
+
+    temp_dir = f"/tmp/corral-p{os.getpid()}"
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @pytest.fixture
@@ -193,3 +209,32 @@ def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseModel) -
                 weight.data = weight.data.bfloat16()
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
+    ray_cluster: None, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # the driver's only: workers have the run's directory
+    draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
+    parent = AdapterRegistry().register(tiny_adapter, draft, force=True)
+    config = config_of(
+        tiny_base,
+        tmp_path,
+        method="dpo",
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=5e-3,
+        num_workers=2,
+        use_gpu=False,
+        resources_per_worker={"CPU": 1},
+        storage_path=str(tmp_path / "runs"),
+    )
+    manifest = run_training(config)
+    assert (manifest.version, manifest.method) == (2, "dpo")
+    assert manifest.parent == ParentRef(name="tiny-hand", version=1, weights_sha256=parent.weights_sha256)
+    assert manifest.config is not None
+    assert manifest.config["continue_from"] == "tiny-hand@1"
+    assert manifest.lora == parent.lora
+    assert manifest.metrics["eval_reward_margin"] > 0
+    assert manifest.metrics["eval_loss"] < manifest.metrics["base_eval_loss"]
+    assert manifest.metrics["base_eval_loss"] == pytest.approx(math.log(2))
