@@ -176,6 +176,9 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     assert (with_parent - of_base).abs().max() > 0.1
     expected = with_parent if reference == "initial" else of_base
     assert trainer.train_dataset["ref_chosen_logps"][:] == pytest.approx(expected.tolist(), abs=1e-4)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    loss = float(trainer.compute_loss(trainer.model, batch).detach())
+    assert (loss == pytest.approx(math.log(2), abs=1e-4)) == (reference == "initial")
 
 
 def test_continued_run_reports_what_the_parent_had(
