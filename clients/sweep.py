@@ -57,7 +57,7 @@ def _print(result: "SweepResult") -> None:
         print(f"{result.manifest.model_id} is registered, of trial {result.outcomes[0].number}")
     else:
         print(f"nothing is registered: {result.refused}")
-    print(f"sweep {result.run_dir}")
+    print(f"sweep {result.address}")
 
 
 def _print_table(

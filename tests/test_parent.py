@@ -22,6 +22,7 @@ from training.preference_trainer import preference_trainer
 from training.preferences import completion_logps, scored_pairs
 from training.qlora import exact_adapters, start_adapter
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
+from training.run_dir import RunDir
 from training.sft import _trainer, train, training_arguments
 from training.watch import Watch
 
@@ -142,8 +143,10 @@ def test_outputs_at_step_0_are_the_parents_bit_for_bit(
 
     config, _ = resolve_parent(config_of(tiny_base, tmp_path, method=method), tiny_base, registry)
     served = PeftModel.from_pretrained(load_quantized(tiny_base, config.quantization), str(registry.fetch(parent)))
-    copy_parent(parent, tmp_path, registry)
-    model = start_adapter(load_quantized(tiny_base, config.quantization), config.lora, parent_dir=tmp_path / "parent")
+    copy_parent(parent, RunDir(tmp_path, "run"), registry)
+    model = start_adapter(
+        load_quantized(tiny_base, config.quantization), config.lora, parent_dir=tmp_path / "run" / "parent"
+    )
     weights = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())

@@ -16,7 +16,7 @@ from training.errors import ConfigError, TrainingError
 from training.registry import AdapterRegistry
 from training.sweep import run_sweep
 from training.sweep_config import SweepConfig, load_sweep, plan
-from training.sweep_result import trial_dir
+from training.sweep_result import SweepResult
 
 PROJECT = Path(__file__).parent.parent
 SWEEPS = sorted((PROJECT / "configs" / "sweep").rglob("*.yaml"))
@@ -60,6 +60,10 @@ def load(content: dict[str, Any], tmp_path: Path, *overrides: str) -> SweepConfi
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(content))
     return load_sweep(path, overrides)
+
+
+def trial_path(result: SweepResult, number: int) -> Path:
+    return Path(result.address) / "trials" / f"{number:03d}"
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
@@ -142,12 +146,13 @@ def test_b11_more_than_the_cluster_has_is_refused_at_once(
 
 
 def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_taken_up_again(
-    ray_cluster: None, content: dict[str, Any], tmp_path: Path
+    ray_cluster: None, content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content["search"] = {"lora.lora_alpha": {"grid": [8, 10**38]}, "learning_rate": {"grid": [1e-5, 1e-2]}}
     content["run_name"] = "search"
     result = run_sweep(load(content, tmp_path))
 
+    assert capsys.readouterr().out == ""
     assert [outcome.status for outcome in result.outcomes] == ["finished", "finished", "failed", "failed"]
     best, second = result.outcomes[:2]
     assert best.values == {"lora.lora_alpha": 8, "learning_rate": 1e-2}
@@ -164,18 +169,18 @@ def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_tak
     assert manifest.config["sweep"] == {"name": "search", "num_trials": 4, "searched": searched}
     assert AdapterRegistry().versions("tiny") == [1]
 
-    recorded = json.loads((result.run_dir / "sweep.json").read_text())
+    recorded = json.loads((Path(result.address) / "sweep.json").read_text())
     assert (recorded["best"], recorded["registered"]) == (best.number, manifest.model_id)
-    assert "| 1e-05 |" in (result.run_dir / "sweep.md").read_text()
-    assert not (result.run_dir / "tune").exists()
+    assert "| 1e-05 |" in (Path(result.address) / "sweep.md").read_text()
+    assert not (Path(result.address) / "tune").exists()
     for outcome in (best, second):
-        lines = (trial_dir(result.run_dir, outcome.number) / "metrics.jsonl").read_text().splitlines()
+        lines = (trial_path(result, outcome.number) / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
     # as if it had ended before the second best was trained: that one only is run again
-    again = trial_dir(result.run_dir, second.number)
+    again = trial_path(result, second.number)
     (again / "result.json").unlink()
-    kept = trial_dir(result.run_dir, best.number) / "metrics.jsonl"
+    kept = trial_path(result, best.number) / "metrics.jsonl"
     before = kept.stat().st_mtime_ns
     resumed = run_sweep(load(content, tmp_path))
     assert [outcome.values for outcome in resumed.outcomes] == [outcome.values for outcome in result.outcomes]

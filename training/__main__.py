@@ -54,6 +54,8 @@ def register(
         dataset=result.inputs.dataset,
         config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
         run_name=result.run_name,
+        evaluated_sha256=result.adapter_sha256,
+        changes=result.changes,
         method=config.method,
         parent=_ref(result.parent) if result.parent else None,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],

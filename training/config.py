@@ -116,7 +116,7 @@ class TrainConfig(_Section):
     use_gpu: bool | Literal["auto"] = "auto"
     resources_per_worker: dict[str, float] | None = None  # None: an equal share of the CPUs, and a GPU where used
     max_failures: int = Field(default=1, ge=0)  # times a run goes on from its last checkpoint after a worker died
-    storage_path: str | None = None  # a directory that all workers share; None: CORRAL_HOME/runs
+    storage_path: str | None = None  # a directory or fsspec address that all workers see; None: CORRAL_HOME/runs
     run_name: str | None = None  # None: a fresh one; the name of an earlier run resumes it
 
     @field_validator("adapter")
@@ -181,13 +181,6 @@ class TrainConfig(_Section):
     def _run_name(cls, value: str | None) -> str | None:
         if value is not None and not _RUN_NAME.fullmatch(value):
             raise ValueError("use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit")
-        return value
-
-    @field_validator("storage_path")
-    @classmethod
-    def _storage_path(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
-            raise ValueError("name a directory that every worker sees: metrics are appended to a file there")
         return value
 
     @field_validator("max_steps")

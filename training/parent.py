@@ -4,15 +4,13 @@ The driver resolves it here and copies its files into the run's directory, which
 out of their reach. Called by `training.fit`; what starts from the files is `training.qlora.start_adapter`.
 """
 
-import shutil
-from pathlib import Path
-
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from training.base_models import BaseModel
 from training.config import LoraSettings, TrainConfig
 from training.errors import ConfigError
 from training.qlora import target_modules
 from training.registry import AdapterManifest, AdapterRegistry, check_base
+from training.run_dir import RunDir
 
 PARENT_DIR = "parent"  # in the run's directory
 
@@ -51,16 +49,16 @@ def resolve_parent(
     return config.model_copy(update=pinned), parent
 
 
-def copy_parent(parent: AdapterManifest, run_dir: Path, registry: AdapterRegistry | None = None) -> None:
-    """Put the parent's checked files into `run_dir / PARENT_DIR`.
+def copy_parent(parent: AdapterManifest, run_dir: RunDir, registry: AdapterRegistry | None = None) -> None:
+    """Put the parent's checked files into the run's directory.
 
     Raises:
         AdapterRefused: a file is missing or changed.
+        StorageError: the run's directory cannot be written.
     """
-    source, target = (registry or AdapterRegistry()).fetch(parent), run_dir / PARENT_DIR
-    target.mkdir(parents=True, exist_ok=True)
+    source = (registry or AdapterRegistry()).fetch(parent)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(source / name, target / name)
+        run_dir.upload(source / name, f"{PARENT_DIR}/{name}")
 
 
 def _agree(

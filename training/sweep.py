@@ -4,45 +4,44 @@
 inside Tune, the other way, starts three actors for a trial, of which Tune sees only the small one that waits: it could
 hold back by a fixed number of trials, but not by the CPUs and GPUs that they take.
 
-SWEEP_DIR/ has config.json, sweep.json, sweep.md, and trials/000/ as a run's directory: config.json, metrics.jsonl, and
-at the end adapter/ and result.json, or failure.json. A sweep that is taken up again runs the trials that have neither.
+The sweep's `RunDir` has config.json, sweep.json, sweep.md, and a run directory for each trial, trials/000 and on; no
+checkpoints are kept. A sweep that is taken up again runs the trials that have neither result.json nor failure.json.
 """
 
-import json
-import math
+import io
+import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.base_models import resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.errors import CorralError
+from training.errors import CorralError, RunStopped
 from training.fit import (
-    FitResult,
-    _equal_share,
-    _keep_quiet,
-    _one_line,
-    _open_run,
-    _ray,
-    _ray_is_running_here,
-    _RayRun,
-    _with_absolute_paths,
-    _write_json,
+    equal_share,
     fresh_run_name,
+    one_line,
+    open_run,
+    ray_is_running_here,
+    ray_session,
+    ray_storage,
+    read_result,
+    runs_dir,
+    with_absolute_paths,
 )
 from training.inputs import read_inputs
 from training.parent import PARENT_DIR, copy_parent, resolve_parent
-from training.progress import Progress, show_progress, write_progress
+from training.progress import Progress, show_progress
 from training.registry import AdapterManifest
+from training.run_dir import RunDir
 from training.sweep_config import SweepConfig, Trial, plan
 from training.sweep_result import SweepResult, as_json, is_done, ranked, read_outcome, report, trial_dir
-
-if TYPE_CHECKING:
-    from ray.tune import ResultGrid
+from training.worker import RayRun, failure_recorded, scratch_of, train_into
 
 _SMOOTHING = 0.9  # of the training loss that asha compares: batches differ
 
@@ -55,30 +54,33 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
             in the result instead.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    if not on_cluster and not _ray_is_running_here():
+    if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
     inputs = read_inputs(config)
     base = resolve_base_model(config.base_model, config.base_revision)
     checked = [(trial, *resolve_parent(trial.config, base)) for trial in plan(config)]
     parent = checked[0][2]
-    trials = [replace(trial, config=_with_absolute_paths(trial_config)) for trial, trial_config, _ in checked]
-    name = config.run_name or f"sweep-{fresh_run_name(config.adapter)}"
-    run_dir = _open_run(config, name)
+    trials = [replace(trial, config=with_absolute_paths(trial_config)) for trial, trial_config, _ in checked]
+    run_dir = RunDir(runs_dir(config), config.run_name or f"sweep-{fresh_run_name(config.adapter)}")
+    open_run(config, run_dir)
     if parent:
         copy_parent(parent, run_dir)
-    with _ray(on_cluster, debug), show_progress(run_dir, f"{name} on {inputs.base.name}"):
-        write_progress(run_dir, Progress(f"starting {len(trials)} trials"))
-        crashes = _run_trials(config, trials, run_dir, debug)
-    outcomes = [read_outcome(trial, run_dir, crashes.get(trial.number)) for trial in trials]
+    try:
+        with ray_session(on_cluster, debug), show_progress(run_dir, f"{run_dir.name} on {inputs.base.name}"):
+            _show(run_dir, f"starting {len(trials)} trials")
+            crashes = _run_trials(config, trials, run_dir, debug)
+    except KeyboardInterrupt:
+        raise RunStopped(run_dir.name) from None
+    outcomes = [read_outcome(trial, trial_dir(run_dir, trial.number), crashes.get(trial.number)) for trial in trials]
     outcomes = ranked(outcomes, config.sweep.metric, config.sweep.mode)
-    result = SweepResult(name, run_dir, config.sweep.metric, outcomes)
-    result = _register_best(config, result, trials, parent, force=force)
-    _write_json(run_dir / "sweep.json", as_json(result))
-    (run_dir / "sweep.md").write_text(report(result))
+    result = SweepResult(run_dir.name, run_dir.address, config.sweep.metric, outcomes)
+    result = _register_best(config, result, run_dir, trials, parent, force=force)
+    run_dir.write_json("sweep.json", as_json(result))
+    run_dir.write_text("sweep.md", report(result))
     return result
 
 
-def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: Path, debug: bool) -> dict[int, str]:
+def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: RunDir, debug: bool) -> dict[int, str]:
     """Run what is left of `trials`; returns the errors of those that crashed, by number."""
     import ray
 
@@ -89,30 +91,39 @@ def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: Path, deb
     if not left:
         return {}
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's files are our own
+    if not debug:
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
     from ray import tune
 
     most = min(config.sweep.max_concurrent_trials or len(left), len(left))
     use_gpu = wants_gpu(config, gpus)
-    resources = config.resources_per_worker or _equal_share(min(most, int(gpus) or most), use_gpu)
-    tasks = [_task(trial, run_dir, resources) for trial in left]
+    resources = config.resources_per_worker or equal_share(min(most, int(gpus) or most), use_gpu)
+    for trial in left:
+        trial_dir(run_dir, trial.number).write_json("config.json", dict(resolved(trial.config)))
+    tasks = [
+        {"sweep": [run_dir.parent, run_dir.name], "number": trial.number, "cpus": resources.get("CPU", 1.0)}
+        for trial in left
+    ]
+    filesystem, storage_path = ray_storage(RunDir(run_dir.address, "tune"))
     tuner = tune.Tuner(
         tune.with_resources(_run_trial, resources),
         param_space={"task": tune.grid_search(tasks)},
-        tune_config=tune.TuneConfig(
-            scheduler=_scheduler(config), max_concurrent_trials=most, reuse_actors=True, num_samples=1
-        ),
+        tune_config=tune.TuneConfig(scheduler=_scheduler(config), max_concurrent_trials=most, reuse_actors=True),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(run_dir),
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             verbose=1 if debug else 0,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[_progress(run_dir, len(left))],
         ),
     )
-    grid: ResultGrid = tuner.fit()
-    shutil.rmtree(run_dir / "tune", ignore_errors=True)  # Tune's own state: what counts is in the trials' directories
-    results: Iterable[Any] = [grid[index] for index in range(len(grid))]
-    return {result.config["task"]["number"]: _one_line(result.error) for result in results if result.error}
+    with redirect_stdout(sys.stderr if debug else io.StringIO()):  # Tune prints, however quiet it is told to be
+        grid: Any = tuner.fit()
+    if own_state := run_dir.local_path("tune"):
+        shutil.rmtree(own_state, ignore_errors=True)  # what counts is in the trials' directories
+    results = [grid[index] for index in range(len(grid))]
+    return {result.config["task"]["number"]: one_line(result.error) for result in results if result.error}
 
 
 def _scheduler(config: SweepConfig) -> Any:
@@ -130,32 +141,22 @@ def _scheduler(config: SweepConfig) -> Any:
     )
 
 
-def _progress(run_dir: Path, num_trials: int) -> Any:
+def _progress(run_dir: RunDir, num_trials: int) -> Any:
     from ray.tune import Callback
 
     class TrialCount(Callback):
-        """Shows how many trials have ended, and where the latest one is."""
+        """Shows how many trials have ended."""
 
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
-            ended = sum(t.is_finished() for t in trials)
-            number = trial.config["task"]["number"]
-            where = f"trial {number} at step {result.get('step')}, loss {result.get('loss', math.nan):.3f}"
-            write_progress(run_dir, Progress(f"{ended} of {num_trials} trials ended; {where}"))
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            _show(run_dir, f"{sum(t.is_finished() for t in trials)} of {num_trials} trials have ended")
+
+        on_trial_error = on_trial_complete
 
     return TrialCount()
 
 
-def _task(trial: Trial, run_dir: Path, resources: Mapping[str, float]) -> dict[str, Any]:
-    """What a trial's actor is told, as plain values."""
-    directory = trial_dir(run_dir, trial.number)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", dict(resolved(trial.config)))
-    return {
-        "number": trial.number,
-        "run_dir": str(directory),
-        "parent_dir": str(run_dir / PARENT_DIR) if trial.config.continue_from else None,
-        "cpus": resources.get("CPU", 1.0),
-    }
+def _show(run_dir: RunDir, phase: str) -> None:
+    run_dir.write_json("progress.json", asdict(Progress(phase)))
 
 
 def _run_trial(space: dict[str, Any]) -> None:
@@ -164,44 +165,30 @@ def _run_trial(space: dict[str, Any]) -> None:
     import torch
     from ray import tune
 
-    from training import sft
-
     task = space["task"]
-    run_dir = Path(task["run_dir"])
-    config = TrainConfig.model_validate_json((run_dir / "config.json").read_text())
+    sweep_dir = RunDir(*task["sweep"])
+    run_dir = trial_dir(sweep_dir, task["number"])
+    config = TrainConfig.model_validate(run_dir.read_json("config.json"))
     torch.set_num_threads(max(1, int(task["cpus"])))
-    _keep_quiet()
-    (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that was cut short
-    with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    with scratch_of(run_dir, 0) as scratch:
+        parent_dir = sweep_dir.fetch(PARENT_DIR, scratch / PARENT_DIR) if config.continue_from else None
         try:
-            result = sft.train(
-                config,
-                _TrialRun(config, run_dir, tune.report),
-                adapter_dir=Path(scratch) / "adapter",
-                scratch_dir=Path(scratch) / "checkpoints",
-                device=torch.device("cuda" if ray.get_gpu_ids() else "cpu"),
-                parent_dir=Path(task["parent_dir"]) if task["parent_dir"] else None,
-            )
-        except CorralError as error:  # it would only come again
-            _write_json(run_dir / "failure.json", {"error": type(error).__name__, "message": str(error)})
-            return
-        shutil.copytree(Path(scratch) / "adapter", run_dir / "adapter", dirs_exist_ok=True)
-    samples = [asdict(sample) for sample in result.samples]
-    _write_json(
-        run_dir / "result.json",
-        {"metrics": result.metrics, "samples": samples, "compute_dtype": result.compute_dtype},
-    )
+            with failure_recorded(run_dir, 0):
+                train_into(run_dir, config, _TrialRun(config, run_dir, tune.report), scratch, device, None, parent_dir)
+        except CorralError:
+            return  # recorded; the actor takes the next trial
 
 
-class _TrialRun(_RayRun):
-    """A `training.sft.Run` in a trial: logs as a run does, and tells Tune the loss; keeps no checkpoints.
+class _TrialRun(RayRun):
+    """A `training.watch.Run` in a trial: logs as a run does, and tells Tune the loss; keeps no checkpoints.
 
     That is the held-out loss where there is one during training (`eval_steps`), else the smoothed training loss.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path, report: Callable[[dict[str, float]], None]) -> None:
-        super().__init__(0, run_dir)
-        self._report = report
+    def __init__(self, config: TrainConfig, run_dir: RunDir, tell: Callable[[dict[str, float]], None]) -> None:
+        super().__init__(0, run_dir, 0)
+        self._tell = tell
         self._by_eval_loss = config.eval_steps is not None
         self._loss: float | None = None
 
@@ -209,11 +196,11 @@ class _TrialRun(_RayRun):
         super().on_log(step, num_steps, metrics)
         if self._by_eval_loss:
             if "eval_loss" in metrics:
-                self._report({"step": step, "loss": metrics["eval_loss"]})
+                self._tell({"step": step, "loss": metrics["eval_loss"]})
             return
         before = metrics["loss"] if self._loss is None else self._loss
         self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * metrics["loss"]
-        self._report({"step": step, "loss": self._loss})
+        self._tell({"step": step, "loss": self._loss})
 
     def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -222,6 +209,7 @@ class _TrialRun(_RayRun):
 def _register_best(
     config: SweepConfig,
     result: SweepResult,
+    run_dir: RunDir,
     trials: Sequence[Trial],
     parent: AdapterManifest | None,
     *,
@@ -233,21 +221,10 @@ def _register_best(
     if best is None:
         failed = next((outcome.reason for outcome in result.outcomes if outcome.reason), "none finished")
         return replace(result, refused=f"no trial finished with a finite {result.metric}: {failed}")
-    chosen = next(trial for trial in trials if trial.number == best.number)
-    directory = trial_dir(result.run_dir, best.number)
-    recorded = json.loads((directory / "result.json").read_text())
-    trained = FitResult(
-        run_name=f"{result.name}/trials/{directory.name}",
-        run_dir=directory,
-        inputs=read_inputs(chosen.config),
-        metrics=recorded["metrics"],
-        samples=recorded["samples"],
-        quantization=chosen.config.quantization.model_copy(update={"compute_dtype": recorded["compute_dtype"]}),
-        config=chosen.config,
-        parent=parent,
-    )
+    chosen = next(trial.config for trial in trials if trial.number == best.number)
+    trained = read_result(chosen, trial_dir(run_dir, best.number), read_inputs(chosen), parent)
     sweep = {"name": result.name, "num_trials": len(trials), "searched": sorted(config.search)}
     try:
-        return replace(result, manifest=register(chosen.config, trained, force=force, sweep=sweep))
+        return replace(result, manifest=register(chosen, trained, force=force, sweep=sweep))
     except CorralError as error:
         return replace(result, refused=str(error))

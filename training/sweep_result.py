@@ -7,10 +7,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from training.registry import AdapterManifest
+from training.run_dir import MetricsLog, RunDir
 from training.sweep_config import Trial, Value
 
 
@@ -38,7 +38,7 @@ class SweepResult:
     """A sweep's trials, the best first, and what was registered of it."""
 
     name: str
-    run_dir: Path
+    address: str  # of its run directory
     metric: str
     outcomes: list[Outcome]
     manifest: AdapterManifest | None = None
@@ -51,31 +51,25 @@ class SweepResult:
         return first if first.status == "finished" and math.isfinite(first.metrics.get(self.metric, math.nan)) else None
 
 
-def trial_dir(run_dir: Path, number: int) -> Path:
+def trial_dir(sweep_dir: RunDir, number: int) -> RunDir:
     """Where a trial's files lie."""
-    return run_dir / "trials" / f"{number:03d}"
+    return RunDir(sweep_dir.parent, f"{sweep_dir.name}/trials/{number:03d}")
 
 
-def is_done(directory: Path) -> bool:
-    """Whether the trial in `directory` needs no other attempt."""
-    return any((directory / name).exists() for name in ("result.json", "failure.json"))
+def is_done(run_dir: RunDir) -> bool:
+    """Whether the trial in `run_dir` needs no other attempt."""
+    return any(run_dir.read_json(file) for file in ("result.json", "failure.json"))
 
 
-def read_outcome(trial: Trial, run_dir: Path, crash: str | None) -> Outcome:
+def read_outcome(trial: Trial, run_dir: RunDir, crash: str | None) -> Outcome:
     """What the trial's files say; `crash` is why its process ended, if it did."""
-    directory = trial_dir(run_dir, trial.number)
-
-    def read(name: str) -> Any:
-        return json.loads((directory / name).read_text()) if (directory / name).exists() else None
-
-    result, failure = read("result.json"), read("failure.json")
-    steps = (directory / "metrics.jsonl").read_text().splitlines() if (directory / "metrics.jsonl").exists() else []
+    result, failure = run_dir.read_json("result.json"), run_dir.read_json("failure.json")
+    steps = (run_dir.read_text(MetricsLog.FILE) or "").splitlines()
     num_steps = int(json.loads(steps[-1])["step"]) if steps else 0
     if result:
         return Outcome(trial.number, trial.values, "finished", result["metrics"], num_steps, None)
     if failure or crash:
-        reason = failure["message"] if failure else crash
-        return Outcome(trial.number, trial.values, "failed", {}, num_steps, reason)
+        return Outcome(trial.number, trial.values, "failed", {}, num_steps, failure["message"] if failure else crash)
     return Outcome(trial.number, trial.values, "stopped", {}, num_steps, None)
 
 
@@ -96,7 +90,7 @@ def as_json(result: SweepResult) -> dict[str, Any]:
     """The result as plain values; what `sweep.json` and `corral sweep --json` hold."""
     return {
         "name": result.name,
-        "run_dir": str(result.run_dir),
+        "address": result.address,
         "metric": result.metric,
         "best": result.best.number if result.best else None,
         "registered": result.manifest.model_id if result.manifest else None,
