@@ -9,11 +9,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from training.config import TrainConfig, load_config, resolved
 from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
+from training.plan import dry_run
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
 from training.signals import sigterm_interrupts
 
@@ -102,14 +101,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train an adapter and register it.")
     parser.add_argument("--config", required=True, help="YAML file, such as configs/train/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8 learning_rate=1e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, rows, steps and memory, and stop")
+    parser.add_argument("--json", action="store_true", help="print --dry-run as JSON")
     parser.add_argument("--force", action="store_true", help="register even if the held-out loss is no better")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and Ray's own log")
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
-            print(yaml.safe_dump(dict(resolved(config)), sort_keys=False), end="")
+            print(dry_run(config, as_json=args.json))
         else:
             run_training(config, force=args.force, debug=args.debug)
     except CorralError as error:

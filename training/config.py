@@ -18,6 +18,7 @@ from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
+from training.trackers import TrackerName
 
 LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
@@ -47,6 +48,12 @@ class LoraSettings(_Section):
         if not value:
             raise ValueError(f"name at least one of {', '.join(LLAMA_LINEARS)}, or 'all-linear'")
         return value
+
+    @property
+    def targets(self) -> list[LlamaLinear]:
+        """The linear layers that get an adapter, in the order of a Llama block."""
+        chosen = LLAMA_LINEARS if self.target_modules == "all-linear" else self.target_modules
+        return [name for name in LLAMA_LINEARS if name in chosen]
 
 
 class PreferenceSettings(_Section):
@@ -109,6 +116,8 @@ class TrainConfig(_Section):
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=100, ge=1)
     sample_prompts: int = Field(default=3, ge=0, le=100)  # held-out prompts answered after training
+    report_to: list[TrackerName] = ["tensorboard"]  # beside metrics.jsonl and Ray's Prometheus endpoint; [] for none
+    price_per_hour: float | None = Field(default=None, ge=0)  # of all workers together, in any currency; for the report
 
     gate: GateConfig = GateConfig()
 
@@ -257,17 +266,25 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
 
 def check_this_machine(config: TrainConfig) -> None:
     """`check_resources` for the machine that this runs on."""
-    gpus, bf16 = 0, True
-    if (config.use_gpu is not False and Path("/dev/nvidiactl").exists()) or config.use_gpu is True:
+    gpus, bf16 = gpus_here(config), True
+    if gpus:
         import torch
 
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        bf16 = gpus == 0 or torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     check_resources(config, os.cpu_count() or 1, gpus, "this machine")
     if not bf16 and config.quantization.compute_dtype == "bfloat16":
         raise TrainingError(
             "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=auto"
         )
+
+
+def gpus_here(config: TrainConfig) -> int:
+    """GPUs of this machine that the run could use; imports torch only where there may be some."""
+    if config.use_gpu is False or not (config.use_gpu is True or Path("/dev/nvidiactl").exists()):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def wants_gpu(config: TrainConfig, gpus: float) -> bool:
@@ -352,8 +369,8 @@ def explain(error: ValidationError, source: str, overridden: set[str], model: ty
     parts = [str(part) for part in first["loc"]]
     key = ".".join(parts)
     if first["type"] != "extra_forbidden":
-        key = next((k for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in known), key)
-    where = "override" if key in overridden else source
+        key = next((k for i in range(len(parts), 0, -1) if _without_positions(k := ".".join(parts[:i])) in known), key)
+    where = "override" if any(f"{key}.".startswith(f"{k}.") for k in overridden) else source
     more = len({tuple(map(str, e["loc"]))[: key.count(".") + 1] for e in others} - {tuple(key.split("."))})
     also = f" (and {more} more)" if more else ""
     if first["type"] == "missing":
@@ -371,6 +388,7 @@ def explain(error: ValidationError, source: str, overridden: set[str], model: ty
 
 
 def _nearest_key(key: str, known: set[str]) -> str | None:
+    key = _without_positions(key)
     parent, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(leaf, siblings, n=1):
@@ -381,7 +399,7 @@ def _nearest_key(key: str, known: set[str]) -> str | None:
 
 
 def _siblings(key: str, known: set[str]) -> list[str]:
-    parent = key.rpartition(".")[0]
+    parent = _without_positions(key).rpartition(".")[0]
     return sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
 
 
@@ -390,6 +408,17 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+        elif item := next((t for t in get_args(field.annotation) if _is_section(t)), None):  # list[DataSource]
+            yield from _dotted_keys(item, f"{prefix}{name}.")
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _without_positions(key: str) -> str:
+    """`data.path.1.weight` is the key `data.path.weight` of the second entry."""
+    return re.sub(r"\.\d+(?=\.|$)", "", key)
 
 
 def _short(value: object) -> str:

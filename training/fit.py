@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
 from training.parent import copy_parent, resolve_parent
-from training.progress import Progress, show_progress
+from training.progress import Progress, read_progress, show_progress, write_progress
 from training.registry import AdapterManifest
 from training.run_dir import RunDir
 from training.signals import kept_handlers, undisturbed
+from training.trackers import check_trackers
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
-    "gate", "logging_steps", "max_failures", "num_workers", "resources_per_worker", "run_name", "sample_prompts",
-    "save_steps", "storage_path", "sweep", "use_gpu",
+    "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
+    "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     Raises:
         CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
     """
+    check_trackers(config.report_to)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
@@ -86,16 +88,14 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
     if parent:
         copy_parent(parent, run_dir)
-    try:
-        with (
-            ray_session(on_cluster, debug),
-            _driven(run_dir),
-            show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"),
-        ):
-            run_dir.write_json("progress.json", asdict(Progress("starting Ray Train")))
-            _run_workers(config, run_dir, debug)
-    except KeyboardInterrupt:
-        raise RunStopped(run_dir.name) from None
+    title = f"{config.adapter} on {inputs.base.name}"
+    with (
+        _recorded(run_dir),
+        ray_session(on_cluster, debug),
+        show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
+    ):
+        write_progress(run_dir, Progress("starting Ray Train"))
+        _run_workers(config, run_dir, debug)
     return read_result(config, run_dir, inputs, parent)
 
 
@@ -153,21 +153,18 @@ def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
 
 
 @contextlib.contextmanager
-def _driven(run_dir: RunDir) -> Iterator[None]:
-    """Say in the run's directory which process drives it, and when it ended."""
-    import psutil
-
-    driver = {
-        "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "host": socket.gethostname(),
-        "job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
-        "started": time.time(),
-        "ended": None,
-    }
+def _recorded(run_dir: RunDir) -> Iterator[None]:
+    """Tell in `driver.json` which process drives the run and until when, and in `failure.json` why it failed."""
+    driver = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "ended": None}
     run_dir.write_json("driver.json", driver)
     try:
         yield
+    except KeyboardInterrupt:
+        raise RunStopped(run_dir.name) from None
+    except CorralError as error:
+        with contextlib.suppress(CorralError):  # the disk may be full
+            run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
+        raise
     finally:
         with contextlib.suppress(CorralError):
             run_dir.write_json("driver.json", {**driver, "ended": time.time()})

@@ -44,13 +44,16 @@ class RunInputs:
     dataset: DatasetRef
 
 
-def read_inputs(config: TrainConfig) -> RunInputs:
+def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
     """Find the base, choose the chat format, and read, split and tokenize the dataset; the same on every worker.
+
+    Args:
+        weights: False does not ask for the base's weights, nor fetch them.
 
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
-    base, tokenizer, chat_format = _base(config)
+    base, tokenizer, chat_format = _base(config, weights)
     data = _data(config, base, tokenizer, chat_format, _KINDS[config.method])
     report = data.report
     return RunInputs(
@@ -92,8 +95,8 @@ def _data(
     )
 
 
-def _base(config: TrainConfig) -> tuple[BaseModel, Tokenizer, ChatFormat]:
-    base = resolve_base_model(config.base_model, config.base_revision)
+def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseModel, Tokenizer, ChatFormat]:
+    base = resolve_base_model(config.base_model, config.base_revision, weights=weights)
     if config.max_length > base.context_length:
         raise ConfigError(
             f"max_length is {config.max_length}, but {base.source} was made for {base.context_length} tokens: "

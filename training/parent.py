@@ -8,7 +8,6 @@ from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from training.base_models import BaseModel
 from training.config import LoraSettings, TrainConfig
 from training.errors import ConfigError
-from training.qlora import target_modules
 from training.registry import AdapterManifest, AdapterRegistry, check_base
 from training.run_dir import RunDir
 
@@ -33,7 +32,7 @@ def resolve_parent(
     parent = (registry or AdapterRegistry()).resolve(name, ref or None)
     check_base(parent, base)
     shape = parent.lora
-    given = config.lora.model_dump() | {"target_modules": sorted(target_modules(config.lora))}
+    given = config.lora.model_dump() | {"target_modules": sorted(config.lora.targets)}
     _agree(parent, "lora", given, shape.model_dump(), config.lora.model_fields_set)
     if config.chat_format != "auto":
         _agree(parent, "", {"chat_format": config.chat_format}, {"chat_format": parent.chat_format}, {"chat_format"})

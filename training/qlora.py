@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING
 
 from training.adapter_files import WEIGHTS_FILE
 from training.base_models import forbid_packed_cpu_kernel
-from training.config import LLAMA_LINEARS, LoraSettings
+from training.config import LoraSettings
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import LlamaForCausalLM
-
-
-def target_modules(lora: LoraSettings) -> list[str]:
-    """The names of the linear layers that get an adapter, in the order of a Llama block."""
-    if lora.target_modules == "all-linear":
-        return list(LLAMA_LINEARS)
-    return [name for name in LLAMA_LINEARS if name in lora.target_modules]
 
 
 def start_adapter(
@@ -66,7 +59,7 @@ def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path
             r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
-            target_modules=target_modules(lora),
+            target_modules=list(lora.targets),
             use_rslora=lora.use_rslora,
             init_lora_weights=True if lora.init_lora_weights != "gaussian" else "gaussian",
             bias="none",

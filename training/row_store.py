@@ -1,8 +1,8 @@
 """Tokenized rows on disk: written once as a stream, then read at random from a memory map.
 
-`training.data` writes and opens a store. It is a directory of two Arrow files, so that other programs read it too:
-`rows.arrow` holds what training takes (token ids, trained spans, the text behind them), `index.arrow` the few numbers
-per row by which rows are chosen. Knows neither formats nor tokenizers.
+`training.data` writes and opens a store, whose rows are all of one kind. It is a directory of two Arrow files, so that
+other programs read it too: `rows.arrow` holds what training takes (token ids, trained spans, the text behind them),
+`index.arrow` the few numbers per row by which rows are chosen. Knows neither formats nor tokenizers.
 """
 
 import json

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from training.fit import (
 )
 from training.inputs import read_inputs
 from training.parent import PARENT_DIR, copy_parent, resolve_parent
-from training.progress import Progress, show_progress
+from training.progress import Progress, read_progress, show_progress, write_progress
 from training.registry import AdapterManifest
 from training.run_dir import RunDir
 from training.sweep_config import SweepConfig, Trial, plan
@@ -66,8 +66,9 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
     if parent:
         copy_parent(parent, run_dir)
     try:
-        with ray_session(on_cluster, debug), show_progress(run_dir, f"{run_dir.name} on {inputs.base.name}"):
-            _show(run_dir, f"starting {len(trials)} trials")
+        title = f"{run_dir.name} on {inputs.base.name}"
+        with ray_session(on_cluster, debug), show_progress(lambda: read_progress(run_dir), title):
+            write_progress(run_dir, Progress(f"starting {len(trials)} trials"))
             crashes = _run_trials(config, trials, run_dir, debug)
     except KeyboardInterrupt:
         raise RunStopped(run_dir.name) from None
@@ -148,15 +149,12 @@ def _progress(run_dir: RunDir, num_trials: int) -> Any:
         """Shows how many trials have ended."""
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            _show(run_dir, f"{sum(t.is_finished() for t in trials)} of {num_trials} trials have ended")
+            ended = sum(t.is_finished() for t in trials)
+            write_progress(run_dir, Progress(f"{ended} of {num_trials} trials have ended"))
 
         on_trial_error = on_trial_complete
 
     return TrialCount()
-
-
-def _show(run_dir: RunDir, phase: str) -> None:
-    run_dir.write_json("progress.json", asdict(Progress(phase)))
 
 
 def _run_trial(space: dict[str, Any]) -> None:
@@ -175,7 +173,8 @@ def _run_trial(space: dict[str, Any]) -> None:
         parent_dir = sweep_dir.fetch(PARENT_DIR, scratch / PARENT_DIR) if config.continue_from else None
         try:
             with failure_recorded(run_dir, 0):
-                train_into(run_dir, config, _TrialRun(config, run_dir, tune.report), scratch, device, None, parent_dir)
+                run = _TrialRun(config, run_dir, scratch, tune.report)
+                train_into(run_dir, config, run, scratch, device, None, parent_dir)
         except CorralError:
             return  # recorded; the actor takes the next trial
 
@@ -186,8 +185,10 @@ class _TrialRun(RayRun):
     That is the held-out loss where there is one during training (`eval_steps`), else the smoothed training loss.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: RunDir, tell: Callable[[dict[str, float]], None]) -> None:
-        super().__init__(0, run_dir, 0)
+    def __init__(
+        self, config: TrainConfig, run_dir: RunDir, scratch: Path, tell: Callable[[dict[str, float]], None]
+    ) -> None:
+        super().__init__(config, 0, run_dir, 0, scratch)
         self._tell = tell
         self._by_eval_loss = config.eval_steps is not None
         self._loss: float | None = None

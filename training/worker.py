@@ -15,16 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.config import TrainConfig
+from training.base_models import base_name
+from training.config import TrainConfig, resolved
 from training.errors import CorralError, TrainingError
 from training.parent import PARENT_DIR
-from training.progress import Progress
+from training.progress import Progress, write_progress
 from training.run_dir import MetricsLog, RunDir
+from training.trackers import TrackedRun, open_trackers
 
 if TYPE_CHECKING:
     import torch
-
-    from training.watch import Run
 
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
 _REMOTE_EVERY_S = 5.0  # how often progress goes to an object store
@@ -50,7 +50,7 @@ def train_func(loop_config: dict[str, Any]) -> None:
     rank = get_context().get_world_rank()
     with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
         resume_from = _last_whole_checkpoint(scratch / "resumed")
-        run = RayRun(rank, run_dir, _checkpoint_step(resume_from))
+        run = RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
         parent_dir = run_dir.fetch(PARENT_DIR, scratch / PARENT_DIR) if config.continue_from else None
         train_into(run_dir, config, run, scratch, get_device(), resume_from, parent_dir)
 
@@ -58,7 +58,7 @@ def train_func(loop_config: dict[str, Any]) -> None:
 def train_into(
     run_dir: RunDir,
     config: TrainConfig,
-    run: "Run",
+    run: "RayRun",
     scratch: Path,
     device: "torch.device",
     resume_from: Path | None,
@@ -68,29 +68,60 @@ def train_into(
     from training import sft
 
     _keep_quiet()
-    result = sft.train(
-        config,
-        run,
-        adapter_dir=scratch / "adapter",
-        scratch_dir=scratch / "checkpoints",
-        device=device,
-        resume_from=resume_from,
-        parent_dir=parent_dir,
-    )
-    if run.rank == 0:
-        run_dir.upload(scratch / "adapter", "adapter")
-        run_dir.write_json("result.json", asdict(result))
+    with run:
+        result = sft.train(
+            config,
+            run,
+            adapter_dir=scratch / "adapter",
+            scratch_dir=scratch / "checkpoints",
+            device=device,
+            resume_from=resume_from,
+            parent_dir=parent_dir,
+        )
+        if run.rank == 0:
+            run.on_result(result.metrics)
+            run_dir.upload(scratch / "adapter", "adapter")
+            run_dir.write_json("result.json", asdict(result))
 
 
 class RayRun:
-    """A `training.watch.Run` on a Ray Train worker."""
+    """A `training.watch.Run` on a Ray Train worker; leaving its block closes the trackers.
 
-    def __init__(self, rank: int, run_dir: RunDir, step: int) -> None:
+    Args:
+        step: of the checkpoint that the run goes on from, 0 for a new run.
+        scratch: for event files on their way to an object store.
+    """
+
+    def __init__(self, config: TrainConfig, rank: int, run_dir: RunDir, step: int, scratch: Path) -> None:
         self.rank = rank
         self._run_dir = run_dir
+        self._event_dir = run_dir.local_path("tensorboard") or scratch / "tensorboard"
+        tracked = TrackedRun(
+            name=run_dir.name,
+            adapter=config.adapter,
+            base=base_name(config.base_model),
+            config=resolved(config),
+            first_step=step + 1,
+            tensorboard_dir=self._event_dir,
+        )
+        self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
         self._written_at = 0.0
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
+
+    def __enter__(self) -> "RayRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._trackers:
+            self._trackers.close()
+            self._upload_events()
+            self._run_dir.write_json("trackers.json", {"failed": self._trackers.failed})
+
+    def on_result(self, metrics: Mapping[str, float]) -> None:
+        """The run is done: its figures go to the trackers too."""
+        if self._trackers:
+            self._trackers.log(int(metrics["num_steps"]), {f"result/{key}": value for key, value in metrics.items()})
 
     def on_phase(self, phase: str) -> None:
         if self._metrics:
@@ -98,8 +129,9 @@ class RayRun:
             self._show(Progress(phase), now=True)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
-        if not self._metrics:
+        if not self._metrics or not self._trackers:
             return
+        self._trackers.log(step, metrics)
         now = time.time()
         self._metrics.add({"step": step, "num_steps": num_steps, "time": now, **metrics})
         first_step, started = self._started = self._started or (step, now)
@@ -112,6 +144,7 @@ class RayRun:
         checkpoint = None
         if self._metrics:
             self._metrics.flush()
+            self._upload_events()
             sizes = {str(f.relative_to(directory)): f.stat().st_size for f in directory.rglob("*") if f.is_file()}
             (directory / _CONTENTS_FILE).write_text(json.dumps({"step": step, "sizes": sizes}))
             checkpoint = ray.train.Checkpoint.from_directory(directory)
@@ -120,7 +153,11 @@ class RayRun:
     def _show(self, progress: Progress, now: bool = False) -> None:
         if now or self._run_dir.is_local or time.monotonic() - self._written_at > _REMOTE_EVERY_S:
             self._written_at = time.monotonic()
-            self._run_dir.write_json("progress.json", asdict(progress))
+            write_progress(self._run_dir, progress)
+
+    def _upload_events(self) -> None:
+        if not self._run_dir.is_local and self._event_dir.exists():
+            self._run_dir.upload(self._event_dir, "tensorboard")
 
 
 @contextlib.contextmanager
