@@ -86,13 +86,13 @@ class RunDir:
             for part in sorted(path for path in source.rglob("*") if path.is_file()):
                 self._storage.upload(part, f"{file}/{part.relative_to(source)}")
 
-    def fetch(self, folder: str) -> Path:
-        """A directory on this machine with the folder's files: its own, or a fresh copy in `CORRAL_HOME`."""
+    def fetch(self, folder: str, copy: Path | None = None) -> Path:
+        """A directory on this machine with the folder's files: its own, or a fresh `copy`, else one in CORRAL_HOME."""
         local = self._storage.local_path(folder)
         if local is not None:
             return local
         key = hashlib.sha256(f"{self.address}/{folder}".encode()).hexdigest()[:16]
-        copy = corral_home() / "cache" / "runs" / key
+        copy = copy or corral_home() / "cache" / "runs" / key
         shutil.rmtree(copy, ignore_errors=True)
         with self._storage.guard(f"read {folder}"):
             for file in self._storage.find(folder):
