@@ -195,8 +195,6 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
             if on_cluster:
                 ray.init(**quiet)
             else:
-                # Its agents outlive a killed driver by this long, by default for a minute.
-                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"

@@ -14,6 +14,7 @@ Driver and workers write here, `corral runs` reads. Each file is there whole or 
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 from training.errors import TrainingError
 from training.home import corral_home
 from training.storage import Storage
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class RunDir:
