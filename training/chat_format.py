@@ -148,10 +148,12 @@ class ChatFormat:
     Attributes:
         name: the format, as adapter manifests record it.
         stop_token_ids: every token that ends an assistant turn or the text.
+        bos_token: what begins a chatml text, where the base asks for it; the other formats bring their own.
     """
 
     name: ChatFormatName
     stop_token_ids: tuple[int, ...]
+    bos_token: str | None
 
     def __init__(self, name: ChatFormatName, tokenizer: "Tokenizer", bos_token: str | None = None) -> None:
         """Check that the tokenizer fits the format.
@@ -167,9 +169,9 @@ class ChatFormat:
         self.name = name
         self._tokenizer = tokenizer
         self._layout = _LAYOUTS[name]
-        self._bos_token = bos_token if name == "chatml" else None
+        self.bos_token = bos_token if name == "chatml" else None
         self._control_ids = _control_ids(tokenizer)
-        needed = self._layout.controls + ((self._bos_token,) if self._bos_token else ())
+        needed = self._layout.controls + ((self.bos_token,) if self.bos_token else ())
         missing = [token for token in needed if token not in self._control_ids]
         if missing:
             raise ChatFormatError(
@@ -208,8 +210,8 @@ class ChatFormat:
 
     def _render(self, messages: Sequence[Message], opening: Iterator[_Piece]) -> Rendered:
         rendered = Rendered([], [])
-        if self._bos_token:
-            self._append(rendered, _control(self._bos_token))
+        if self.bos_token:
+            self._append(rendered, _control(self.bos_token))
         for piece in self._layout.turns(messages):
             self._append(rendered, piece)
         for piece in opening:

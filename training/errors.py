@@ -6,6 +6,7 @@
     ├── ChatFormatError        a dialog that the chat format cannot render
     ├── DatasetError           a dataset file or row
     ├── TrainingError          a run that diverged or was given what the cluster lacks
+    ├── ExportError            an adapter that cannot be written as a model of its own
     └── RegistryError          the adapter registry
         ├── AdapterNotFound    no such adapter, version or alias
         └── AdapterRefused     an adapter that must not be registered or loaded
@@ -41,6 +42,10 @@ class DatasetError(CorralError):
 
 class TrainingError(CorralError):
     """A run that cannot start or must not go on."""
+
+
+class ExportError(CorralError):
+    """A merged model or GGUF file that cannot be written."""
 
 
 class RegistryError(CorralError):
