@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+
+# When it is imported, it advises to install a package that fetches kernels from the hub at run time.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ComputeDtype = Literal["bfloat16", "float16", "float32"]  # torch's names
 
@@ -218,15 +222,15 @@ def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of transformers, and no advice of bitsandbytes, while weights are loaded."""
+    """No progress bars of transformers, and no warnings of names that libraries are about to change."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    # It advises to install a package that fetches kernels from the hub at run time.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         if shown:
             enable_progress_bar()

@@ -45,7 +45,7 @@ class ExportRecord:
         evaluated_on: which rows, in words, or why none.
         served_loss: mean cross entropy over `eval_tokens` tokens, in nats: NF4 base and unmerged adapter.
         merged_loss: of the merged folder; None where it was not written or not measured.
-        gguf_loss: of the GGUF file, dequantized.
+        gguf_loss: of the GGUF file, as transformers reads it.
     """
 
     model_id: str
@@ -136,7 +136,7 @@ def export(
                 eot_token_id=chat_format.stop_token_ids[0],
             )
             if rows.rows:
-                record["gguf_loss"] = loss_of_gguf(file, manifest.quantization, rows, device)
+                record["gguf_loss"] = loss_of_gguf(file, rows, device)
         if targets.merged is not None:
             folder = written.enter_context(_whole_or_not_at_all(targets.merged))
             _write_folder(weights, folder, chat_format, template)
@@ -156,7 +156,7 @@ def describe_losses(record: ExportRecord) -> list[str]:
     lines.append(f"  served (NF4 base, adapter unmerged)  {record.served_loss:.4f}")
     for name, loss in (
         (f"merged, {record.dtype}", record.merged_loss),
-        (f"GGUF {record.gguf_type}, dequantized", record.gguf_loss),
+        (f"GGUF {record.gguf_type}", record.gguf_loss),
     ):
         if loss is not None:
             lines.append(f"  {name:<37}{loss:.4f}  ({loss - record.served_loss:+.4f})")
@@ -184,21 +184,22 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
 
 def _write_folder(weights: MergedWeights, folder: Path, chat_format: ChatFormat, template: str) -> None:
     folder.mkdir()
+    base = weights.base
+    config = {key: value for key, value in base.llama_config().items() if key not in ("torch_dtype", "_name_or_path")}
+    config.pop("quantization_config", None)
+    _write_json(folder / "config.json", {**config, "dtype": str(weights.dtype).removeprefix("torch.")})
     sizes = 0
     files: dict[str, str] = {}
     for file, names in weights.shards.items():
         tensors = {name: weights.tensor(name) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it the owner's alone
         sizes += sum(tensor.nbytes for tensor in tensors.values())
         files |= dict.fromkeys(names, file)
         del tensors
     if len(weights.shards) > 1:
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sizes}, "weight_map": files})
 
-    base = weights.base
-    config = {key: value for key, value in base.llama_config().items() if key not in ("torch_dtype", "_name_or_path")}
-    config.pop("quantization_config", None)
-    _write_json(folder / "config.json", {**config, "dtype": str(weights.dtype).removeprefix("torch.")})
     generation = base.path / "generation_config.json"
     defaults = json.loads(generation.read_text()) if generation.is_file() else {}
     _write_json(folder / "generation_config.json", {**defaults, "eos_token_id": list(chat_format.stop_token_ids)})
@@ -221,9 +222,13 @@ def _readme(record: ExportRecord) -> str:
     losses = "\n".join(f"    {line}" for line in describe_losses(record))
     return f"""# {record.model_id}, merged
 
-The LoRA adapter {record.model_id} (sha256 {record.adapter_sha256}) merged into {_WORDS[record.onto]}: {record.base}
-(weights sha256 {record.base_weights_sha256}), in {record.dtype}. The chat template is the one that the adapter was
-trained with. A merged model is not the one that was trained, which keeps the base in NF4 and the adapter beside it:
+A LoRA adapter merged into {_WORDS[record.onto]}, in {record.dtype}.
+The chat template is the one that the adapter was trained with.
+
+- adapter: {record.model_id}, sha256 {record.adapter_sha256}
+- base: {record.base}, weights sha256 {record.base_weights_sha256}
+
+A merged model is not quite the one that was trained, which keeps the base in NF4 and the adapter beside it:
 
 {losses}
 """

@@ -79,20 +79,17 @@ def served_loss(
 
 def loss_of_folder(folder: Path, quantization: Quantization, rows: EvaluationRows, device: torch.device) -> float:
     """Loss of a merged folder, computed in the dtype that the served model is computed in."""
-    return _loss(folder, {}, quantization, rows, device)
+    return _loss(folder, rows, device, dtype=getattr(torch, compute_dtype_on(device, quantization)))
 
 
-def loss_of_gguf(file: Path, quantization: Quantization, rows: EvaluationRows, device: torch.device) -> float:
-    """Loss of a GGUF file as transformers dequantizes it."""
-    return _loss(file.parent, {"gguf_file": file.name}, quantization, rows, device)
+def loss_of_gguf(file: Path, rows: EvaluationRows, device: torch.device) -> float:
+    """Loss of a GGUF file as transformers reads it, computed in float32."""
+    return _loss(file.parent, rows, device, gguf_file=file.name, dtype=torch.float32)
 
 
-def _loss(
-    folder: Path, options: dict[str, Any], quantization: Quantization, rows: EvaluationRows, device: torch.device
-) -> float:
-    dtype = getattr(torch, compute_dtype_on(device, quantization))
+def _loss(folder: Path, rows: EvaluationRows, device: torch.device, **options: Any) -> float:
     with quiet_loading(), contextlib.redirect_stderr(io.StringIO()):  # transformers' bar for GGUF has no switch
-        model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        model: Any = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     assert isinstance(model, LlamaForCausalLM)
     placed: Any = model.eval()
     return held_out_loss(placed.to(device), rows.rows)[0]
