@@ -17,7 +17,7 @@ import typer
 from typer._click.exceptions import ClickException
 from typer.core import TyperGroup
 
-from clients import adapters
+from clients import adapters, data
 
 _DEFAULT_URL = "http://127.0.0.1:8000"  # clients.api has it too, but is not imported for `--help`
 
@@ -82,6 +82,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

@@ -17,9 +17,9 @@ from tests.conftest import RunningServer
 from training.base_models import BaseModel, Quantization, forbid_packed_cpu_kernel, load_quantized, load_tokenizer
 from training.chat_format import Message, load_chat_format
 from training.config import load_config
-from training.data import IGNORED_LABEL, TokenizedRow
 from training.inputs import read_inputs
 from training.registry import AdapterManifest, AdapterRegistry
+from training.row_store import IGNORED_LABEL, TokenizedRow
 from training.sft import held_out_loss
 
 PROMPT = "The capital of France is"

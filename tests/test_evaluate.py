@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 
 from tests.conftest import free_port
 from training.base_models import BaseModel, Quantization, load_quantized
-from training.data import IGNORED_LABEL, TokenizedRow
 from training.errors import AdapterRefused
 from training.evaluate import evaluate_files, held_out_loss
+from training.row_store import IGNORED_LABEL, TokenizedRow
 
 PROJECT = Path(__file__).parent.parent
 ROWS: list[TokenizedRow] = [

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from gguf import GGUFReader
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -160,9 +159,9 @@ def test_gguf_loads_and_gives_the_logits_of_the_merged_model(
 def test_gguf_of_untied_embeddings_has_an_output_matrix(
     tmp_path: Path, tiny_adapter: Path, tiny_base: BaseModel
 ) -> None:
-    reader = GGUFReader(_gguf(tiny_base, tiny_adapter, tmp_path))
-    names = {tensor.name for tensor in reader.tensors}
-    assert {"token_embd.weight", "output.weight", "output_norm.weight", "blk.1.attn_q.weight"} <= names
+    header = _gguf(tiny_base, tiny_adapter, tmp_path).read_bytes()
+    names = {"token_embd.weight", "output.weight", "output_norm.weight", "blk.1.attn_q.weight", "blk.0.ffn_down.weight"}
+    assert not [name for name in names if name.encode() not in header]
 
 
 @pytest.mark.parametrize("fixture", ["llama2", "llama3"])

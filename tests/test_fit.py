@@ -15,8 +15,11 @@ import pytest
 
 from training.base_models import BaseModel
 from training.config import TrainConfig
+from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
-from training.fit import FitResult, _forget_steps_after, _is_whole, _open_run, _tighten_token, fit, fresh_run_name
+from training.fit import FitResult, _open_run, _tighten_token, fit, fresh_run_name
+from training.run_dir import RunDir
+from training.worker import _is_whole
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
@@ -66,27 +69,28 @@ def config(tiny_base: BaseModel, dataset: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
-def steps_of(run_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def steps_of(run_dir: RunDir) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir.read_text("metrics.jsonl") or "").splitlines()]
 
 
 def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
     ray_cluster: None, config: TrainConfig, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(dataset.parent)
-    data = config.data.model_copy(update={"path": dataset.name})
+    data = DataConfig.model_validate({"path": dataset.name, "held_out": 0.2})
     result = fit(config.model_copy(update={"num_workers": 2, "max_steps": 4, "data": data}))
     assert steps_of(result.run_dir) == [1, 2, 3, 4]
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
     assert result.metrics["eval_tokens"] > 50
+    assert len(result.environment.devices) == 2
 
 
 def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(
     ray_cluster: None, config: TrainConfig
 ) -> None:
     whole = fit(config.model_copy(update={"run_name": "whole"}))
-    run_dir = Path(str(config.storage_path)) / "killed"
+    run_dir = RunDir(str(config.storage_path), "killed")
     killed = threading.Event()
 
     def kill_and_cut_the_newest_checkpoint() -> None:
@@ -98,7 +102,7 @@ def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_los
                             process.kill()
                             killed.set()
             time.sleep(0.005)
-        newest = max(path for path in run_dir.glob("checkpoint_*") if path.is_dir())
+        newest = max(path for path in Path(str(run_dir)).glob("checkpoint_*") if path.is_dir())
         weights = newest / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
 
@@ -117,7 +121,7 @@ def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
 
 def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
     named = config.model_copy(update={"run_name": "again"})
-    _open_run(named, "again")
+    _open_run(named, RunDir(str(config.storage_path), "again"))
     with pytest.raises(ConfigError, match=r"learning_rate=0\.005, now learning_rate is 0\.1.*another run_name"):
         fit(named.model_copy(update={"learning_rate": 0.1}))
 
@@ -145,13 +149,6 @@ def test_d14_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
     assert not _is_whole(tmp_path)
     (tmp_path / "contents.json").write_text('{"step": 4, "si')
     assert not _is_whole(tmp_path)
-
-
-def test_resumed_run_takes_its_metrics_up_where_the_checkpoint_was(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    _forget_steps_after(metrics, 2)
-    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_run_names_differ() -> None:

@@ -18,11 +18,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import TrainConfig
-from training.data import IGNORED_LABEL
 from training.errors import TrainingError
+from training.evaluate import held_out_loss
 from training.inputs import read_inputs
 from training.qlora import attach_lora
-from training.sft import LengthBucketSampler, SftResult, _Watch, held_out_loss, train
+from training.row_store import IGNORED_LABEL
+from training.sft import SftResult, train
+from training.watch import Watch
 
 PROJECT = Path(__file__).parent.parent
 
@@ -189,24 +191,12 @@ def test_d15_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_
 )
 def test_d15_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
     recorder = Recorder()
-    watch = _Watch(config, recorder, vocab_size=49152)
+    watch = Watch(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
     logs = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
     with pytest.raises(TrainingError, match=re.escape(f"training stopped at {reason}")) as caught:
         watch.on_log(TrainingArguments(use_cpu=True), TrainerState(global_step=7), TrainerControl(), logs)
     assert "\n" not in str(caught.value)
     assert not recorder.steps
-
-
-def test_sampler_yields_every_row_once_with_like_lengths_together() -> None:
-    lengths = [(7 * n) % 50 + 1 for n in range(103)]
-    sampler = LengthBucketSampler(lengths, batch_size=4, seed=1)
-    first = list(sampler)
-    assert sorted(first) == list(range(103))
-    assert list(sampler) == first
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    spread = [max(b) - min(b) for b in ([lengths[i] for i in first[k : k + 4]] for k in range(0, 100, 4))]
-    assert sum(spread) / len(spread) < 12  # of 50; about 30 if drawn at random
 
 
 def test_worker_code_does_not_know_ray() -> None:

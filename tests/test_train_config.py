@@ -44,7 +44,7 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
     assert config.lora.target_modules == ["q_proj", "v_proj"]
     assert config.learning_rate == 1e-3
     assert config.data.held_out == 0.2
-    assert config.data.path == "rows.jsonl"
+    assert config.data.paths == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,8 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("quantization.quant_type=fp4", "key 'quantization.quant_type' has value 'fp4': "),
         ("adapter=../x", "key 'adapter' has value '../x': "),
         ("run_name=a/b", "key 'run_name' has value 'a/b': "),
-        ("storage_path=s3://bucket", "key 'storage_path' has value 's3://bucket': "),
+        ("num_workers=[4, 1]", "key 'num_workers' has value [4, 1]: "),
+        ("num_workers=0", "key 'num_workers' has value 0: "),
         ("lora.r.x=1", "goes into 'r', which is not a section but 8"),
         ("nonsense", "'nonsense' is not of the form key=value"),
         ("data.path=[a", "has a value that is not YAML"),

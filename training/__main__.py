@@ -10,9 +10,10 @@ import sys
 import yaml
 
 from training.config import TrainConfig, load_config, resolved
-from training.errors import ConfigError, CorralError
+from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.signals import sigterm_interrupts
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
@@ -22,10 +23,14 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
         force: register an adapter that does not pass `gate` all the same; its manifest says so.
 
     Raises:
-        CorralError: the run failed, or its adapter is refused.
+        CorralError: the run failed or was stopped, or its adapter is refused.
     """
-    result = fit(config, debug=debug)
-    manifest = register(config, result, force=force)
+    with sigterm_interrupts():
+        result = fit(config, debug=debug)
+        try:
+            manifest = register(config, result, force=force)
+        except KeyboardInterrupt:  # the registry has a whole version or none
+            raise RunStopped(result.run_name) from None
     print(summary(manifest, result))
     return manifest
 
@@ -41,7 +46,10 @@ def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> 
         dataset=result.inputs.dataset,
         config=dict(resolved(config)),
         run_name=result.run_name,
+        evaluated_sha256=result.adapter_sha256,
+        changes=result.changes,
         method="sft",
+        environment=result.environment,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     registry = AdapterRegistry()
@@ -59,9 +67,10 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
         lines.append(
             f"  held-out loss  base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f} ({share:.0%})"
         )
-    if result.inputs.skipped:
-        first = result.inputs.skipped[0]
-        lines.append(f"  rows skipped   {len(result.inputs.skipped)}, the first {first.source}: {first.reason}")
+    report = result.inputs.report
+    if skipped := [*report.skipped, *report.too_long]:
+        count = report.num_skipped + report.num_too_long
+        lines.append(f"  rows skipped   {count}, the first {skipped[0].source}: {skipped[0].reason}")
     for sample in result.samples:
         lines += [f"  > {_one_line(sample['prompt'])}"]
         lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]

@@ -38,12 +38,25 @@ class BaseRef(Record):
 
 
 class DatasetRef(Record):
-    """What an adapter was trained and evaluated on."""
+    """What an adapter was trained and evaluated on. The later fields are missing from older manifests.
+
+    Attributes:
+        num_rows: of one epoch, weights included, and the held-out ones.
+        weights: of the sources, in their order.
+        num_duplicates: rows that said the same as an earlier one.
+        num_skipped: rows that could not be used.
+        num_tokens: of one epoch.
+    """
 
     sources: list[str]
     sha256: str
     num_rows: int
     num_held_out: int
+    weights: list[float] = []
+    formats: list[str] = []
+    num_duplicates: int = 0
+    num_skipped: int = 0
+    num_tokens: int | None = None
 
 
 class ParentRef(Record):

@@ -109,21 +109,27 @@ class _Layout:
     opening: Callable[[], Iterator[_Piece]]  # what precedes the model's answer
     controls: tuple[str, ...]  # the tokenizer must have them
     end_of_turn: tuple[str, ...]  # stop tokens: those of them that the tokenizer has
+    begin_of_text: str | None  # of a plain text; None: the tokenizer's own, if it has one
+    end_of_text: tuple[str, ...]  # of a plain text: the first of them that the tokenizer has
 
 
 _LAYOUTS: dict[ChatFormatName, _Layout] = {
-    "llama-2": _Layout(_llama_2, lambda: iter(()), ("<s>", "</s>"), ("</s>",)),
+    "llama-2": _Layout(_llama_2, lambda: iter(()), ("<s>", "</s>"), ("</s>",), "<s>", ("</s>",)),
     "llama-3": _Layout(
         _llama_3,
         lambda: _llama_3_header("assistant"),
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
+        "<|begin_of_text|>",
+        ("<|end_of_text|>", "<|eot_id|>"),
     ),
     "chatml": _Layout(
         _chatml,
         _chatml_opening,
         ("<|im_start|>", "<|im_end|>"),
         ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>"),
+        None,
+        ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>"),
     ),
 }
 
@@ -208,20 +214,57 @@ class ChatFormat:
         self._check_encodable(messages)
         return self._render(messages, iter(()))
 
-    def _render(self, messages: Sequence[Message], opening: Iterator[_Piece]) -> Rendered:
-        rendered = Rendered([], [])
-        if self.bos_token:
-            self._append(rendered, _control(self.bos_token))
-        for piece in self._layout.turns(messages):
-            self._append(rendered, piece)
-        for piece in opening:
-            self._append(rendered, piece)
-        return rendered
+    def render_all(self, rows: Sequence[Sequence[Message] | str]) -> list[Rendered | ChatFormatError]:
+        """`render_training` of each dialog and `render_text` of each plain text, all encoded in one parallel call.
 
-    def _append(self, rendered: Rendered, piece: _Piece) -> None:
-        ids = [self._control_ids[piece.text]] if piece.control else self._encode(piece.text)
-        rendered.input_ids.extend(ids)
-        rendered.loss_mask.extend([piece.trained] * len(ids))
+        What cannot be rendered is answered with its error.
+        """
+        pieces = [self._pieces_or_error(row) for row in rows]
+        texts = [*dict.fromkeys(p.text for row in pieces if isinstance(row, list) for p in row if not p.control)]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return [self._assemble(row, ids.__getitem__) if isinstance(row, list) else row for row in pieces]
+
+    def render_text(self, text: str) -> Rendered:
+        """A text for continued pretraining, between the tokens that begin and end a text; all of it is trained.
+
+        Raises:
+            ChatFormatError: it holds a character for which there is no token.
+        """
+        return self._assemble(self._text_pieces(text), self._encode)
+
+    def _pieces_or_error(self, row: Sequence[Message] | str) -> list[_Piece] | ChatFormatError:
+        try:
+            if isinstance(row, str):
+                return self._text_pieces(row)
+            check_dialog(row, "assistant")
+            self._check_encodable(row)
+            return self._dialog_pieces(row, iter(()))
+        except ChatFormatError as error:
+            return error
+
+    def _render(self, messages: Sequence[Message], opening: Iterator[_Piece]) -> Rendered:
+        return self._assemble(self._dialog_pieces(messages, opening), self._encode)
+
+    def _dialog_pieces(self, messages: Sequence[Message], opening: Iterator[_Piece]) -> list[_Piece]:
+        bos = [_control(self.bos_token)] if self.bos_token else []
+        return [*bos, *self._layout.turns(messages), *opening]
+
+    def _text_pieces(self, text: str) -> list[_Piece]:
+        if _SURROGATE.search(text):
+            raise ChatFormatError("the text holds half a UTF-16 surrogate pair: expected valid Unicode text")
+        self._check_encodable([Message("user", text)])
+        begin = self._layout.begin_of_text or self.bos_token
+        ends = [end for end in self._layout.end_of_text if end in self._control_ids]
+        return [*([_control(begin)] if begin else []), _Piece(text, trained=True), _control(ends[0], trained=True)]
+
+    def _assemble(self, pieces: Sequence[_Piece], encode: Callable[[str], list[int]]) -> Rendered:
+        rendered = Rendered([], [])
+        for piece in pieces:
+            ids = [self._control_ids[piece.text]] if piece.control else encode(piece.text)
+            rendered.input_ids.extend(ids)
+            rendered.loss_mask.extend([piece.trained] * len(ids))
+        return rendered
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -9,13 +9,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.base_models import EMBEDDED_MODEL, Quantization
-from training.data import DataConfig
+from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
 
@@ -38,6 +38,8 @@ class LoraSettings(_Section):
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
     use_rslora: bool = False
+    # default: A random, B zero; loftq: both take up what 4 bits lose of the base's weights (arXiv:2310.08659)
+    init_lora_weights: Literal["default", "gaussian", "loftq"] = "default"
 
     @field_validator("target_modules")
     @classmethod
@@ -64,8 +66,11 @@ class TrainConfig(_Section):
     quantization: Quantization = Quantization()
     lora: LoraSettings = LoraSettings()
 
-    per_device_train_batch_size: int = Field(default=8, ge=1)
+    per_device_train_batch_size: int = Field(default=8, ge=1)  # examples: rows, or with `packing` packs of rows
     gradient_accumulation_steps: int = Field(default=1, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1)  # of a step, over all workers; None: from the two above
+    packing: bool = False  # an example is as many rows as fit into max_length; they do not see each other
+    group_by_length: bool = False
     num_train_epochs: float = Field(default=3.0, gt=0)
     max_steps: int = Field(default=-1, ge=-1)  # -1: as many as num_train_epochs needs
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)
@@ -77,6 +82,12 @@ class TrainConfig(_Section):
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     max_length: int = Field(default=1024, ge=8)  # tokens of one conversation
     gradient_checkpointing: bool = False
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)  # noise on embeddings (arXiv:2310.05914), such as 5
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # B's learning rate over A's (arXiv:2402.12354)
+    eval_steps: int | None = Field(default=None, ge=1)  # held-out loss every so many steps; None: at the end only
+    load_best_model_at_end: bool = False  # publish the adapter of the lowest held-out loss among those
+    early_stopping_patience: int | None = Field(default=None, ge=1)  # stop after so many without a better one
+    early_stopping_threshold: float = Field(default=0.0, ge=0)  # nats by which a better one is better
     seed: int = Field(default=0, ge=0, lt=2**32)
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=100, ge=1)
@@ -84,11 +95,11 @@ class TrainConfig(_Section):
 
     gate: GateConfig = GateConfig()
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int | list[int] = 1  # [1, 4]: as many as there are at the moment, between the two
     use_gpu: bool | Literal["auto"] = "auto"
     resources_per_worker: dict[str, float] | None = None  # None: an equal share of the CPUs, and a GPU where used
     max_failures: int = Field(default=1, ge=0)  # times a run goes on from its last checkpoint after a worker died
-    storage_path: str | None = None  # a directory that all workers share; None: CORRAL_HOME/runs
+    storage_path: str | None = None  # a directory or fsspec address that all workers see; None: CORRAL_HOME/runs
     run_name: str | None = None  # None: a fresh one; the name of an earlier run resumes it
 
     @field_validator("adapter")
@@ -98,18 +109,46 @@ class TrainConfig(_Section):
             raise ValueError("use 1 to 63 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
         return value
 
+    @field_validator("num_workers")
+    @classmethod
+    def _num_workers(cls, value: int | list[int]) -> int | list[int]:
+        low, high = value if isinstance(value, list) and len(value) == 2 else (value, value)
+        if isinstance(low, list) or isinstance(high, list) or not 1 <= low <= high:
+            raise ValueError("write a number from 1, or two as in [1, 4], the lower first")
+        return value
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError("train_batch_size decides how often gradients accumulate: leave the other one out")
+        for key in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, key) and self.eval_steps is None:
+                raise ValueError(f"{key} needs held-out losses during training: set eval_steps")
+            if getattr(self, key) and not self.data.held_out and not self.data.held_out_path:
+                raise ValueError(f"{key} needs held-out rows: set data.held_out above 0")
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a run goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a run takes."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def step_size(self) -> int:
+        """Examples in an optimizer step, over all workers, however many there are at the moment."""
+        accumulated = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.max_workers
+        return self.train_batch_size or accumulated
+
     @field_validator("run_name")
     @classmethod
     def _run_name(cls, value: str | None) -> str | None:
         if value is not None and not _RUN_NAME.fullmatch(value):
             raise ValueError("use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit")
-        return value
-
-    @field_validator("storage_path")
-    @classmethod
-    def _storage_path(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
-            raise ValueError("name a directory that every worker sees: metrics are appended to a file there")
         return value
 
     @field_validator("max_steps")
@@ -134,12 +173,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file, a key or a value is not accepted; one line that names them.
     """
-    values = _read_yaml(Path(path))
+    return build_config(read_yaml(Path(path)), overrides, str(path))
+
+
+def build_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
+    """A `TrainConfig` of plain values, with `overrides` applied to them; `source` says in errors where they are from.
+
+    Raises:
+        ConfigError: a key or a value is not accepted.
+    """
     overridden = {_apply_override(values, override) for override in overrides}
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), overridden)) from None
+        raise ConfigError(_explain(error, source, overridden)) from None
 
 
 def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
@@ -153,13 +200,13 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
     per_worker = config.resources_per_worker or {}
     on_gpu = wants_gpu(config, gpus)
     gpus_each = per_worker.get("GPU", 1.0) if on_gpu else per_worker.get("GPU", 0.0)
-    if config.num_workers * gpus_each > gpus:
+    if config.min_workers * gpus_each > gpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {gpus_each:g} GPU each, but {where} has {gpus:g} GPU(s): "
             f"set num_workers to {max(1, int(gpus / gpus_each))} or less" + ("" if gpus else ", or use_gpu=false")
         )
     cpus_each = per_worker.get("CPU", 1.0)
-    if config.num_workers * cpus_each > cpus:
+    if config.min_workers * cpus_each > cpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {cpus_each:g} CPU each, but {where} has {cpus:g} CPU(s): "
             f"set num_workers to {max(1, int(cpus / cpus_each))} or less"
@@ -212,7 +259,12 @@ def _parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read or holds something else.
+    """
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

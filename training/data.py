@@ -1,380 +1,332 @@
-"""Dataset rows -> conversations -> tokenized rows, for training.
+"""A dataset as a run uses it: `prepare_data` turns `data:` of a configuration into rows and a report.
 
-Rows come from JSONL files or a hub dataset, in one of three formats (messages, guanaco text,
-prompt/completion). A row that cannot be used is an error or is skipped and listed, as `on_bad_row`
-says; no row is ever cut. This module knows neither models nor torch.
+The rows are read, rendered and written to a store under CORRAL_HOME/cache/datasets once, by whichever process of a
+machine comes first; every later one with the same data, tokenizer and length maps it. What is left out, held out or
+taken twice is decided afterwards, from a few numbers per row. Knows neither models nor torch.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypedDict
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from training.chat_format import ChatFormat, Message, check_dialog
-from training.errors import ChatFormatError, DatasetError
-
-DatasetFormat = Literal["messages", "guanaco", "prompt_completion"]
-OnBadRow = Literal["error", "skip"]
-
-IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
-_EXCERPT_CHARS = 80
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_GUANACO_TURN = re.compile(r"### (Human|Assistant):")
-_ACCEPTED = (
-    'accepted rows are {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}, '
-    '{"text": "### Human: ... ### Assistant: ..."} and {"prompt": ..., "completion": ...}'
+from training import chat_format as chat_format_module
+from training import data_files, data_formats, data_reading, row_store
+from training.base_models import BaseModel
+from training.chat_format import ChatFormat
+from training.data_config import DataConfig, RowKind
+from training.data_formats import ACCEPTED, formats_of
+from training.data_reading import read_into, refused, too_long_is_error
+from training.data_report import (
+    LISTED,
+    DataReport,
+    ReadFacts,
+    RowNote,
+    Segment,
+    SegmentUse,
+    SourceReport,
+    length_report,
+    warnings_of,
 )
+from training.data_split import hold_out, repeat_by_weight, repeats
+from training.errors import DatasetError
+from training.home import corral_home
+from training.row_store import Conversation, Rows, RowStore, TokenizedRow
 
+_CACHE_BYTES = 20 << 30  # of all stores together; the least recently used go first
+_CACHE_S = 30 * 86_400.0  # a store that is unused for so long goes too
+_WRITING = ".writing-"
+_ABANDONED_S = 86_400.0  # since a killed writer's last write
+_MAX_SAMPLES = 100
+_SHOWN_ROWS = 3
+_USES: dict[str, SegmentUse] = {
+    "prompt_ids": "context",
+    "chosen_ids": "trained",
+    "completion_ids": "trained",
+    "rejected_ids": "rejected",
+}
 
-class DataConfig(BaseModel):
-    """Where the conversations come from and how much of them is held out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str | list[str]
-    """JSONL files, relative to the current directory, or hub dataset ids (`owner/name`)."""
-    split: str = "train"
-    """The split of a hub dataset."""
-    format: Literal["auto", "messages", "guanaco", "prompt_completion"] = "auto"
-    held_out: float = Field(default=0.1, ge=0, le=0.5)
-    """Share of the conversations that is kept for evaluation."""
-    on_bad_row: OnBadRow = "error"
-    max_rows: int | None = Field(default=None, ge=1)
-    """Read only that many rows."""
-
-    @field_validator("path")
-    @classmethod
-    def _named(cls, path: str | list[str]) -> str | list[str]:
-        if not path or not all(path):
-            raise ValueError("name a JSONL file, a list of them, or a hub dataset id")
-        return path
-
-    @property
-    def paths(self) -> list[str]:
-        """`path` as a list."""
-        return [self.path] if isinstance(self.path, str) else self.path
+Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """One dialog that ends with an assistant turn; `source` is `file.jsonl:12` (lines count from 1)."""
-
-    messages: tuple[Message, ...]
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedRow:
-    """A row left out under `on_bad_row: skip`."""
-
-    source: str
-    reason: str
-    excerpt: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedData:
-    """What `load_conversations` read.
+class PreparedData:
+    """What `prepare_data` made.
 
     Attributes:
-        conversations: the usable rows in order.
-        num_rows: rows read, skipped ones included.
-        skipped: the rows left out.
-        sha256: of the bytes read, in order; a single file without `max_rows` has its `sha256sum` here.
-        format: the formats found, e.g. `messages` or `guanaco, messages`.
+        train: the rows of one epoch, weights included, in the order of their sources.
+        held_out: the rows for evaluation.
+        report: what was found.
     """
 
-    conversations: list[Conversation]
-    num_rows: int
-    skipped: list[SkippedRow]
-    sha256: str
-    format: str
+    train: Rows[TokenizedRow]
+    held_out: Rows[TokenizedRow]
+    report: DataReport
 
-
-class TokenizedRow(TypedDict):
-    """One conversation for the trainer; labels are -100 where there is no loss."""
-
-    input_ids: list[int]
-    labels: list[int]
+    def held_out_samples(self) -> list[Conversation]:
+        """Up to a hundred held-out conversations, spread evenly over all of them."""
+        at = np.linspace(0, len(self.held_out) - 1, min(_MAX_SAMPLES, len(self.held_out))).astype(int).tolist()
+        return [found for row in at if (found := self.held_out.conversation(row))]
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedRows:
-    """What `tokenize` made, and the conversations it left out."""
+class _Choice:
+    """Which rows of a store are used for what, as row numbers."""
 
-    rows: list[TokenizedRow] = field(default_factory=list)
-    skipped: list[SkippedRow] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _RawRow:
-    source: str
-    content: bytes  # one JSON text
+    train: list[Index]  # by source, weights included
+    held_out: Index
+    repeated: Index
+    earliest: Index  # for every row of the store, the first that says the same
+    num_leaked: int
 
 
-class _BadRow(Exception):
-    """Why a row cannot be used."""
+def prepare_data(
+    config: DataConfig,
+    base: BaseModel,
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    seed: int,
+    kind: RowKind = "sft",
+) -> PreparedData:
+    """Read, render, deduplicate and split a dataset; the same on every worker.
 
-
-def load_conversations(config: DataConfig) -> LoadedData:
-    """Read every row of the configured files or hub datasets.
-
-    Raises:
-        DatasetError: a file or hub dataset cannot be read, no row can be used, or a row is bad and
-            `on_bad_row` is `error`.
-    """
-    conversations: list[Conversation] = []
-    skipped: list[SkippedRow] = []
-    formats: set[str] = set()
-    num_rows = 0
-    sha256 = hashlib.sha256()
-    for row in _rows(config, sha256.update):
-        num_rows += 1
-        try:
-            row_format, messages = _parse(row.content, config.format)
-        except _BadRow as bad:
-            excerpt = row.content[: 4 * _EXCERPT_CHARS].decode("utf-8", errors="replace")
-            _refuse_or_skip(SkippedRow(row.source, str(bad), excerpt[:_EXCERPT_CHARS]), config.on_bad_row, skipped)
-            continue
-        conversations.append(Conversation(messages, row.source))
-        formats.add(row_format)
-    if not conversations:
-        raise DatasetError(
-            f"dataset {', '.join(config.paths)} has no usable row ({num_rows} read, {len(skipped)} skipped): "
-            f"{_ACCEPTED}"
-        )
-    return LoadedData(conversations, num_rows, skipped, sha256.hexdigest(), ", ".join(sorted(formats)))
-
-
-def split_held_out(
-    conversations: Sequence[Conversation], fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Split into (train, held out), in the given order, by a hash of the content.
-
-    Conversations that open with the same user message stay on one side, so no held-out question was
-    trained on. Groups are held out in order of their hash as long as they fit into `fraction`: the
-    result depends on nothing but content and seed. A fraction of 0 holds out nothing.
+    Args:
+        kind: rows of `preference` are `PreferenceRow`, of `unpaired_preference` `UnpairedRow`.
 
     Raises:
-        DatasetError: there are too few different conversations for a row on each side.
+        DatasetError: a source cannot be read, a row is refused, or there are too few rows.
     """
-    if fraction == 0:
-        return list(conversations), []
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, conversation in enumerate(conversations):
-        groups[_opening_sha256(conversation, seed)].append(index)
-    if len(groups) < 2:
+    for source in config.sources:
+        if source.format not in ("auto", *formats_of(kind)):
+            raise DatasetError(
+                f"dataset {source.path!r} has format {source.format!r}, which a method that trains on {kind} rows "
+                f"cannot use: set data.format to auto or one of {', '.join(formats_of(kind))}"
+            )
+    store, facts = _open_or_write(config, base, chat_format, kind, max_length)
+    if config.on_bad_row == "error" and facts.skipped:  # the store was written by a more lenient run
+        raise refused(facts.skipped[0], "on_bad_row", kind)
+    if too_long_is_error(config) and facts.too_long:
+        raise refused(facts.too_long[0], "on_too_long", kind)
+    if not len(store):
+        notes = [*facts.skipped[:1], *facts.too_long[:1]]
+        first = "".join(f", the first because {note.source} {note.reason}" for note in notes[:1])
         raise DatasetError(
-            f"{len(conversations)} conversations with {len(groups)} different first user messages cannot be split into "
-            "training and held-out rows: add different ones, or set data.held_out to 0"
+            f"dataset {', '.join(config.paths)} has no usable row ({sum(facts.rows_read)} read, "
+            f"{facts.num_skipped + facts.num_too_long} skipped{first}): {ACCEPTED[kind]}"
         )
-    room = max(1, round(fraction * len(conversations)))
-    chosen: set[int] = set()
-    for _, group in sorted(groups.items()):
-        if len(chosen) + len(group) <= room and len(chosen) + len(group) < len(conversations):
-            chosen.update(group)
-    if not chosen:
-        chosen.update(min(groups.items(), key=lambda item: (len(item[1]), item[0]))[1])
-    train = [c for index, c in enumerate(conversations) if index not in chosen]
-    held_out = [c for index, c in enumerate(conversations) if index in chosen]
-    return train, held_out
+    choice = _choose(config, store, seed)
+    train: Rows[TokenizedRow] = Rows(store, np.concatenate(choice.train))
+    held_out: Rows[TokenizedRow] = Rows(store, choice.held_out)
+    about = {"base": base.name, "chat_format": chat_format.name, "max_length": max_length}
+    return PreparedData(train, held_out, _report(config, facts, choice, train, held_out, tokenizer, about))
 
 
-def tokenize(
-    conversations: Sequence[Conversation], chat_format: ChatFormat, max_length: int, on_bad_row: OnBadRow = "error"
-) -> TokenizedRows:
-    """Render conversations to ids and labels; one that is longer than `max_length` tokens is a bad row.
-
-    Raises:
-        DatasetError: a row is bad and `on_bad_row` is `error`, or no row is left.
-    """
-    tokenized = TokenizedRows()
-    for conversation in conversations:
-        excerpt = conversation.messages[0].content[:_EXCERPT_CHARS] if conversation.messages else ""
-        try:
-            rendered = chat_format.render_training(conversation.messages)
-        except ChatFormatError as error:
-            bad = SkippedRow(conversation.source, f"is no dialog to learn from: {error}", excerpt)
-            _refuse_or_skip(bad, on_bad_row, tokenized.skipped)
-            continue
-        if len(rendered.input_ids) > max_length:
-            reason = f"is too long, {len(rendered.input_ids)} tokens with max_length {max_length}"
-            _refuse_or_skip(SkippedRow(conversation.source, reason, excerpt), on_bad_row, tokenized.skipped)
-            continue
-        pairs = zip(rendered.input_ids, rendered.loss_mask, strict=True)
-        labels = [token_id if trained else IGNORED_LABEL for token_id, trained in pairs]
-        tokenized.rows.append({"input_ids": rendered.input_ids, "labels": labels})
-    if conversations and not tokenized.rows:
-        raise DatasetError(
-            f"all {len(conversations)} conversations were skipped, the first because {tokenized.skipped[0].source} "
-            f"{tokenized.skipped[0].reason}: raise max_length or mend the rows"
-        )
-    return tokenized
-
-
-def _refuse_or_skip(row: SkippedRow, on_bad_row: OnBadRow, skipped: list[SkippedRow]) -> None:
-    if on_bad_row == "error":
-        raise DatasetError(
-            f"{row.source}: the row {row.reason}; it starts with {row.excerpt!r}; {_ACCEPTED}; "
-            "mend it, or set data.on_bad_row to skip"
-        )
-    skipped.append(row)
-
-
-def _opening_sha256(conversation: Conversation, seed: int) -> str:
-    opening = next((m.content for m in conversation.messages if m.role == "user"), "")
-    return hashlib.sha256(f"{seed}\0{opening.strip()}".encode()).hexdigest()
-
-
-def _rows(config: DataConfig, seen: Callable[[bytes], None]) -> Iterator[_RawRow]:
-    """The configured rows, at most `max_rows`; every byte read goes to `seen` once."""
-    num_rows = 0
-    for path in config.paths:
-        for line, content in _lines(path, config.split):
-            if num_rows == config.max_rows:
-                return
-            seen(content)
-            if content.strip():
-                num_rows += 1
-                yield _RawRow(f"{path}:{line}", content.strip())
-
-
-def _lines(path: str, split: str) -> Iterator[tuple[int, bytes]]:
-    file = Path(path).expanduser()
-    if file.is_file():
-        yield from _file_lines(file)
-    elif file.suffix not in (".jsonl", ".json") and _HUB_ID.fullmatch(path):
-        yield from _hub_lines(path, split)
+def _choose(config: DataConfig, store: RowStore, seed: int) -> _Choice:
+    """Leave out duplicates, hold out, and weigh; held-out rows are chosen among rows that are not weighed yet."""
+    given = store.sources >= len(config.path)
+    # Held-out files first: a training row that repeats one of theirs is no duplicate but a leak.
+    sides = [np.flatnonzero(side) for side in (~given, given)]
+    repeated = np.zeros(len(store), dtype=bool)
+    earliest = np.arange(len(store))
+    for side in sides:
+        repeated[side], first = repeats(store.contents[side])
+        earliest[side] = side[first]
+    left_out = repeated if config.deduplicate else np.zeros(len(store), dtype=bool)
+    usable, evaluated = (side[~left_out[side]] for side in sides)
+    if config.held_out_path:
+        leaked = np.isin(store.openings[usable], store.openings[evaluated])
+        train, held_out, num_leaked = usable[~leaked], evaluated, int(leaked.sum())
+        if not len(evaluated) or not len(train):
+            what = "held-out row" if not len(evaluated) else "training row that is not held out too"
+            raise DatasetError(
+                f"dataset {', '.join(config.paths)} with data.held_out_path "
+                f"{', '.join(source.path for source in config.held_out_path)} leaves no {what}: name other files"
+            )
     else:
-        raise DatasetError(
-            f"dataset {path!r} is no file (in {Path.cwd()}) and no hub dataset id like 'owner/name': check data.path"
+        chosen = hold_out(store.openings[usable], config.held_out, seed)
+        train, held_out, num_leaked = usable[~chosen], usable[chosen], 0
+    weighed = [
+        repeat_by_weight(train[store.sources[train] == position], store.contents, source.weight, seed)
+        for position, source in enumerate(config.path)
+    ]
+    if not sum(map(len, weighed)):
+        raise DatasetError(f"no training row of {', '.join(config.paths)} is left with such weights: raise them")
+    return _Choice(weighed, held_out, np.flatnonzero(repeated), earliest, num_leaked)
+
+
+def _report(
+    config: DataConfig,
+    facts: ReadFacts,
+    choice: _Choice,
+    train: Rows[TokenizedRow],
+    held_out: Rows[TokenizedRow],
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+) -> DataReport:
+    store = train.store
+    repeated_in = store.sources[choice.repeated]
+    held_out_in = store.sources[choice.held_out]
+    sources = [
+        SourceReport(
+            path=source.path,
+            weight=source.weight,
+            num_rows_read=facts.rows_read[position],
+            num_duplicates=int((repeated_in == position).sum()),
+            num_train_rows=len(choice.train[position]) if position < len(config.path) else 0,
+            num_held_out=int((held_out_in == position).sum()),
+            num_train_tokens=_num_tokens(store, choice.train[position]) if position < len(config.path) else 0,
         )
+        for position, source in enumerate(config.sources)
+    ]
+    used = np.ones(len(store), dtype=bool)
+    used[choice.repeated] = not config.deduplicate
+    report = DataReport(
+        sources=sources,
+        **about,
+        **facts.model_dump(
+            include={
+                "formats", "turns", "roles", "num_skipped", "skipped", "num_too_long", "too_long", "num_truncated",
+                "truncated", "num_split", "sha256",
+            }
+        ),
+        num_rows_read=sum(facts.rows_read),
+        num_rows=len(store),
+        deduplicated=config.deduplicate,
+        num_duplicates=len(choice.repeated),
+        duplicates=[
+            RowNote(
+                source=store.place(row),
+                reason=f"says the same as {store.place(int(choice.earliest[row]))}",
+                excerpt=_excerpt(store.conversation(row)),
+            )
+            for row in choice.repeated[:LISTED].tolist()
+        ],
+        num_leaked=choice.num_leaked,
+        num_train_rows=len(train),
+        num_held_out=len(held_out),
+        num_train_tokens=train.num_tokens,
+        num_trained_tokens=train.num_trained_tokens,
+        lengths=length_report(store.lengths[used], facts.lengths_too_long, about["max_length"]),
+        warnings=[],
+        samples=[_segments(store, row, tokenizer) for row in _spread(train.numbers, _SHOWN_ROWS)],
+    )  # fmt: skip
+    return report.model_copy(update={"warnings": warnings_of(report, facts)})
 
 
-def _file_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def _num_tokens(store: RowStore, index: Index) -> int:
+    return int(store.lengths[index].sum(dtype=np.int64))
+
+
+def _spread(index: Index, num: int) -> list[int]:
+    """Up to `num` different row numbers from all over the index."""
+    at = np.linspace(0, len(index) - 1, min(num, len(index))).astype(int)
+    return [*dict.fromkeys(index[at].tolist())]
+
+
+def _excerpt(conversation: Conversation | None) -> str:
+    return conversation.messages[-1].content[:80] if conversation else ""
+
+
+def _segments(store: RowStore, row: int, tokenizer: Tokenizer) -> list[Segment]:
+    """The row as the model sees it, decoded from its tokens."""
+
+    def text(ids: Sequence[int]) -> str:
+        decoded: str = tokenizer.decode(ids, skip_special_tokens=False)
+        return decoded
+
+    input_ids = store.tokens(row, "input_ids")
+    if input_ids is None:
+        found = [(use, store.tokens(row, name)) for name, use in _USES.items()]
+        return [Segment(text=text(ids), use=use) for use, ids in found if ids]
+    bounds = [0, *(store.tokens(row, "spans") or []), len(input_ids)]
+    return [
+        Segment(text=text(input_ids[begin:end]), use="trained" if number % 2 else "context")
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds))
+        if end > begin
+    ]
+
+
+def _open_or_write(
+    config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int
+) -> tuple[RowStore, ReadFacts]:
+    cache = corral_home() / "cache" / "datasets"
+    cache.mkdir(parents=True, exist_ok=True)
+    directory = cache / _key(config, base, chat_format, kind, max_length)
+    with FileLock(f"{directory}.lock"):
+        if not (directory / "facts.json").exists():
+            _write_store(directory, config, chat_format, kind, max_length)
+            _prune(cache, keep=directory)
+        os.utime(directory)
+        facts = ReadFacts.model_validate_json((directory / "facts.json").read_text())
+        return RowStore(directory), facts
+
+
+def _write_store(directory: Path, config: DataConfig, chat_format: ChatFormat, kind: RowKind, max_length: int) -> None:
+    """Whole or not at all: what a killed writer left has another name."""
+    fresh = Path(tempfile.mkdtemp(prefix=_WRITING, dir=directory.parent))
     try:
-        with file.open("rb") as lines:
-            yield from enumerate(lines, start=1)
+        facts = read_into(fresh, config, chat_format, kind=kind, max_length=max_length)
+        (fresh / "facts.json").write_text(facts.model_dump_json())
+        fresh.rename(directory)
     except OSError as error:
-        raise DatasetError(f"dataset {str(file)!r} cannot be read: {error.strerror or error}") from error
-
-
-def _hub_lines(hub_id: str, split: str) -> Iterator[tuple[int, bytes]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        dataset = load_dataset(hub_id, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        first_line = str(error).partition("\n")[0]
         raise DatasetError(
-            f"hub dataset {hub_id!r}, split {split!r}, cannot be loaded ({first_line}): check data.path "
-            "and data.split, or name a JSONL file"
+            f"dataset {', '.join(config.paths)} cannot be prepared in {str(directory.parent)!r} "
+            f"({error.strerror or error}): free some space, or set CORRAL_HOME to a larger disk"
         ) from error
-    for index, row in enumerate(dataset, start=1):
-        yield index, (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _parse(content: bytes, wanted: str) -> tuple[DatasetFormat, tuple[Message, ...]]:
-    try:
-        row = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _BadRow("is not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise _BadRow(f"is not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise _BadRow(f"is a JSON {type(row).__name__}, not an object")
-    row_format = _format_of(row, wanted)
-    messages = tuple(_READERS[row_format](row))
-    try:
-        check_dialog(messages, "assistant")
-    except ChatFormatError as error:
-        raise _BadRow(f"is no dialog to learn from: {error}") from error
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and not message.content.strip():
-            raise _BadRow(f"has an empty answer in messages[{index}]")
-    return row_format, messages
+def _key(config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int) -> str:
+    """Changes with everything that a store depends on, our own code included; seed, split and weights are not of it."""
+    code = (chat_format_module, data_files, data_formats, data_reading, row_store)
+    depends_on = [
+        [[source.format, source.columns, source.split, data_files.fingerprint(source)] for source in config.sources],
+        [len(config.path), config.max_rows, config.on_too_long == "truncate", kind, max_length, chat_format.name],
+        [data_files.sha256_of([Path(str(module.__file__))]) for module in code],
+        [
+            data_files.sha256_of([file])
+            for name in ("tokenizer.json", "tokenizer_config.json")
+            if (file := base.path / name).exists()
+        ],
+    ]
+    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
 
 
-def _format_of(row: dict[str, Any], wanted: str) -> DatasetFormat:
-    for row_format, keys in _KEYS.items():
-        if wanted in ("auto", row_format) and all(row.get(key) is not None for key in keys):
-            return row_format
-    named = "any known format" if wanted == "auto" else f"format {wanted!r}"
-    keys_found = [key if row[key] is not None else f"{key} (null)" for key in sorted(row)]  # hub rows fill up with null
-    raise _BadRow(f"is not of {named}: it has the keys {', '.join(keys_found) or '(none)'}")
+def _prune(cache: Path, keep: Path) -> None:
+    """Remove stores that nobody used for long or that are too many; who has one open goes on reading it."""
+    total = _num_bytes(keep)
+    others = [path for path in cache.iterdir() if path.is_dir() and path != keep]
+    for path in sorted(others, key=_last_used, reverse=True):
+        unused_s = time.time() - _last_used(path)
+        if path.name.startswith(_WRITING):  # perhaps of a writer at work
+            if unused_s > _ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
+            continue
+        total += _num_bytes(path)
+        if total > _CACHE_BYTES or unused_s > _CACHE_S:
+            with contextlib.suppress(Timeout), FileLock(f"{path}.lock", timeout=0):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _from_messages(row: dict[str, Any]) -> Iterator[Message]:
-    yield from _messages(row["messages"], "messages")
+def _num_bytes(store: Path) -> int:
+    return sum(file.stat().st_size for file in store.iterdir())
 
 
-def _from_guanaco(row: dict[str, Any]) -> Iterator[Message]:
-    text = row["text"]
-    if not isinstance(text, str):
-        _wrong("text", "a string", text)
-    before, *turns = _GUANACO_TURN.split(text)
-    if before.strip() or not turns:
-        raise _BadRow("has a text that does not start with '### Human:'")
-    for speaker, content in zip(turns[::2], turns[1::2], strict=True):
-        yield Message("user" if speaker == "Human" else "assistant", content.strip())
-
-
-def _from_prompt_completion(row: dict[str, Any]) -> Iterator[Message]:
-    prompt, completion = row["prompt"], row["completion"]
-    yield from [Message("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    yield from (
-        [Message("assistant", completion)] if isinstance(completion, str) else _messages(completion, "completion")
-    )
-
-
-def _messages(items: Any, key: str) -> Iterator[Message]:
-    if not isinstance(items, list):
-        _wrong(key, "a list of messages", items)
-    for index, item in enumerate(items):
-        where = f"{key}[{index}]"
-        if not isinstance(item, dict):
-            _wrong(where, "an object with role and content", item)
-        missing = [name for name in ("role", "content") if name not in item]
-        if missing:
-            raise _BadRow(f"has no {' and no '.join(missing)} in {where}: it has the keys {', '.join(sorted(item))}")
-        if item.get("tool_calls") or item.get("function_call"):
-            raise _BadRow(f"calls a tool in {where}: chat formats know text only")
-        yield Message(item["role"], _content(item["content"], f"{where}.content"))
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        _wrong(where, "a string or a list of text parts", content)
-    texts = []
-    for index, part in enumerate(content):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            _wrong(f"{where}[{index}]", 'a part {"type": "text", "text": "..."}', part)
-        texts.append(text)
-    return "".join(texts)
-
-
-def _wrong(where: str, expected: str, found: Any) -> NoReturn:
-    raise _BadRow(f"has in {where} {str(json.dumps(found))[:_EXCERPT_CHARS]}, expected {expected}")
-
-
-_KEYS: dict[DatasetFormat, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "guanaco": ("text",),
-}
-
-_READERS: dict[DatasetFormat, Callable[[dict[str, Any]], Iterator[Message]]] = {
-    "messages": _from_messages,
-    "prompt_completion": _from_prompt_completion,
-    "guanaco": _from_guanaco,
-}
+def _last_used(store: Path) -> float:
+    return max(path.stat().st_mtime for path in (store, *store.iterdir()))

@@ -6,6 +6,7 @@
     ├── ChatFormatError        a dialog that the chat format cannot render
     ├── DatasetError           a dataset file or row
     ├── TrainingError          a run that diverged or was given what the cluster lacks
+    ├── RunStopped             a run that SIGTERM or Ctrl-C ended; its name resumes it
     ├── ExportError            an adapter that cannot be written as a model of its own
     └── RegistryError          the adapter registry
         ├── AdapterNotFound    no such adapter, version or alias
@@ -42,6 +43,14 @@ class DatasetError(CorralError):
 
 class TrainingError(CorralError):
     """A run that cannot start or must not go on."""
+
+
+class RunStopped(CorralError):
+    """A run that SIGTERM or Ctrl-C ended."""
+
+    def __init__(self, run_name: str) -> None:
+        super().__init__(f"run {run_name!r} was stopped: run_name={run_name} resumes it from its last checkpoint")
+        self.run_name = run_name
 
 
 class ExportError(CorralError):

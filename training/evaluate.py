@@ -18,9 +18,9 @@ from transformers import LlamaForCausalLM
 
 from training.adapter_files import WEIGHTS_FILE
 from training.base_models import quiet_loading
-from training.data import IGNORED_LABEL, TokenizedRow
 from training.errors import AdapterRefused
 from training.gate import GateReport
+from training.row_store import IGNORED_LABEL, TokenizedRow
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
 

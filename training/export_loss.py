@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ from training.base_models import (
 )
 from training.chat_format import Message, load_chat_format
 from training.config import TrainConfig
-from training.data import IGNORED_LABEL, TokenizedRow
 from training.errors import CorralError
 from training.evaluate import held_out_loss, load_adapter
 from training.inputs import read_inputs
 from training.registry import AdapterManifest
+from training.row_store import IGNORED_LABEL, TokenizedRow
 
 _TEXT_ROW_TOKENS = 512
 
@@ -36,7 +37,7 @@ _TEXT_ROW_TOKENS = 512
 class EvaluationRows:
     """Rows to measure on, and in words which; without rows, why there are none."""
 
-    rows: list[TokenizedRow]
+    rows: Sequence[TokenizedRow]
     words: str
 
 

@@ -1,35 +1,32 @@
-"""Ray Train around `training.sft`: `fit` runs a `TrainConfig` on its workers and waits.
+"""Ray Train around `training.worker`: `fit` runs a `TrainConfig` on its workers and waits.
 
-Each run has a directory, STORAGE/RUN_NAME: `config.json`, `metrics.jsonl` (one line per logged step), Ray Train's
-checkpoints, and at the end `adapter/` and `result.json`. The same run name goes on from the last whole checkpoint.
-Knows nothing of the registry.
+What a run leaves is in its `RunDir`; the same run name goes on from the last whole checkpoint there. Registers nothing.
 """
 
 import contextlib
-import json
 import os
 import secrets
-import shutil
+import socket
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from training import errors
+from training.adapter_manifest import Environment
 from training.base_models import Quantization
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.errors import ConfigError, CorralError, TrainingError
+from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
-from training.progress import Progress, show_progress, write_progress
+from training.progress import Progress, show_progress
+from training.run_dir import RunDir
+from training.signals import kept_handlers, undisturbed
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
-_CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
     "gate", "logging_steps", "max_failures", "num_workers", "resources_per_worker", "run_name", "sample_prompts",
@@ -42,44 +39,69 @@ class FitResult:
     """A finished run.
 
     Attributes:
-        run_dir: where everything of the run lies; `run_dir / "adapter"` is a PEFT folder.
+        run_dir: where everything of the run lies.
         inputs: base, chat format and data that were trained on.
         metrics: see `training.sft.SftResult`.
-        samples: held-out prompts answered by base and adapter, as `training.sft.Sample` has them.
+        samples: held-out prompts answered by base and adapter, as `training.samples.Sample` has them.
         quantization: of the base, with the compute dtype that was used.
+        adapter_dir: the trained adapter, a PEFT folder on this machine.
+        adapter_sha256: of the weights that were evaluated on held-out rows, None if there were none.
+        changes: whether the adapter changed any output on them.
+        environment: code, libraries and devices of the workers.
     """
 
-    run_name: str
-    run_dir: Path
+    run_dir: RunDir
     inputs: RunInputs
     metrics: dict[str, float]
     samples: list[dict[str, str]]
     quantization: Quantization
+    adapter_dir: Path
+    adapter_sha256: str | None
+    changes: bool
+    environment: Environment
 
     @property
-    def adapter_dir(self) -> Path:
-        """The trained adapter."""
-        return self.run_dir / "adapter"
+    def run_name(self) -> str:
+        """The name that resumes the run."""
+        return self.run_dir.name
 
 
 def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
     Raises:
-        CorralError: config, data or cluster do not fit, or the run failed; one line.
+        CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not _ray_is_running_here():
         check_this_machine(config)
     inputs = read_inputs(config)
-    run_name = config.run_name or fresh_run_name(config.adapter)
-    run_dir = _open_run(config, run_name)
-    with _ray(on_cluster, debug), show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"):
-        write_progress(run_dir, Progress("starting Ray Train"))
-        _run_workers(config, run_name, run_dir, debug)
-    result = json.loads((run_dir / "result.json").read_text())
-    quantization = config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]})
-    return FitResult(run_name, run_dir, inputs, result["metrics"], result["samples"], quantization)
+    print(inputs.report.short(), file=sys.stderr)
+    run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
+    config = _open_run(config, run_dir)
+    run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
+    try:
+        with (
+            _ray(on_cluster, debug),
+            _driven(run_dir),
+            show_progress(run_dir, f"{config.adapter} on {inputs.base.name}"),
+        ):
+            run_dir.write_json("progress.json", asdict(Progress("starting Ray Train")))
+            _run_workers(config, run_dir, debug)
+    except KeyboardInterrupt:
+        raise RunStopped(run_dir.name) from None
+    result = run_dir.read_json("result.json")
+    return FitResult(
+        run_dir=run_dir,
+        inputs=inputs,
+        metrics=result["metrics"],
+        samples=result["samples"],
+        quantization=config.quantization.model_copy(update={"compute_dtype": result["compute_dtype"]}),
+        adapter_dir=run_dir.fetch("adapter"),
+        adapter_sha256=result["adapter_sha256"],
+        changes=result["changes"],
+        environment=Environment.model_validate(result["environment"]),
+    )
 
 
 def fresh_run_name(adapter: str) -> str:
@@ -87,34 +109,56 @@ def fresh_run_name(adapter: str) -> str:
     return f"{adapter}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
-def runs_dir(config: TrainConfig) -> Path:
-    """Where run directories lie."""
-    return Path(config.storage_path).expanduser().absolute() if config.storage_path else corral_home() / "runs"
+def runs_dir(config: TrainConfig) -> str:
+    """Where run directories lie: a path or an fsspec address."""
+    if config.storage_path and "://" in config.storage_path:
+        return config.storage_path
+    return str(Path(config.storage_path).expanduser().absolute() if config.storage_path else corral_home() / "runs")
 
 
-def _open_run(config: TrainConfig, run_name: str) -> Path:
-    """Make the run's directory, or make sure that the run in it was started with the same configuration."""
-    run_dir = runs_dir(config) / run_name
-    told = {**resolved(config), "run_name": run_name}
-    recorded = run_dir / "config.json"
+def _open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
+    """Make the run's directory, or make sure that the run in it was started with the same configuration.
+
+    Returns the configuration to go on with: a resumed run keeps the size of its steps if `num_workers` is another.
+    """
+    told = {**resolved(config), "run_name": run_dir.name}
+    before = run_dir.read_json("config.json")
+    if before:
+        for key in sorted((told.keys() | before.keys()) - _MAY_CHANGE):
+            if told.get(key) != before.get(key):
+                raise ConfigError(
+                    f"run {run_dir.name!r} was started with {key}={before.get(key)!r}, now {key} is "
+                    f"{told.get(key)!r}: set it back to resume the run, or choose another run_name"
+                )
+        started_with = TrainConfig.model_validate(before)
+        if started_with.step_size != config.step_size:
+            changes = {"train_batch_size": started_with.step_size, "gradient_accumulation_steps": 1}
+            config = config.model_copy(update=changes)
+    else:
+        run_dir.write_json("config.json", told)
+    run_dir.remove("failure.json", "result.json", "progress.json")
+    return config
+
+
+@contextlib.contextmanager
+def _driven(run_dir: RunDir) -> Iterator[None]:
+    """Say in the run's directory which process drives it, and when it ended."""
+    import psutil
+
+    driver = {
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+        "host": socket.gethostname(),
+        "job": os.environ.get("RAY_JOB_SUBMISSION_ID"),
+        "started": time.time(),
+        "ended": None,
+    }
+    run_dir.write_json("driver.json", driver)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if recorded.exists():
-            before = json.loads(recorded.read_text())
-            for key in sorted((told.keys() | before.keys()) - _MAY_CHANGE):
-                if told.get(key) != before.get(key):
-                    raise ConfigError(
-                        f"run {run_name!r} was started with {key}={before.get(key)!r}, now {key} is {told.get(key)!r}: "
-                        "set it back to resume the run, or choose another run_name"
-                    )
-        for stale in ("failure.json", "result.json", "progress.json"):
-            (run_dir / stale).unlink(missing_ok=True)
-        _write_json(recorded, told)
-    except OSError as error:
-        raise TrainingError(
-            f"run directory {str(run_dir)!r} cannot be written: {error.strerror}: set storage_path"
-        ) from error
-    return run_dir
+        yield
+    finally:
+        with contextlib.suppress(CorralError):
+            run_dir.write_json("driver.json", {**driver, "ended": time.time()})
 
 
 @contextlib.contextmanager
@@ -130,10 +174,13 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
         return
     quiet: dict[str, Any] = {} if debug else {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if on_cluster:
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, **quiet)
+        with kept_handlers():
+            if on_cluster:
+                ray.init(**quiet)
+            else:
+                # Its agents outlive a killed driver by this long, by default for a minute.
+                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+                ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
         raise TrainingError(f"{where} cannot be reached: {_one_line(error)}") from error
@@ -141,7 +188,8 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with undisturbed():
+            ray.shutdown()
 
 
 def _ray_is_running_here() -> bool:
@@ -155,46 +203,72 @@ def _tighten_token() -> None:
         token.chmod(0o600)
 
 
-def _run_workers(config: TrainConfig, run_name: str, run_dir: Path, debug: bool) -> None:
+def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
     import ray
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+    from training.worker import train_func
+
     there = ray.cluster_resources()
     gpus = there.get("GPU", 0.0)
     check_resources(config, there.get("CPU", 0.0), gpus, "the Ray cluster")
     use_gpu = wants_gpu(config, gpus)
+    elastic = (config.min_workers, config.max_workers)
+    filesystem, storage_path = _ray_storage(run_dir)
     trainer = TorchTrainer(
-        _train_func,
-        train_loop_config={"config": _with_absolute_paths(config).model_dump(mode="json"), "run_dir": str(run_dir)},
+        train_func,
+        train_loop_config={
+            "config": _with_absolute_paths(config).model_dump(mode="json"),
+            "storage": run_dir.parent,
+            "run_name": run_dir.name,
+        },
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.max_workers if isinstance(config.num_workers, int) else elastic,
             use_gpu=use_gpu,
-            resources_per_worker=config.resources_per_worker or _equal_share(config.num_workers, use_gpu),
+            resources_per_worker=config.resources_per_worker or _equal_share(config.max_workers, use_gpu),
         ),
         run_config=RunConfig(
-            name=run_name,
-            storage_path=str(run_dir.parent),
+            name=run_dir.name,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=2),
             checkpoint_config=CheckpointConfig(num_to_keep=_CHECKPOINTS_KEPT),
             logging_config=LoggingConfig(log_level="INFO" if debug else "ERROR"),
         ),
     )
     try:
-        trainer.fit()
+        with kept_handlers():
+            trainer.fit()
+    except SystemExit:  # what Ray Train makes of Ctrl-C, with exit code 0
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         _raise_recorded(run_dir)
+        for failure in getattr(error, "worker_failures", {}).values():
+            if isinstance(cause := getattr(failure, "_base_exc", failure), CorralError):
+                raise cause from error
         raise TrainingError(
-            f"run {run_name!r} failed: {_one_line(error)}: mend the cause and pass run_name={run_name} to go on "
-            "from its last checkpoint"
+            f"run {run_dir.name!r} failed: {_one_line(error)}: mend the cause and pass run_name={run_dir.name} to go "
+            "on from its last checkpoint"
         ) from error
     _raise_recorded(run_dir)
-    if not (run_dir / "result.json").exists():
+    if run_dir.read_json("result.json") is None:
         raise TrainingError(
-            f"run {run_name!r} ended without a result in {str(run_dir)!r}: storage_path must be a directory that every "
-            "node of the cluster sees"
+            f"run {run_dir.name!r} ended without a result in {run_dir}: storage_path must be a directory that every "
+            "node of the cluster sees, or an object store"
         )
+
+
+def _ray_storage(run_dir: RunDir) -> tuple[Any, str]:
+    """The run directory's parent as Ray Train takes it: None and a path, or a pyarrow filesystem and a path in it."""
+    if run_dir.is_local:
+        return None, run_dir.parent
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = fsspec.core.url_to_fs(run_dir.parent)
+    return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -204,8 +278,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         path = Path(name).expanduser()
         return str(path.absolute()) if path.exists() else name
 
-    data = config.data.model_copy(update={"path": [absolute(path) for path in config.data.paths]})
-    return config.model_copy(update={"base_model": absolute(config.base_model), "data": data})
+    return config.model_copy(
+        update={"base_model": absolute(config.base_model), "data": config.data.with_absolute_paths()}
+    )
 
 
 def _equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
@@ -220,147 +295,10 @@ def _equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
     return {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
 
 
-def _train_func(loop_config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker."""
-    config = TrainConfig.model_validate(loop_config["config"])
-    run_dir = Path(loop_config["run_dir"])
-    if (run_dir / "failure.json").exists():
-        return  # a restart after an error that would only come again
-
-    import ray
-    import torch
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    from training import sft
-
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-    torch.set_num_threads(max(1, int(cpus)))
-    _keep_quiet()
-    with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
-        run = _RayRun(get_context().get_world_rank(), run_dir)
-        resume_from = _last_whole_checkpoint()
-        if run.rank == 0:
-            _forget_steps_after(run_dir / "metrics.jsonl", _checkpoint_step(resume_from))
-        adapter_dir = Path(scratch) / "adapter"
-        try:
-            result = sft.train(
-                config,
-                run,
-                adapter_dir=adapter_dir,
-                scratch_dir=Path(scratch) / "checkpoints",
-                device=get_device(),
-                resume_from=resume_from,
-            )
-        except CorralError as error:
-            if run.rank == 0:
-                _write_json(run_dir / "failure.json", {"error": type(error).__name__, "message": str(error)})
-            raise
-        if run.rank == 0:
-            shutil.rmtree(run_dir / "adapter", ignore_errors=True)
-            shutil.copytree(adapter_dir, run_dir / "adapter")
-            samples = [asdict(sample) for sample in result.samples]
-            _write_json(
-                run_dir / "result.json",
-                {"metrics": result.metrics, "samples": samples, "compute_dtype": result.compute_dtype},
-            )
-
-
-class _RayRun:
-    """A `training.sft.Run` on a Ray Train worker."""
-
-    def __init__(self, rank: int, run_dir: Path) -> None:
-        self.rank = rank
-        self._run_dir = run_dir
-        self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
-
-    def on_phase(self, phase: str) -> None:
-        if self.rank == 0:
-            write_progress(self._run_dir, Progress(phase))
-
-    def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
-        if self.rank != 0:
-            return
-        now = time.time()
-        line = json.dumps({"step": step, "num_steps": num_steps, "time": now, **metrics})
-        with (self._run_dir / "metrics.jsonl").open("a") as file:
-            file.write(line + "\n")
-        first_step, started = self._started = self._started or (step, now)
-        eta_s = (num_steps - step) * (now - started) / (step - first_step) if step > first_step else None
-        write_progress(
-            self._run_dir, Progress("training", step, num_steps, metrics["loss"], metrics["tokens_per_s"], eta_s)
-        )
-
-    def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
-        import ray.train
-
-        # Every rank hands over its own part (rank 0 all weights, the others their random state); Ray merges them.
-        if self.rank == 0:
-            sizes = {str(f.relative_to(directory)): f.stat().st_size for f in directory.rglob("*") if f.is_file()}
-            _write_json(directory / _CONTENTS_FILE, {"step": step, "sizes": sizes})
-        ray.train.report({"step": step, **metrics}, checkpoint=ray.train.Checkpoint.from_directory(directory))
-
-
-def _last_whole_checkpoint() -> Path | None:
-    """The newest reported checkpoint whose files all have the size they were written with."""
-    import ray.train
-
-    reported = [ray.train.get_checkpoint()]
-    if reported[0] is not None:
-        reported += [r.checkpoint for r in reversed(ray.train.get_all_reported_checkpoints())]
-    for checkpoint in reported:
-        if checkpoint is not None and _is_whole(Path(checkpoint.path)):
-            return Path(checkpoint.path)
-    return None
-
-
-def _is_whole(directory: Path) -> bool:
-    try:
-        contents = json.loads((directory / _CONTENTS_FILE).read_text())
-        return all((directory / name).stat().st_size == size for name, size in contents["sizes"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _checkpoint_step(checkpoint: Path | None) -> int:
-    return int(json.loads((checkpoint / _CONTENTS_FILE).read_text())["step"]) if checkpoint else 0
-
-
-def _forget_steps_after(metrics_file: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run takes again, and a line that a crash cut short."""
-    if not metrics_file.exists():
-        return
-    kept = []
-    for line in metrics_file.read_text().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    metrics_file.write_text("".join(kept))
-
-
-def _raise_recorded(run_dir: Path) -> None:
+def _raise_recorded(run_dir: RunDir) -> None:
     """Raise the error that a worker recorded, as the worker raised it."""
-    failure = run_dir / "failure.json"
-    if failure.exists():
-        recorded = json.loads(failure.read_text())
+    if recorded := run_dir.read_json("failure.json"):
         raise getattr(errors, recorded["error"], TrainingError)(recorded["message"])
-
-
-def _keep_quiet() -> None:
-    import warnings
-
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Write it whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    fresh.write_text(json.dumps(value, indent=1))
-    fresh.replace(path)
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,9 +10,12 @@ from tokenizers import Tokenizer
 from training.base_models import BaseModel, load_tokenizer, resolve_base_model
 from training.chat_format import ChatFormat, load_chat_format
 from training.config import TrainConfig
-from training.data import Conversation, SkippedRow, TokenizedRow, load_conversations, split_held_out, tokenize
+from training.data import PreparedData, prepare_data
+from training.data_config import RowKind
+from training.data_report import DataReport
 from training.errors import ConfigError
 from training.registry import DatasetRef
+from training.row_store import Conversation, Rows, TokenizedRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,20 +23,20 @@ class RunInputs:
     """What a run trains on and with.
 
     Attributes:
-        train_rows: tokenized, at least one.
-        held_out_rows: tokenized, empty where `data.held_out` is 0.
-        held_out: the conversations behind `held_out_rows`, those that were skipped included.
-        skipped: rows left out, with the reason.
+        train_rows: of one epoch, at least one. Mapped from disk: `train_rows[i]` reads one row.
+        held_out_rows: empty where `data.held_out` is 0.
+        held_out_samples: up to a hundred of the conversations behind `held_out_rows`, from all over them.
+        report: what was found in the data and what was left out.
         dataset: what the registry records of the data.
     """
 
     base: BaseModel
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    train_rows: list[TokenizedRow]
-    held_out_rows: list[TokenizedRow]
-    held_out: list[Conversation]
-    skipped: list[SkippedRow]
+    train_rows: Rows[TokenizedRow]
+    held_out_rows: Rows[TokenizedRow]
+    held_out_samples: list[Conversation]
+    report: DataReport
     dataset: DatasetRef
 
 
@@ -43,6 +46,44 @@ def read_inputs(config: TrainConfig) -> RunInputs:
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
+    base, tokenizer, chat_format = _base(config)
+    data = prepare_data(config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed)
+    report = data.report
+    return RunInputs(
+        base=base,
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        train_rows=data.train,
+        held_out_rows=data.held_out,
+        held_out_samples=data.held_out_samples(),
+        report=report,
+        dataset=DatasetRef(
+            sources=config.data.paths,
+            sha256=report.sha256,
+            num_rows=report.num_train_rows + report.num_held_out,
+            num_held_out=report.num_held_out,
+            weights=[source.weight for source in config.data.path],
+            formats=[*report.formats],
+            num_duplicates=report.num_duplicates,
+            num_skipped=report.num_skipped + report.num_too_long,
+            num_tokens=report.num_train_tokens,
+        ),
+    )
+
+
+def read_data(config: TrainConfig, kind: RowKind) -> PreparedData:
+    """The dataset of `read_inputs` alone, for rows of any kind.
+
+    Raises:
+        CorralError: naming the base, the format, the row or the key that is wrong.
+    """
+    base, tokenizer, chat_format = _base(config)
+    return prepare_data(
+        config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
+    )
+
+
+def _base(config: TrainConfig) -> tuple[BaseModel, Tokenizer, ChatFormat]:
     base = resolve_base_model(config.base_model, config.base_revision)
     if config.max_length > base.context_length:
         raise ConfigError(
@@ -50,23 +91,4 @@ def read_inputs(config: TrainConfig) -> RunInputs:
             f"set max_length={base.context_length} or less"
         )
     tokenizer = load_tokenizer(base)
-    chat_format = load_chat_format(config.chat_format, base, tokenizer)
-    loaded = load_conversations(config.data)
-    train, held_out = split_held_out(loaded.conversations, config.data.held_out, config.seed)
-    train_rows = tokenize(train, chat_format, config.max_length, config.data.on_bad_row)
-    held_out_rows = tokenize(held_out, chat_format, config.max_length, config.data.on_bad_row)
-    return RunInputs(
-        base=base,
-        tokenizer=tokenizer,
-        chat_format=chat_format,
-        train_rows=train_rows.rows,
-        held_out_rows=held_out_rows.rows,
-        held_out=held_out,
-        skipped=[*loaded.skipped, *train_rows.skipped, *held_out_rows.skipped],
-        dataset=DatasetRef(
-            sources=config.data.paths,
-            sha256=loaded.sha256,
-            num_rows=len(train_rows.rows) + len(held_out_rows.rows),
-            num_held_out=len(held_out_rows.rows),
-        ),
-    )
+    return base, tokenizer, load_chat_format(config.chat_format, base, tokenizer)

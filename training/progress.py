@@ -5,14 +5,14 @@ one machine and on a cluster. A terminal gets one line that changes, a log a lin
 """
 
 import contextlib
-import json
-import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from training.errors import CorralError
+from training.run_dir import RunDir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,15 +41,8 @@ class Progress:
         return text
 
 
-def write_progress(run_dir: Path, progress: Progress) -> None:
-    """Make `progress` the run's present state."""
-    fresh = run_dir / f".progress.json.{os.getpid()}.{threading.get_ident()}"
-    fresh.write_text(json.dumps(asdict(progress)))
-    fresh.replace(run_dir / "progress.json")
-
-
 @contextlib.contextmanager
-def show_progress(run_dir: Path, title: str) -> Iterator[None]:
+def show_progress(run_dir: RunDir, title: str) -> Iterator[None]:
     """Show the run's state on stderr while the block runs."""
     from rich.console import Console
 
@@ -65,14 +58,14 @@ def show_progress(run_dir: Path, title: str) -> Iterator[None]:
         thread.join()
 
 
-def _show_live(console: "Console", run_dir: Path, title: str, done: threading.Event) -> None:
+def _show_live(console: "Console", run_dir: RunDir, title: str, done: threading.Event) -> None:
     with console.status(f"{title}: starting Ray") as status:
         while not done.wait(_POLL_S):
             if progress := _read(run_dir):
                 status.update(f"{title}: {progress}")
 
 
-def _show_lines(console: "Console", run_dir: Path, title: str, done: threading.Event) -> None:
+def _show_lines(console: "Console", run_dir: RunDir, title: str, done: threading.Event) -> None:
     last_phase, last_at = None, 0.0
     while not done.wait(_POLL_S):
         progress = _read(run_dir)
@@ -81,8 +74,7 @@ def _show_lines(console: "Console", run_dir: Path, title: str, done: threading.E
             last_phase, last_at = progress.phase, time.monotonic()
 
 
-def _read(run_dir: Path) -> Progress | None:
-    try:
-        return Progress(**json.loads((run_dir / "progress.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+def _read(run_dir: RunDir) -> Progress | None:
+    with contextlib.suppress(CorralError, TypeError):  # the worker's next try may succeed
+        return Progress(**(run_dir.read_json("progress.json") or {}))
+    return None

@@ -4,6 +4,7 @@
 and is the same base that is served. Knows nothing of data, Ray or the trainer.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.base_models import forbid_packed_cpu_kernel
@@ -22,10 +23,14 @@ def target_modules(lora: LoraSettings) -> list[str]:
     return [name for name in LLAMA_LINEARS if name in lora.target_modules]
 
 
-def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings) -> "PeftModel":
+def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path | None = None) -> "PeftModel":
     """Add a trainable adapter named `default` to the NF4 base `model`, with its weights in float32.
 
-    `lora_B` starts at zero, so the answers are the base's until the first step.
+    `lora_B` starts at zero, so the answers are the base's until the first step; with `init_lora_weights: loftq`
+    A and B are the best rank-r part of what the 4-bit weights lose (arXiv:2310.08659; the base stays as it is).
+
+    Args:
+        weights_dir: the base's safetensors before quantization, which loftq compares with.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -38,12 +43,16 @@ def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings) -> "PeftModel":
             lora_dropout=lora.lora_dropout,
             target_modules=target_modules(lora),
             use_rslora=lora.use_rslora,
+            init_lora_weights=True if lora.init_lora_weights != "gaussian" else "gaussian",
             bias="none",
             task_type="CAUSAL_LM",
         ),
     )
     assert isinstance(peft_model, PeftModel)
     adapters_to_float32(peft_model)
+    if lora.init_lora_weights == "loftq":
+        assert weights_dir is not None, "the base before quantization is needed"
+        start_from_quantization_error(peft_model, weights_dir)
     return peft_model
 
 
@@ -55,3 +64,32 @@ def adapters_to_float32(model: "torch.nn.Module") -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def start_from_quantization_error(model: "PeftModel", weights_dir: Path) -> None:
+    """Set A and B so that `scaling * B @ A` is the best rank-r approximation of `W - dequantized(W)` of every linear.
+
+    LoftQ (arXiv:2310.08659) with one iteration, since the base is served as it is quantized; by a truncated singular
+    value decomposition, whose error no other rank-r matrix undercuts (Eckart and Young).
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    linears = {
+        name.partition("base_model.model.")[2] + ".weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    for shard in sorted(weights_dir.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in linears.keys() & file.keys():
+                module = linears[name]
+                quantized, a, b = module.weight, module.lora_A["default"].weight, module.lora_B["default"].weight
+                original = file.get_tensor(name).to(quantized.device, torch.float32)
+                lost = original - dequantize_4bit(quantized.data, quantized.quant_state).float()
+                u, s, v = torch.linalg.svd(lost, full_matrices=False)
+                root = (s[: len(a)] / module.scaling["default"]).sqrt()
+                a.data.copy_(root[:, None] * v[: len(a)])
+                b.data.copy_(u[:, : len(a)] * root)

@@ -1,4 +1,4 @@
-"""Files under one root, on a local disk or an object store: what the adapter registry is built from.
+"""Files under one root, on a local disk or an object store: what the registry and run directories are built from.
 
 A file written here is there whole or not at all. On a local disk that is a temporary file, fsync and a rename;
 on an object store (any fsspec filesystem) a put is whole by nature, and only `exclusive` has no counterpart.
@@ -29,14 +29,19 @@ _LOCK_TIMEOUT_S = 30
 
 
 class Storage:
-    """One root; `root` may be a path or any fsspec address such as `s3://bucket/registry`."""
+    """One root; `root` may be a path or any fsspec address such as `s3://bucket/registry`.
 
-    def __init__(self, root: str | Path) -> None:
-        self.address = str(root)
+    Args:
+        what: the root's name in messages.
+        failure: raised by `guard`.
+    """
+
+    def __init__(self, root: str | Path, what: str = "registry", failure: type[CorralError] = RegistryError) -> None:
+        self.address, self._what, self._failure = str(root), what, failure
         try:
             self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(self.address))
         except (ImportError, ValueError) as error:
-            raise RegistryError(f"registry {self.address!r} cannot be opened: {_one_line(error)}") from error
+            raise failure(f"{what} {self.address!r} cannot be opened: {_one_line(error)}") from error
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._root: str = os.path.abspath(path) if self._is_local else path.rstrip("/")
 
@@ -52,19 +57,19 @@ class Storage:
             if error.errno in _NO_SPACE:
                 advice = "free some space or set CORRAL_HOME to a larger disk"
             elif error.errno in _READ_ONLY or isinstance(error, PermissionError):
-                advice = "it is read-only for this user: give write access or name another registry"
-            raise RegistryError(
-                f"registry {self.address}: cannot {action}: {error.strerror or _one_line(error)}: {advice}"
+                advice = f"it is read-only for this user: give write access or name another {self._what}"
+            raise self._failure(
+                f"{self._what} {self.address}: cannot {action}: {error.strerror or _one_line(error)}: {advice}"
             ) from error
         except Exception as error:
             if self._is_local:
                 raise
             # An object store's client has its own exceptions (no credentials, no such endpoint).
-            raise RegistryError(f"registry {self.address}: cannot {action}: {_one_line(error)}") from error
+            raise self._failure(f"{self._what} {self.address}: cannot {action}: {_one_line(error)}") from error
 
     def local_path(self, path: str) -> Path | None:
         """Where the file is on this machine's disk; None on an object store."""
-        return Path(self._root, path) if self._is_local else None
+        return Path(self._at(path)) if self._is_local else None
 
     def find(self, path: str = "") -> list[str]:
         """All files at or below `path`, sorted; none if it does not exist."""

@@ -1,0 +1,91 @@
+"""Which rows are duplicates, which are held out and which are taken twice: arithmetic on 8-byte hashes.
+
+`training.data` hashes a row once while it is read. Everything here depends on content and seed alone, and needs no
+more memory than a few numbers per row.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.errors import DatasetError
+
+Hashes = NDArray[np.uint64]
+Mask = NDArray[np.bool_]
+Index = NDArray[np.int64]
+
+
+def hash_opening(text: str) -> int:
+    """Of a first user message; the same whatever its case and whitespace."""
+    return _hash([" ".join(unicodedata.normalize("NFKC", text).casefold().split())])
+
+
+def hash_content(texts: Iterable[str]) -> int:
+    """Of all that a row says; the same whatever its whitespace."""
+    return _hash(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
+
+
+def repeats(contents: Hashes) -> tuple[Mask, Index]:
+    """Which rows say the same as an earlier one, and for each row the first that says the same."""
+    _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
+    earliest = first[inverse].astype(np.int64)
+    return earliest != np.arange(len(contents)), earliest
+
+
+def hold_out(openings: Hashes, fraction: float, seed: int) -> Mask:
+    """Choose the rows to hold out, by a hash of their first user message.
+
+    Rows with the same first message stay on one side, so no held-out question was trained on. Groups of such rows are
+    held out in order of their hash as long as they fit into `fraction`. A fraction of 0 holds out nothing.
+
+    Raises:
+        DatasetError: there are too few different rows for one on each side.
+    """
+    if fraction == 0:
+        return np.zeros(len(openings), dtype=bool)
+    groups, group_of, sizes = np.unique(mixed(openings, seed), return_inverse=True, return_counts=True)
+    if len(groups) < 2:
+        raise DatasetError(
+            f"{len(openings)} conversations with {len(groups)} different first user messages cannot be split into "
+            "training and held-out rows: add different ones, or set data.held_out to 0"
+        )
+    room = min(max(1, round(fraction * len(openings))), len(openings) - 1)
+    chosen = np.zeros(len(groups), dtype=bool)
+    for group, size in enumerate(sizes.tolist()):
+        if size <= room:
+            chosen[group] = True
+            room -= size
+        if room == 0:
+            break
+    if not chosen.any():
+        chosen[np.argmin(sizes)] = True
+    held_out: Mask = chosen[group_of]
+    return held_out
+
+
+def repeat_by_weight(index: Index, contents: Hashes, weight: float, seed: int) -> Index:
+    """Row numbers of one source, `round(weight * len(index))` of them: whole copies, and a seeded part of one more."""
+    copies, more = divmod(round(weight * len(index)), len(index)) if len(index) else (0, 0)
+    order = np.argsort(mixed(contents[index], seed), kind="stable")
+    return np.concatenate([*([index] * copies), np.sort(index[order[:more]])])
+
+
+def mixed(hashes: Hashes, seed: int) -> Hashes:
+    """Other hashes for every seed: its own is added, then splitmix64's finaliser (doi:10.1145/2660193.2660195)."""
+    salt = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
+    value = hashes + np.uint64(salt)  # wraps around
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(value ^ (value >> np.uint64(31)), dtype=np.uint64)
+
+
+def _hash(texts: Iterable[str]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        content = text.encode(errors="surrogatepass")
+        digest.update(len(content).to_bytes(8))
+        digest.update(content)
+    return int.from_bytes(digest.digest())

@@ -1,0 +1,142 @@
+"""The directory of one run, on a disk or in an object store: what a run leaves, and what is read back while it runs.
+
+    config.json      the resolved configuration      driver.json     who drives it: pid, host, started, ended
+    data.json        what was found in the data      progress.json   what it is doing now
+    metrics.jsonl    one line per logged step        result.json     figures and samples, at the end
+    failure.json     why it failed                   adapter/        the trained adapter, parent/ what it started from
+    checkpoint_*/    Ray Train's checkpoints         report.md       for people, with its pictures
+
+Driver and workers write here, `corral runs` reads. Each file is there whole or not at all. Knows no Ray.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.errors import TrainingError
+from training.home import corral_home
+from training.storage import Storage
+
+
+class RunDir:
+    """`parent`/`name`, where `parent` is a directory or any fsspec address; made by the first write.
+
+    Every method raises TrainingError when the disk or store fails.
+    """
+
+    def __init__(self, parent: str | Path, name: str) -> None:
+        self.parent, self.name = str(parent).rstrip("/"), name
+        self.address = f"{self.parent}/{name}"
+        self._storage = Storage(self.address, "run directory", TrainingError)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a disk that this machine sees."""
+        return self._storage.local_path("") is not None
+
+    def read_text(self, file: str) -> str | None:
+        """The file's text; None if it is not there."""
+        with self._storage.guard(f"read {file}"):
+            try:
+                return self._storage.read(file).decode()
+            except FileNotFoundError:
+                return None
+
+    def write_text(self, file: str, text: str) -> None:
+        """Put `text` in place of the file, at once."""
+        with self._storage.guard(f"write {file}"):
+            self._storage.write(file, text.encode())
+
+    def read_json(self, file: str) -> Any:
+        """The file's content; None if it is not there or is not JSON."""
+        try:
+            return json.loads(self.read_text(file) or "null")
+        except ValueError:
+            return None
+
+    def write_json(self, file: str, value: Any) -> None:
+        """Put `value` in place of the file, at once."""
+        self.write_text(file, json.dumps(value, indent=1))
+
+    def append(self, file: str, line: str) -> None:
+        """Add a line to a file on a disk; an object store cannot."""
+        path = self._storage.local_path(file)
+        assert path is not None, f"{self.address} is an object store"
+        with self._storage.guard(f"write {file}"), path.open("a") as lines:
+            lines.write(line + "\n")
+
+    def remove(self, *files: str) -> None:
+        """Remove those of the files that are there."""
+        with self._storage.guard(f"remove {', '.join(files)}"):
+            for file in files:
+                self._storage.remove(file)
+
+    def upload(self, source: Path, file: str) -> None:
+        """Copy a local file, or all files in a local folder, to `file`."""
+        with self._storage.guard(f"write {file}"):
+            if source.is_file():
+                self._storage.upload(source, file)
+                return
+            for part in sorted(path for path in source.rglob("*") if path.is_file()):
+                self._storage.upload(part, f"{file}/{part.relative_to(source)}")
+
+    def fetch(self, folder: str) -> Path:
+        """A directory on this machine with the folder's files: its own, or a fresh copy in `CORRAL_HOME`."""
+        local = self._storage.local_path(folder)
+        if local is not None:
+            return local
+        key = hashlib.sha256(f"{self.address}/{folder}".encode()).hexdigest()[:16]
+        copy = corral_home() / "cache" / "runs" / key
+        shutil.rmtree(copy, ignore_errors=True)
+        with self._storage.guard(f"read {folder}"):
+            for file in self._storage.find(folder):
+                target = copy / Path(file).relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._storage.download(file, target)
+        return copy
+
+    def local_path(self, file: str = "") -> Path | None:
+        """Where a file is on this machine's disk; None in an object store."""
+        return self._storage.local_path(file)
+
+    def __str__(self) -> str:
+        return self.address
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run: a line per logged step. In an object store it is written anew every few seconds.
+
+    Args:
+        step: a resumed run takes the later steps again; their lines, and one that a crash cut short, are dropped.
+    """
+
+    FILE = "metrics.jsonl"
+
+    def __init__(self, run_dir: RunDir, step: int) -> None:
+        self._run_dir = run_dir
+        kept = [line for line in (run_dir.read_text(self.FILE) or "").splitlines() if _step_of(line) <= step]
+        self._text = "".join(line + "\n" for line in kept)
+        run_dir.write_text(self.FILE, self._text)
+
+    def add(self, record: Mapping[str, float]) -> None:
+        """One step's figures."""
+        line = json.dumps(record)
+        if self._run_dir.is_local:
+            self._run_dir.append(self.FILE, line)
+        else:
+            self._text += line + "\n"
+
+    def flush(self) -> None:
+        """Make sure that readers see every line."""
+        if not self._run_dir.is_local:
+            self._run_dir.write_text(self.FILE, self._text)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
