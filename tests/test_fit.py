@@ -83,6 +83,7 @@ def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
     assert result.metrics["eval_tokens"] > 50
+    assert len(result.environment.devices) == 2
 
 
 def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(

@@ -64,6 +64,7 @@ def register(
         changes=result.changes,
         method=config.method,
         parent=_ref(result.parent) if result.parent else None,
+        environment=result.environment,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     registry = AdapterRegistry()

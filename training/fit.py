@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from training import errors
+from training.adapter_manifest import Environment
 from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
@@ -53,6 +54,7 @@ class FitResult:
         changes: whether the adapter changed any output on them.
         config: as it ran, with the parent's version and shape written out.
         parent: the adapter that the run went on from.
+        environment: code, libraries and devices of the workers.
     """
 
     run_dir: RunDir
@@ -65,6 +67,7 @@ class FitResult:
     changes: bool
     config: TrainConfig
     parent: AdapterManifest | None
+    environment: Environment
 
     @property
     def run_name(self) -> str:
@@ -121,6 +124,7 @@ def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent:
         changes=result["changes"],
         config=config,
         parent=parent,
+        environment=Environment.model_validate(run_dir.read_json("environment.json")),
     )
 
 

@@ -49,9 +49,6 @@ def train_func(loop_config: dict[str, Any]) -> None:
 
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     rank = get_context().get_world_rank()
-    if rank == 0:
-        environment = environment_here(str(get_device()), get_context().get_world_size())
-        run_dir.write_json("environment.json", environment.model_dump(mode="json"))
     with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
         resume_from = _last_whole_checkpoint(scratch / "resumed")
         run = RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
@@ -68,10 +65,16 @@ def train_into(
     resume_from: Path | None,
     parent_dir: Path | None,
 ) -> None:
-    """Train, and leave `adapter/` and `result.json` in the run's directory (rank 0)."""
+    """Train, and leave `adapter/`, `environment.json` and `result.json` in the run's directory (rank 0)."""
+    import torch
+
     from training import sft
 
     _keep_quiet()
+    if run.rank == 0:
+        num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        environment = environment_here(str(device), num_workers)
+        run_dir.write_json("environment.json", environment.model_dump(mode="json"))
     with run:
         result = sft.train(
             config,
