@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -89,7 +89,8 @@ class TrainConfig(_Section):
     quantization: Quantization = Quantization()
     lora: LoraSettings = LoraSettings()
 
-    per_device_train_batch_size: int = Field(default=8, ge=1)  # examples: rows, or with `packing` packs of rows
+    # Examples at once: rows, or with `packing` packs of rows. auto: what fits the device; a step keeps its size.
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     train_batch_size: int | None = Field(default=None, ge=1)  # of a step, over all workers; None: from the two above
     packing: bool = False  # an example is as many rows as fit into max_length; they do not see each other
@@ -104,7 +105,7 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     max_length: int = Field(default=1024, ge=8)  # tokens of one conversation
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: where the device has too little memory without
     neftune_noise_alpha: float | None = Field(default=None, gt=0)  # noise on embeddings (arXiv:2310.05914), such as 5
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # B's learning rate over A's (arXiv:2402.12354)
     eval_steps: int | None = Field(default=None, ge=1)  # held-out loss every so many steps; None: at the end only
@@ -179,10 +180,15 @@ class TrainConfig(_Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
+    def micro_batch_size(self) -> int:
+        """Examples that a worker takes at once; 8 where that is not decided yet."""
+        size = self.per_device_train_batch_size
+        return 8 if isinstance(size, str) else size
+
+    @property
     def step_size(self) -> int:
         """Examples in an optimizer step, over all workers, however many there are at the moment."""
-        accumulated = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.max_workers
-        return self.train_batch_size or accumulated
+        return self.train_batch_size or self.micro_batch_size * self.gradient_accumulation_steps * self.max_workers
 
     @field_validator("run_name")
     @classmethod

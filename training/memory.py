@@ -113,7 +113,7 @@ class TrainStep:
             lora=config.lora,
             quantization=config.quantization,
             optim=config.optim,
-            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing is True,
             max_length=max_length,
             gradient_accumulation_steps=gradient_accumulation_steps,
             num_workers=config.max_workers,

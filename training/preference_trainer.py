@@ -48,7 +48,7 @@ def preference_trainer(
         model: as the run starts; that is the reference, unless `preference.reference` is `base`.
         arguments: what the trainer of any method is told.
     """
-    settings, batch_size = config.preference, config.per_device_train_batch_size
+    settings, batch_size = config.preference, config.micro_batch_size
     arguments = arguments | {"beta": settings.beta, "max_length": None}  # rows are checked before
     common = {
         "model": model,

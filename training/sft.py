@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from training.base_models import ComputeDtype, compute_dtype_on, load_quantized
+from training.batch_size import decide, free_memory
 from training.batches import StepBatches, StepShape, pack
 from training.config import TrainConfig
 from training.errors import TrainingError
@@ -74,6 +75,7 @@ def train(
         CorralError: base, chat format or data cannot be used.
     """
     inputs = read_inputs(config)
+    config = _decided(config, inputs, device)
     run.on_phase(f"loading {inputs.base.name} in 4 bit")
     set_seed(config.seed)
     base = load_quantized(inputs.base, config.quantization, device)
@@ -126,7 +128,7 @@ def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Wa
     if config.method != "sft":
         from training.preference_trainer import preference_trainer
 
-        shape = StepShape(config.step_size, world_size, config.per_device_train_batch_size)
+        shape = StepShape(config.step_size, world_size, config.micro_batch_size)
         arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
         trainer: Trainer = preference_trainer(config, inputs, model, arguments, [watch])
         return trainer
@@ -147,7 +149,7 @@ def step_batches(config: TrainConfig, inputs: RunInputs, rank: int, world_size: 
     lengths = inputs.train_rows.lengths
     packs = pack(lengths, config.max_length) if config.packing else None
     num_examples = len(packs) if packs else len(lengths)
-    shape = StepShape(min(config.step_size, num_examples), world_size, config.per_device_train_batch_size)
+    shape = StepShape(min(config.step_size, num_examples), world_size, config.micro_batch_size)
     if shape.step_size < world_size:
         raise TrainingError(
             f"{world_size} workers share steps of {shape.step_size} {'packs' if packs else 'rows'}: use fewer workers, "
@@ -163,7 +165,7 @@ def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path,
     dtype = compute_dtype_on(model.device, config.quantization)
     return {
         "output_dir": str(scratch_dir),
-        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_train_batch_size": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps,
@@ -174,7 +176,7 @@ def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path,
         "adam_beta2": config.adam_beta2,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optim,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing": config.gradient_checkpointing is True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "seed": config.seed,
         "use_cpu": on_cpu,
@@ -189,6 +191,24 @@ def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path,
         "disable_tqdm": True,
         "report_to": "none",
     }
+
+
+def _decided(config: TrainConfig, inputs: RunInputs, device: torch.device) -> TrainConfig:
+    """`config` with numbers in place of `auto`: the same on every rank, so those of the device with least room."""
+    _, num_workers = _rank_and_world_size()
+    decided = decide(
+        config,
+        inputs,
+        free_memory(device, num_workers),
+        on_gpu=device.type == "cuda",
+        compute_dtype=compute_dtype_on(device, config.quantization),
+    )
+    if num_workers == 1:
+        return decided
+    least = torch.tensor([decided.micro_batch_size, int(not decided.gradient_checkpointing)], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    batch, without = least.tolist()
+    return decided.model_copy(update={"per_device_train_batch_size": batch, "gradient_checkpointing": not without})
 
 
 class _HeldOut(Protocol):
