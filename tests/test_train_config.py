@@ -144,7 +144,16 @@ def test_b11_command_refuses_in_under_five_seconds_without_heavy_imports(recipe:
 
 
 def test_dry_run_prints_the_whole_configuration(recipe: Path) -> None:
-    command = [sys.executable, "-m", "training", "--config", str(recipe), "--dry-run", "lora.r=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "training",
+        "--config",
+        str(recipe),
+        "--dry-run",
+        "lora.r=4",
+        "data.path=configs/datasets/ranch_hand.jsonl",
+    ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     printed = yaml.safe_load(done.stdout)
     assert printed["lora"]["r"] == 4

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from training.base_models import ComputeDtype, compute_dtype_on
+from training.batch_size import decide, example_lengths
 from training.config import TrainConfig, check_this_machine, gpus_here, resolved, wants_gpu
 from training.inputs import RunInputs, read_inputs
 from training.llama_shape import LlamaShape
@@ -97,23 +98,22 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     gpus = (0 if config.use_gpu is False else config.max_workers) if on_cluster else gpus_here(config)
     on_gpu = wants_gpu(config, gpus)
-    lengths = _example_lengths(config, inputs)
+    dtype = _compute_dtype(config, on_gpu, gpus_here(config) > 0)
+    device_memory = None if on_cluster else _device_memory(on_gpu)
+    if device_memory is not None:
+        config = decide(config, inputs, device_memory, on_gpu=on_gpu, compute_dtype=dtype)
+    lengths = example_lengths(config, inputs)
     step_size = min(config.step_size, len(lengths))
     steps_per_epoch = math.ceil(len(lengths) / step_size)
-    per_device = min(config.per_device_train_batch_size, len(lengths))
+    per_device = min(config.micro_batch_size, len(lengths))
     largest = int(np.partition(lengths, -per_device)[-per_device:].sum())
-    dtype = _compute_dtype(config, on_gpu, gpus_here(config) > 0)
     report = inputs.report
-    step = TrainStep(
-        lora=config.lora,
-        quantization=config.quantization,
-        optim=config.optim,
-        gradient_checkpointing=config.gradient_checkpointing,
+    step = TrainStep.of(
+        config,
         max_length=math.ceil(largest / per_device),
-        gradient_accumulation_steps=max(1, step_size // (per_device * config.max_workers)),
-        num_workers=config.max_workers,
         compute_dtype=dtype,
         on_gpu=on_gpu,
+        gradient_accumulation_steps=max(1, step_size // (per_device * config.max_workers)),
         labelled_share=report.trained_share,
     )
     duplicates = report.num_duplicates if report.deduplicated else 0
@@ -134,7 +134,7 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
         resources_per_worker=config.resources_per_worker or (None if on_cluster else _share_here(config, on_gpu)),
         compute_dtype=dtype,
         memory=estimate(llama_config, step, per_device),
-        device_memory=None if on_cluster else _device_memory(on_gpu),
+        device_memory=device_memory,
     )
 
 
@@ -164,22 +164,12 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
         "gradients": memory["gradients"],
         f"activations ({memory['phase']})": memory["activations"],
         "workspace": memory["workspace"],
-        "CUDA context": memory["context"],
+        "CUDA context" if memory["on_gpu"] else "Python and libraries": memory["context"],
     }
     lines = [f"{name:<28} {_gib(size)}" for name, size in parts.items() if size]
     if memory["paged"]:
         lines.append(f"{'optimizer, paged to the host':<28} {_gib(memory['paged'])} (not in the sum)")
     return lines
-
-
-def _example_lengths(config: TrainConfig, inputs: RunInputs) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Tokens of every example of an epoch."""
-    lengths = np.asarray(inputs.train_rows.lengths, dtype=np.int64)
-    if not config.packing:
-        return lengths
-    from training.batches import pack
-
-    return np.array([lengths[rows].sum() for rows in pack(inputs.train_rows.lengths, config.max_length)])
 
 
 def _compute_dtype(config: TrainConfig, on_gpu: bool, gpu_here: bool) -> ComputeDtype:
