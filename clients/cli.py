@@ -17,7 +17,7 @@ import typer
 from typer._click.exceptions import ClickException
 from typer.core import TyperGroup
 
-from clients import adapters, data
+from clients import adapters, data, runs
 
 _DEFAULT_URL = "http://127.0.0.1:8000"  # clients.api has it too, but is not imported for `--help`
 
@@ -82,6 +82,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
 
 
@@ -116,21 +117,65 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as lora.r=8 learning_rate=1e-4")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print configuration, rows, steps and memory, and stop")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print --dry-run as JSON")] = False,
     force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
+    submit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="as a job of the Ray cluster with that dashboard: http://HOST:8265, or auto"
+        ),
+    ] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="with --submit: the job's, and the run's; the same is one run")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY[=VALUE]", help="with --submit: a variable for the job; again for more"),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="with --submit: show the job's output")] = True,
 ) -> None:
-    """Train an adapter here and register it."""
-    from training.config import load_config, resolved
+    """Train an adapter and register it, here or with --submit on a Ray cluster."""
+    from training.config import load_config
+    from training.errors import ConfigError
 
     settings = load_config(config, overrides or [])
     if dry_run:
-        import yaml
+        from training import plan
 
-        print(yaml.safe_dump(dict(resolved(settings)), sort_keys=False), end="")
+        print(plan.dry_run(settings, as_json=as_json))
         return
+    if submit:
+        from clients.jobs import submit_training
+
+        submit_training(
+            submit, config, overrides or [], submission_id=submission_id, env=env or [], force=force, wait=wait
+        )
+        return
+    if submission_id or env or not wait:
+        raise ConfigError("--submission-id, --env and --no-wait are for a job: add --submit http://HOST:8265")
     from training.__main__ import run_training
 
     run_training(settings, force=force, debug=context.obj)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="such as configs/sweep/quickstart.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as sweep.num_samples=8 max_steps=50")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials and stop")] = False,
+    force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> int:
+    """Train once for each point of a search, and register the best."""
+    from clients.sweep import run
+
+    return run(config, overrides or [], dry_run=dry_run, force=force, as_json=as_json, debug=context.obj)
 
 
 @app.command()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from training.config import TrainConfig
     from training.data_report import DataReport, RowNote, Segment
@@ -18,6 +19,7 @@ app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_he
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _SHOWN_NOTES = 5
+_SHOWN_TURNS = 8
 _SHOWN_CHARS = 600  # of a row
 _BAR_WIDTH = 40
 _BAR_PARTS = " ▏▎▍▌▋▊▉█"
@@ -86,14 +88,15 @@ def _examine(config: "TrainConfig", kind: _Kind) -> "DataReport":
 
 def _print(report: "DataReport") -> None:
     from rich.console import Console
-    from rich.padding import Padding
+    from rich.text import Text
 
     terminal = Console(highlight=False)
     console = terminal if terminal.is_terminal else Console(highlight=False, width=120)
-    console.print(_facts(report))
+    _columns(console, _facts(report))
     if len(report.sources) > 1:
-        _section(console, "Sources", _sources(report))
-    _section(console, "Tokens per row", _histogram(report))
+        console.print("\n[bold]Sources[/bold]", _sources(report))
+    console.print("\n[bold]Tokens per row[/bold]")
+    _columns(console, _histogram(report))
     for title, notes, count in (
         ("Rows that cannot be used", report.skipped, report.num_skipped),
         ("Rows that are too long", report.too_long, report.num_too_long),
@@ -101,42 +104,37 @@ def _print(report: "DataReport") -> None:
         ("Duplicates" + ("" if report.deduplicated else ", kept"), report.duplicates, report.num_duplicates),
     ):
         if count:
-            _section(console, f"{title}: {count:,}", _notes(notes, count))
-    _section(console, _legend(report, console), "")
+            console.print(f"\n[bold]{title}: {count:,}[/bold]")
+            _print_notes(console, notes, count)
+    console.print(f"\n[bold]{_legend(report, console)}[/bold]")
     for row in report.samples:
-        console.print(Padding(_coloured(row, console), (0, 0, 1, 2), expand=False))
+        console.print(_coloured(row, console), Text(), soft_wrap=True, sep="\n")
     for warning in report.warnings:
-        console.print(f"note: {warning}", style="yellow", soft_wrap=True)
+        console.print(f"note: {warning}", style="yellow", soft_wrap=True, markup=False)
 
 
-def _section(console: "Console", title: str, body: "RenderableType") -> None:
-    from rich.padding import Padding
+def _columns(console: "Console", rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns, the first aligned to the right; nothing is wrapped or padded, so that it can be copied."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"{name:>{width}}  {value}".rstrip(), soft_wrap=True, markup=False)
 
-    console.print(f"\n[bold]{title}[/bold]")
-    if body:
-        console.print(Padding(body, (0, 0, 0, 2), expand=False))
 
-
-def _facts(report: "DataReport") -> "Table":
-    table = _grid()
+def _facts(report: "DataReport") -> list[tuple[str, str]]:
     unusable = report.num_skipped + report.num_too_long
     left_out = report.num_duplicates if report.deduplicated else 0
-    split = f"{report.num_train_rows:,} for training, {report.num_held_out:,} held out"
-    if report.num_leaked:
-        split += f", {report.num_leaked:,} left out of training because they are held out"
-    for name, value in (
+    leaked = f", {report.num_leaked:,} left out of training because they are held out" if report.num_leaked else ""
+    facts = [
         ("format", _counts(report.formats)),
         ("rows", f"{report.num_rows_read:,} read, {unusable:,} cannot be used, {left_out:,} duplicates left out"),
-        ("split", split),
-        ("turns", ", ".join(f"{n} ({count:,} rows)" for n, count in [*report.turns.items()][:8])),
+        ("split", f"{report.num_train_rows:,} for training, {report.num_held_out:,} held out{leaked}"),
+        ("turns", ", ".join(f"{n} ({count:,} rows)" for n, count in [*report.turns.items()][:_SHOWN_TURNS])),
         ("roles", _counts(report.roles)),
         ("tokens", f"{report.num_train_tokens:,} an epoch, {report.trained_share:.0%} of them trained"),
+        ("in pieces", f"{report.num_split:,} texts are longer than max_length" if report.num_split else ""),
         ("rendered for", f"{report.base}, chat format {report.chat_format}, max_length {report.max_length}"),
-        ("cut in pieces", f"{report.num_split:,} texts" if report.num_split else ""),
-    ):
-        if value:
-            table.add_row(f"[bold]{name}[/bold]", value)
-    return table
+    ]
+    return [(name, value) for name, value in facts if value]
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -164,19 +162,21 @@ def _sources(report: "DataReport") -> "Table":
     return table
 
 
-def _histogram(report: "DataReport") -> "Table":
+def _histogram(report: "DataReport") -> list[tuple[str, str]]:
     lengths = report.lengths
-    table = _grid()
     highest = max(count for _, count in lengths.histogram)
+    rows = []
     below = 0
     for bound, count in lengths.histogram:
-        over = " [red]too long[/red]" if below >= report.max_length else ""
-        table.add_row(f"{below + 1:,}-{bound:,}", f"{_bar(count / highest)} {count:,}{over}")
+        over = " too long" if count and below >= report.max_length else ""
+        rows.append((f"{below + 1:,}-{bound:,}", f"{_bar(count / highest)} {count:,}{over}".lstrip()))
         below = bound
-    table.add_row("", f"mean {lengths.mean:.0f}, p50 {lengths.p50:,}, p95 {lengths.p95:,}, max {lengths.max:,}")
     left_out = ", ".join(f"{n:,} ({count:,} rows)" for n, count in lengths.longer_than.items())
-    table.add_row("", f"rows that a max_length would leave out: {left_out}")
-    return table
+    return [
+        *rows,
+        ("", f"mean {lengths.mean:.0f}, p50 {lengths.p50:,}, p95 {lengths.p95:,}, max {lengths.max:,}"),
+        ("", f"a max_length leaves out: {left_out}"),
+    ]
 
 
 def _bar(share: float) -> str:
@@ -185,15 +185,12 @@ def _bar(share: float) -> str:
     return "█" * whole + (_BAR_PARTS[part] if part else "")
 
 
-def _notes(notes: Sequence["RowNote"], count: int) -> "Table":
-    from rich.text import Text
-
-    table = _grid()
+def _print_notes(console: "Console", notes: Sequence["RowNote"], count: int) -> None:
     for note in notes[:_SHOWN_NOTES]:
-        table.add_row(Text(note.source), Text(f"{note.reason}\n{note.excerpt!r}"))
+        text = f"  {note.source} {note.reason}\n    it starts with {note.excerpt!r}"
+        console.print(text, soft_wrap=True, markup=False)
     if count > _SHOWN_NOTES:
-        table.add_row("", f"and {count - _SHOWN_NOTES:,} more; --json names the first thousand")
-    return table
+        console.print(f"  and {count - _SHOWN_NOTES:,} more; --json names the first thousand")
 
 
 def _legend(report: "DataReport", console: "Console") -> str:
@@ -204,7 +201,7 @@ def _legend(report: "DataReport", console: "Console") -> str:
     return f"As the model sees them, the trained tokens in «»{rejected}"
 
 
-def _coloured(row: Sequence["Segment"], console: "Console") -> "RenderableType":
+def _coloured(row: Sequence["Segment"], console: "Console") -> "Text":
     from rich.text import Text
 
     text = Text()
@@ -226,12 +223,3 @@ def _shortened(row: Sequence["Segment"]) -> Iterator[tuple[str, str]]:
 
 def _has_colours(console: "Console") -> bool:
     return console.color_system is not None
-
-
-def _grid() -> "Table":
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

@@ -6,8 +6,10 @@ and overrides name it there. `training` imports nothing else of Corral, which `t
 
 import hashlib
 import json
+import os
 import zipfile
 from dataclasses import dataclass
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,26 +136,24 @@ def _move(source: "DataSource", files: dict[str, Path], elsewhere: list[str]) ->
     from training.data_config import GLOB_CHARS
     from training.data_files import source_files
 
-    here = Path(source.path).expanduser()
-    if here.is_absolute() and not here.exists() and not GLOB_CHARS & set(source.path):
+    given = Path(source.path).expanduser()
+    if given.is_absolute() and not given.exists() and not GLOB_CHARS & set(source.path):
         elsewhere.append(source.path)
         return source
     found = source_files(source.path)
     if not found:  # a hub id
         return source
-    fixed = [part for part in here.parts if not GLOB_CHARS & set(part)] if not here.exists() else list(here.parts)
-    root = Path(*here.parts[: len(fixed)]).absolute() if fixed else Path.cwd()
-    if not here.exists():  # up to the first part with a wildcard
-        first = next(index for index, part in enumerate(here.parts) if GLOB_CHARS & set(part))
-        root = Path(*here.parts[:first]).absolute()
-    folder = root.parent if here.exists() else root
-    names = {file: file.absolute().relative_to(folder).as_posix() for file in found}
-    number, top = 0, "data"
-    while any(files.get(f"{top}/{name}", file) != file for file, name in names.items()):
-        number += 1
-        top = f"data-{number}"
+    here = Path(os.path.abspath(given))
+    # A file or folder keeps its name, a glob what is from its first wildcard on.
+    folder = here.parent if here.exists() else Path(*takewhile(lambda part: not GLOB_CHARS & set(part), here.parts))
+    names = {file: Path(os.path.abspath(file)).relative_to(folder).as_posix() for file in found}
+    top = next(
+        top
+        for top in chain(("data",), (f"data-{number}" for number in count(2)))
+        if all(files.get(f"{top}/{name}", file) == file for file, name in names.items())
+    )
     files.update({f"{top}/{name}": file for file, name in names.items()})
-    return source.model_copy(update={"path": f"{top}/{here.absolute().relative_to(folder).as_posix()}"})
+    return source.model_copy(update={"path": f"{top}/{here.relative_to(folder).as_posix()}"})
 
 
 def _as_yaml(sources: "list[DataSource]") -> str:

@@ -83,6 +83,42 @@ def is_up(url: str, headers: dict[str, str] | None = None) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def ray_head(env: dict[str, str], num_cpus: int = 4) -> Iterator[str]:
+    """A cluster of one node with ports and a directory of its own; yields its dashboard's address.
+
+    `env` has its token as RAY_AUTH_TOKEN; logical CPUs, so tests choose how many.
+    """
+    port = free_port()
+    own_ports = ("port", "ray-client-server-port", "dashboard-agent-listen-port")  # other tests' Ray has the usual ones
+    options: dict[str, int | str] = {name: free_port() for name in own_ports}
+    options |= {"dashboard-port": port, "num-cpus": num_cpus, "node-ip-address": "127.0.0.1"}
+    ray = Path(sys.executable).with_name("ray")
+    env = env | {"PATH": f"{ray.parent}:{env['PATH']}"}  # a job runs the head's python
+    with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        options["temp-dir"] = scratch  # Ray's sockets need a short path
+        command = [str(ray), "start", "--head", "--block", *(f"--{key}={options[key]}" for key in options)]
+        with Path(scratch, "ray.log").open("wb") as log:
+            head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_until_up(f"{address}/api/version", 90, {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"})
+            yield address
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)  # on SIGTERM it would drain the node for half a minute
+            head.wait(timeout=60)
+
+
+def wait_until_up(url: str, seconds: float, headers: dict[str, str] | None = None) -> None:
+    """Wait until a GET is answered with 200."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if is_up(url, headers):
+            return
+        time.sleep(0.3)
+    raise AssertionError(f"{url} does not answer")
+
+
 def descendants(pid: int, name: str) -> list[psutil.Process]:
     """Descendants of a process with this name in their command line; those that end meanwhile are left out."""
     found = []

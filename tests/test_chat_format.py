@@ -75,6 +75,43 @@ def test_e1_prompt_is_a_prefix_of_training(
     assert next_ids[: len(trained.input_ids)] == trained.input_ids
 
 
+@settings(max_examples=50, deadline=None)
+@given(name=names, dialogs=st.lists(st.tuples(prompts(), texts), max_size=4), text=texts)
+def test_e1_many_rows_at_once_are_rendered_as_one_by_one(
+    formats: dict[str, ChatFormat], name: str, dialogs: list[tuple[list[Message], str]], text: str
+) -> None:
+    """P E1: encoding in parallel changes nothing."""
+    rows = [[*prompt, Message("assistant", answer)] for prompt, answer in dialogs]
+    rendered = formats[name].render_all([*rows, text])
+    assert rendered == [*map(formats[name].render_training, rows), formats[name].render_text(text)]
+
+
+def test_rows_that_cannot_be_rendered_are_answered_with_their_error(formats: dict[str, ChatFormat]) -> None:
+    good = [Message("user", "hi"), Message("assistant", "hi")]
+    bad, rendered, half = formats["chatml"].render_all([good[:1], good, "\ud800"])
+    assert isinstance(bad, ChatFormatError)
+    assert rendered == formats["chatml"].render_training(good)
+    assert "surrogate" in str(half)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("llama-2", ["<s>"], "</s>"),
+        ("llama-3", ["<|begin_of_text|>"], "<|end_of_text|>"),
+        ("chatml", [], "<|endoftext|>"),
+    ],
+)
+def test_a_plain_text_is_trained_between_begin_and_end_of_text(
+    formats: dict[str, ChatFormat], tokenizers: dict[str, Tokenizer], name: str, before: list[str], after: str
+) -> None:
+    rendered = formats[name].render_text("hi")
+    token_ids = [tokenizers[name].token_to_id(token) for token in (*before, after)]
+    inner = tokenizers[name].encode("hi", add_special_tokens=False).ids
+    assert rendered.input_ids == [*token_ids[:-1], *inner, token_ids[-1]]
+    assert rendered.loss_mask == [*([False] * len(before)), *([True] * (len(inner) + 1))]
+
+
 @settings(max_examples=150, deadline=None)
 @given(name=names, prompt=prompts(), answer=texts)
 def test_e5_mask_is_assistant_text_and_end_of_turn(

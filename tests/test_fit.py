@@ -17,7 +17,7 @@ from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
-from training.fit import FitResult, _open_run, _tighten_token, fit, fresh_run_name
+from training.fit import FitResult, _tighten_token, fit, fresh_run_name, open_run
 from training.run_dir import RunDir
 from training.worker import _is_whole
 
@@ -121,7 +121,7 @@ def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
 
 def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
     named = config.model_copy(update={"run_name": "again"})
-    _open_run(named, RunDir(str(config.storage_path), "again"))
+    open_run(named, RunDir(str(config.storage_path), "again"))
     with pytest.raises(ConfigError, match=r"learning_rate=0\.005, now learning_rate is 0\.1.*another run_name"):
         fit(named.model_copy(update={"learning_rate": 0.1}))
 
@@ -134,6 +134,7 @@ def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_clus
     run_dir = next(Path(str(config.storage_path)).iterdir())
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "result.json").exists()
+    assert "**Failed**: training stopped at step" in (run_dir / "report.md").read_text()
 
 
 def test_b11_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:

@@ -29,7 +29,7 @@ def test_every_recipe_is_valid_and_opens_with_its_launch_command(path: Path) -> 
     first_line = path.read_text().splitlines()[0]
     assert first_line.startswith(("# corral train ", "# ray job submit "))
     assert first_line.endswith(str(path.relative_to(PROJECT)))
-    assert all((PROJECT / data).is_file() for data in config.data.paths if data.endswith(".jsonl"))
+    assert all((PROJECT / data).is_file() for data in config.data.paths if data.startswith("configs/"))
 
 
 def test_recipes_were_found() -> None:
@@ -54,6 +54,10 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("lora.rr=8", "unknown key 'lora.rr' (value 8): did you mean 'lora.r'?"),
         ("lora_alpha=8", "unknown key 'lora_alpha' (value 8): did you mean 'lora.lora_alpha'?"),
         ("data.heldout=0.1", "unknown key 'data.heldout' (value 0.1): did you mean 'data.held_out'?"),
+        ("data.path=[a, {path: b, wieght: 2}]", "'data.path.1.wieght' (value 2): did you mean 'data.path.weight'?"),
+        ("data.path={path: b, weight: 0}", "key 'data.path.0.weight' has value 0: "),
+        ("data.path=7", "key 'data.path' has value 7: name a file, a folder, a glob or a hub dataset id"),
+        ("data.columns={question: q}", "key 'data.columns"),
         ("lora.r=0", "key 'lora.r' has value 0: "),
         ("lora.r=eight", "key 'lora.r' has value 'eight': "),
         ("lora.target_modules=[lm_head]", "key 'lora.target_modules' has value ['lm_head']: "),
@@ -140,7 +144,16 @@ def test_b11_command_refuses_in_under_five_seconds_without_heavy_imports(recipe:
 
 
 def test_dry_run_prints_the_whole_configuration(recipe: Path) -> None:
-    command = [sys.executable, "-m", "training", "--config", str(recipe), "--dry-run", "lora.r=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "training",
+        "--config",
+        str(recipe),
+        "--dry-run",
+        "lora.r=4",
+        "data.path=configs/datasets/ranch_hand.jsonl",
+    ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
     printed = yaml.safe_load(done.stdout)
     assert printed["lora"]["r"] == 4

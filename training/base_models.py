@@ -111,8 +111,11 @@ def base_name(source: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", Path(source).name.lower()).strip("-._") or "base"
 
 
-def resolve_base_model(source: str, revision: str | None = None) -> BaseModel:
+def resolve_base_model(source: str, revision: str | None = None, *, weights: bool = True) -> BaseModel:
     """Find the base model `source` and make sure that it is a usable Llama on local disk.
+
+    Args:
+        weights: False fetches and asks for everything but the weights.
 
     Raises:
         BaseModelError: it is missing, gated, not a Llama, has no safetensors, or the disk is full.
@@ -124,14 +127,14 @@ def resolve_base_model(source: str, revision: str | None = None) -> BaseModel:
             path = Path(source).expanduser().absolute()
             base = BaseModel(base_name(source), source, path, None)
         elif _HUB_ID.fullmatch(source) and not source.startswith("."):
-            path = _download(source, revision)
+            path = _download(source, revision, weights)
             base = BaseModel(base_name(source), source, path, path.name)
         else:
             raise BaseModelError(
                 f"base model {source!r} is neither {EMBEDDED_MODEL!r}, nor a directory here, nor a hub id like "
                 "'meta-llama/Llama-2-13b-chat-hf': check the spelling"
             )
-        _check_usable(base)
+        _check_usable(base, weights)
         return base
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -236,12 +239,12 @@ def quiet_loading() -> Iterator[None]:
             enable_progress_bar()
 
 
-def _check_usable(base: BaseModel) -> None:
+def _check_usable(base: BaseModel, weights: bool) -> None:
     config_file = base.path / "config.json"
     if not config_file.is_file():
         raise BaseModelError(f"base model {base.source!r} has no config.json in {base.path}: name a model directory")
     _check_llama(base.source, base.llama_config())
-    if not any(base.path.glob("*.safetensors")):
+    if weights and not any(base.path.glob("*.safetensors")):
         raise BaseModelError(
             f"base model {base.source!r} has no .safetensors in {base.path}: only safetensors weights are loaded; "
             "convert it with save_pretrained"
@@ -262,7 +265,7 @@ def _check_llama(source: str, config: dict[str, Any]) -> None:
         )
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -276,7 +279,8 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         config_file = hf_hub_download(hub_id, "config.json", revision=revision)
         _check_llama(hub_id, json.loads(Path(config_file).read_text()))  # before gigabytes are fetched
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+        files = _HUB_FILES if weights else [name for name in _HUB_FILES if name != "*.safetensors"]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
         raise BaseModelError(
             f"base model {hub_id!r} is gated: accept its licence on its hub page, "

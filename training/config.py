@@ -9,21 +9,21 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
+from training.run_dir import RUN_NAME
+from training.trackers import TrackerName
 
 LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
 LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class _Section(BaseModel):
@@ -33,7 +33,7 @@ class _Section(BaseModel):
 class LoraSettings(_Section):
     """The adapter's shape (arXiv:2106.09685); `use_rslora` scales by 1/sqrt(r) (arXiv:2312.03732)."""
 
-    r: int = Field(default=16, ge=1, le=512)
+    r: int = Field(default=16, ge=1, le=1024)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
@@ -48,6 +48,26 @@ class LoraSettings(_Section):
             raise ValueError(f"name at least one of {', '.join(LLAMA_LINEARS)}, or 'all-linear'")
         return value
 
+    @property
+    def targets(self) -> list[LlamaLinear]:
+        """The linear layers that get an adapter, in the order of a Llama block."""
+        chosen = LLAMA_LINEARS if self.target_modules == "all-linear" else self.target_modules
+        return [name for name in LLAMA_LINEARS if name in chosen]
+
+
+class PreferenceSettings(_Section):
+    """What `method: dpo` (arXiv:2305.18290) and `method: kto` (arXiv:2402.01306) optimize; TRL's names and defaults.
+
+    Their reward is `beta` x the log-ratio of adapter to reference. Dropout is off in both, as in TRL.
+    """
+
+    beta: float = Field(default=0.1, gt=0)  # the higher, the closer the adapter stays to the reference
+    reference: Literal["initial", "base"] = "initial"  # initial: what the run starts from, so the parent if it has one
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"] = "sigmoid"  # of dpo
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # of loss_type robust: share of pairs labelled wrongly
+    desirable_weight: float = Field(default=1.0, gt=0)  # of kto: where one kind of row is rarer, weigh it more
+    undesirable_weight: float = Field(default=1.0, gt=0)
+
 
 class GateConfig(_Section):
     """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's."""
@@ -61,12 +81,16 @@ class TrainConfig(_Section):
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None
     adapter: str  # name in the registry
+    method: Literal["sft", "dpo", "kto"] = "sft"  # on conversations, pairs of answers, or answers with a verdict
+    preference: PreferenceSettings = PreferenceSettings()  # of dpo and kto
+    continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS: a registered adapter instead of a new one
     chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"
     data: DataConfig
     quantization: Quantization = Quantization()
     lora: LoraSettings = LoraSettings()
 
-    per_device_train_batch_size: int = Field(default=8, ge=1)  # examples: rows, or with `packing` packs of rows
+    # Examples at once: rows, or with `packing` packs of rows. auto: what fits the device; a step keeps its size.
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     train_batch_size: int | None = Field(default=None, ge=1)  # of a step, over all workers; None: from the two above
     packing: bool = False  # an example is as many rows as fit into max_length; they do not see each other
@@ -81,7 +105,7 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     max_length: int = Field(default=1024, ge=8)  # tokens of one conversation
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: where the device has too little memory without
     neftune_noise_alpha: float | None = Field(default=None, gt=0)  # noise on embeddings (arXiv:2310.05914), such as 5
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # B's learning rate over A's (arXiv:2402.12354)
     eval_steps: int | None = Field(default=None, ge=1)  # held-out loss every so many steps; None: at the end only
@@ -92,6 +116,8 @@ class TrainConfig(_Section):
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=100, ge=1)
     sample_prompts: int = Field(default=3, ge=0, le=100)  # held-out prompts answered after training
+    report_to: list[TrackerName] = ["tensorboard"]  # beside metrics.jsonl and Ray's Prometheus endpoint; [] for none
+    price_per_hour: float | None = Field(default=None, ge=0)  # of all workers together, in any currency; for the report
 
     gate: GateConfig = GateConfig()
 
@@ -107,6 +133,21 @@ class TrainConfig(_Section):
     def _adapter_name(cls, value: str) -> str:
         if not re.fullmatch(ADAPTER_NAME, value):
             raise ValueError("use 1 to 63 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @field_validator("preference")
+    @classmethod
+    def _preference(cls, value: PreferenceSettings, info: ValidationInfo) -> PreferenceSettings:
+        if info.data.get("method") == "sft" and value != PreferenceSettings():
+            raise ValueError("method is 'sft', which has no preferences: set method to dpo or kto")
+        return value
+
+    @field_validator("continue_from")
+    @classmethod
+    def _continue_from(cls, value: str | None) -> str | None:
+        name, at, ref = (value or "").partition("@")
+        if value is not None and not (ADAPTER_NAME.fullmatch(name) and (not at or ADAPTER_NAME.fullmatch(ref))):
+            raise ValueError("write NAME, NAME@VERSION or NAME@ALIAS of a registered adapter, such as ranch-hand@2")
         return value
 
     @field_validator("num_workers")
@@ -139,15 +180,20 @@ class TrainConfig(_Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
+    def micro_batch_size(self) -> int:
+        """Examples that a worker takes at once; 8 where that is not decided yet."""
+        size = self.per_device_train_batch_size
+        return 8 if isinstance(size, str) else size
+
+    @property
     def step_size(self) -> int:
         """Examples in an optimizer step, over all workers, however many there are at the moment."""
-        accumulated = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.max_workers
-        return self.train_batch_size or accumulated
+        return self.train_batch_size or self.micro_batch_size * self.gradient_accumulation_steps * self.max_workers
 
     @field_validator("run_name")
     @classmethod
     def _run_name(cls, value: str | None) -> str | None:
-        if value is not None and not _RUN_NAME.fullmatch(value):
+        if value is not None and not RUN_NAME.fullmatch(value):
             raise ValueError("use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit")
         return value
 
@@ -167,6 +213,9 @@ class TrainConfig(_Section):
         return value
 
 
+_Config = TypeVar("_Config", bound=TrainConfig)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a `TrainConfig` from the YAML file `path`, with `overrides` such as `lora.r=8` applied to it.
 
@@ -182,11 +231,16 @@ def build_config(values: dict[str, Any], overrides: Sequence[str], source: str) 
     Raises:
         ConfigError: a key or a value is not accepted.
     """
+    return build_config_of(TrainConfig, values, overrides, source)
+
+
+def build_config_of(model: type[_Config], values: dict[str, Any], overrides: Sequence[str], source: str) -> _Config:
+    """As `build_config`, for a `model` that knows more keys."""
     overridden = {_apply_override(values, override) for override in overrides}
     try:
-        return TrainConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source, overridden)) from None
+        raise ConfigError(explain(error, source, overridden, model)) from None
 
 
 def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
@@ -217,17 +271,25 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
 
 def check_this_machine(config: TrainConfig) -> None:
     """`check_resources` for the machine that this runs on."""
-    gpus, bf16 = 0, True
-    if (config.use_gpu is not False and Path("/dev/nvidiactl").exists()) or config.use_gpu is True:
+    gpus, bf16 = gpus_here(config), True
+    if gpus:
         import torch
 
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        bf16 = gpus == 0 or torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     check_resources(config, os.cpu_count() or 1, gpus, "this machine")
     if not bf16 and config.quantization.compute_dtype == "bfloat16":
         raise TrainingError(
             "quantization.compute_dtype is 'bfloat16', which this GPU lacks: set quantization.compute_dtype=auto"
         )
+
+
+def gpus_here(config: TrainConfig) -> int:
+    """GPUs of this machine that the run could use; imports torch only where there may be some."""
+    if config.use_gpu is False or not (config.use_gpu is True or Path("/dev/nvidiactl").exists()):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def wants_gpu(config: TrainConfig, gpus: float) -> bool:
@@ -304,15 +366,16 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
+def explain(error: ValidationError, source: str, overridden: set[str], model: type[BaseModel]) -> str:
+    """One line on the first thing wrong: where, the key, its value, and the nearest key or what is accepted."""
     first, *others = error.errors(include_url=False)
     # Where a value may be of several types, the location ends in the name of the type that was tried.
-    known = set(_dotted_keys(TrainConfig))
+    known = set(_dotted_keys(model))
     parts = [str(part) for part in first["loc"]]
     key = ".".join(parts)
     if first["type"] != "extra_forbidden":
-        key = next((k for i in range(len(parts), 0, -1) if (k := ".".join(parts[:i])) in known), key)
-    where = "override" if key in overridden else source
+        key = next((k for i in range(len(parts), 0, -1) if _without_positions(k := ".".join(parts[:i])) in known), key)
+    where = "override" if any(f"{key}.".startswith(f"{k}.") for k in overridden) else source
     more = len({tuple(map(str, e["loc"]))[: key.count(".") + 1] for e in others} - {tuple(key.split("."))})
     also = f" (and {more} more)" if more else ""
     if first["type"] == "missing":
@@ -330,6 +393,7 @@ def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
 
 
 def _nearest_key(key: str, known: set[str]) -> str | None:
+    key = _without_positions(key)
     parent, _, leaf = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(leaf, siblings, n=1):
@@ -340,7 +404,7 @@ def _nearest_key(key: str, known: set[str]) -> str | None:
 
 
 def _siblings(key: str, known: set[str]) -> list[str]:
-    parent = key.rpartition(".")[0]
+    parent = _without_positions(key).rpartition(".")[0]
     return sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
 
 
@@ -349,6 +413,17 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+        elif item := next((t for t in get_args(field.annotation) if _is_section(t)), None):  # list[DataSource]
+            yield from _dotted_keys(item, f"{prefix}{name}.")
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
+
+
+def _without_positions(key: str) -> str:
+    """`data.path.1.weight` is the key `data.path.weight` of the second entry."""
+    return re.sub(r"\.\d+(?=\.|$)", "", key)
 
 
 def _short(value: object) -> str:

@@ -4,6 +4,7 @@ The driver reads them to refuse a bad dataset at once, every worker reads them t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,7 +16,9 @@ from training.data_config import RowKind
 from training.data_report import DataReport
 from training.errors import ConfigError
 from training.registry import DatasetRef
-from training.row_store import Conversation, Rows, TokenizedRow
+from training.row_store import Conversation, Rows
+
+_KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired_preference"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class RunInputs:
     """What a run trains on and with.
 
     Attributes:
-        train_rows: of one epoch, at least one. Mapped from disk: `train_rows[i]` reads one row.
+        train_rows: of one epoch, at least one, of the kind that the method takes. Mapped from disk: `train_rows[i]`
+            reads one row.
         held_out_rows: empty where `data.held_out` is 0.
         held_out_samples: up to a hundred of the conversations behind `held_out_rows`, from all over them.
         report: what was found in the data and what was left out.
@@ -33,21 +37,24 @@ class RunInputs:
     base: BaseModel
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    train_rows: Rows[TokenizedRow]
-    held_out_rows: Rows[TokenizedRow]
+    train_rows: Rows[Any]
+    held_out_rows: Rows[Any]
     held_out_samples: list[Conversation]
     report: DataReport
     dataset: DatasetRef
 
 
-def read_inputs(config: TrainConfig) -> RunInputs:
+def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
     """Find the base, choose the chat format, and read, split and tokenize the dataset; the same on every worker.
+
+    Args:
+        weights: False does not ask for the base's weights, nor fetch them.
 
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
-    base, tokenizer, chat_format = _base(config)
-    data = prepare_data(config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed)
+    base, tokenizer, chat_format = _base(config, weights)
+    data = _data(config, base, tokenizer, chat_format, _KINDS[config.method])
     report = data.report
     return RunInputs(
         base=base,
@@ -77,14 +84,19 @@ def read_data(config: TrainConfig, kind: RowKind) -> PreparedData:
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
-    base, tokenizer, chat_format = _base(config)
+    return _data(config, *_base(config), kind)
+
+
+def _data(
+    config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat, kind: RowKind
+) -> PreparedData:
     return prepare_data(
         config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
     )
 
 
-def _base(config: TrainConfig) -> tuple[BaseModel, Tokenizer, ChatFormat]:
-    base = resolve_base_model(config.base_model, config.base_revision)
+def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseModel, Tokenizer, ChatFormat]:
+    base = resolve_base_model(config.base_model, config.base_revision, weights=weights)
     if config.max_length > base.context_length:
         raise ConfigError(
             f"max_length is {config.max_length}, but {base.source} was made for {base.context_length} tokens: "

@@ -1,8 +1,8 @@
 """Tokenized rows on disk: written once as a stream, then read at random from a memory map.
 
-`training.data` writes and opens a store. It is a directory of two Arrow files, so that other programs read it too:
-`rows.arrow` holds what training takes (token ids, trained spans, the text behind them), `index.arrow` the few numbers
-per row by which rows are chosen. Knows neither formats nor tokenizers.
+`training.data` writes and opens a store, whose rows are all of one kind. It is a directory of two Arrow files, so that
+other programs read it too: `rows.arrow` holds what training takes (token ids, trained spans, the text behind them),
+`index.arrow` the few numbers per row by which rows are chosen. Knows neither formats nor tokenizers.
 """
 
 import json
@@ -217,7 +217,7 @@ class Rows(Sequence[RowT], Generic[RowT]):
     def __init__(self, store: RowStore, numbers: NDArray[np.int64]) -> None:
         self.store = store
         self.numbers = numbers
-        self.lengths = store.lengths[numbers]
+        self.lengths: NDArray[np.int64] = store.lengths[numbers].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.numbers)

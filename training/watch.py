@@ -5,6 +5,8 @@
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +35,9 @@ class Run(Protocol):
         """`phase` begins, in words for the person who waits."""
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
-        """Optimizer step `step` of `num_steps` is done; `metrics` has loss, learning_rate, tokens_per_s and others."""
+        """Optimizer step `step` of `num_steps` is done; `metrics` has loss, grad_norm, learning_rate, epoch,
+        num_tokens (so far), tokens_per_s, samples_per_s (rows or packs), peak_memory_bytes, and eval_loss where it was
+        computed at this step."""
 
     def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
         """Rank 0 has a whole checkpoint in `directory` until the call returns; what other ranks have does not count."""
@@ -63,7 +67,7 @@ class Watch(TrainerCallback):
         self._best_step, self._best_loss, self._best_weights = 0, math.inf, dict[str, torch.Tensor]()
         self._misses = 0  # evaluations since the last that counted as better
         self._to_beat = math.inf
-        self._seen_tokens, self._seen_at = 0.0, time.monotonic()
+        self._seen_tokens, self._seen_step, self._seen_at = 0.0, 0, time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
         """Take up what an earlier worker knew at this checkpoint."""
@@ -87,7 +91,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         adapters_to_float32(model)  # a resumed adapter may have come back in another dtype
-        self._seen_tokens, self._seen_at = float(state.num_input_tokens_seen), time.monotonic()
+        self._seen_tokens, self._seen_step = float(state.num_input_tokens_seen), state.global_step
+        self._seen_at = time.monotonic()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -118,13 +123,16 @@ class Watch(TrainerCallback):
         loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
         self._check(state.global_step, loss, grad_norm)
         now, tokens = time.monotonic(), float(logs.get("num_tokens", state.num_input_tokens_seen))
+        passed_s = max(now - self._seen_at, 1e-6)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": float(logs["learning_rate"]),
             "epoch": float(logs["epoch"]),
             "num_tokens": tokens,
-            "tokens_per_s": (tokens - self._seen_tokens) / max(now - self._seen_at, 1e-6),
+            "tokens_per_s": (tokens - self._seen_tokens) / passed_s,
+            "samples_per_s": (state.global_step - self._seen_step) * self._config.step_size / passed_s,
+            "peak_memory_bytes": float(_peak_memory_bytes()),
             **{key: float(value) for key, value in logs.items() if key.startswith("rewards/")},
             **self._evaluated,
         }
@@ -132,7 +140,7 @@ class Watch(TrainerCallback):
         last = state.global_step == state.max_steps or control.should_training_stop
         if state.global_step % self._config.logging_steps == 0 or self._evaluated or last:
             self._run.on_log(state.global_step, state.max_steps, metrics)
-            self._seen_tokens, self._seen_at = tokens, now
+            self._seen_tokens, self._seen_step, self._seen_at = tokens, state.global_step, now
             self._evaluated = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -167,6 +175,14 @@ class Watch(TrainerCallback):
             raise TrainingError(
                 f"training stopped at step {step}: the loss rose to {loss:.1f}, {self._compared}: {advice}"
             )
+
+
+def _peak_memory_bytes() -> int:
+    """The most that this process held on its GPU, or in memory where it uses none."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
 
 
 def _trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -13,13 +13,19 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training.config import TrainConfig
+from training.base_models import base_name
+from training.config import TrainConfig, resolved
 from training.environment import environment_here
 from training.errors import CorralError, TrainingError
-from training.progress import Progress
+from training.parent import PARENT_DIR
+from training.progress import Progress, write_progress
 from training.run_dir import MetricsLog, RunDir
+from training.trackers import TrackedRun, open_trackers
+
+if TYPE_CHECKING:
+    import torch
 
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
 _REMOTE_EVERY_S = 5.0  # how often progress goes to an object store
@@ -41,52 +47,101 @@ def train_func(loop_config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
+    rank = get_context().get_world_rank()
+    with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
+        resume_from = _last_whole_checkpoint(scratch / "resumed")
+        run = RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
+        parent_dir = run_dir.fetch(PARENT_DIR, scratch / PARENT_DIR) if config.continue_from else None
+        train_into(run_dir, config, run, scratch, get_device(), resume_from, parent_dir)
+
+
+def train_into(
+    run_dir: RunDir,
+    config: TrainConfig,
+    run: "RayRun",
+    scratch: Path,
+    device: "torch.device",
+    resume_from: Path | None,
+    parent_dir: Path | None,
+) -> None:
+    """Train, and leave `adapter/`, `environment.json` and `result.json` in the run's directory (rank 0)."""
+    import torch
+
     from training import sft
 
-    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     _keep_quiet()
-    rank = get_context().get_world_rank()
-    with _scratch(run_dir, rank) as scratch:
-        try:
-            with _full_disk_named(run_dir):
-                resume_from = _last_whole_checkpoint(scratch / "resumed")
-                result = sft.train(
-                    config,
-                    _RayRun(rank, run_dir, _checkpoint_step(resume_from)),
-                    adapter_dir=scratch / "adapter",
-                    scratch_dir=scratch / "checkpoints",
-                    device=get_device(),
-                    resume_from=resume_from,
-                )
-                if rank == 0:
-                    run_dir.upload(scratch / "adapter", "adapter")
-                    found = environment_here(str(get_device()), get_context().get_world_size())
-                    run_dir.write_json("result.json", {**asdict(result), "environment": found.model_dump()})
-        except CorralError as error:
-            if rank == 0:
-                with contextlib.suppress(CorralError):  # a full disk has no room for it
-                    run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
-            raise
+    if run.rank == 0:
+        num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        environment = environment_here(str(device), num_workers)
+        run_dir.write_json("environment.json", environment.model_dump(mode="json"))
+    with run:
+        result = sft.train(
+            config,
+            run,
+            adapter_dir=scratch / "adapter",
+            scratch_dir=scratch / "checkpoints",
+            device=device,
+            resume_from=resume_from,
+            parent_dir=parent_dir,
+        )
+        if run.rank == 0:
+            run.on_result(result.metrics)
+            run_dir.upload(scratch / "adapter", "adapter")
+            run_dir.write_json("result.json", asdict(result))
 
 
-class _RayRun:
-    """A `training.watch.Run` on a Ray Train worker."""
+class RayRun:
+    """A `training.watch.Run` on a Ray Train worker; leaving its block closes the trackers.
 
-    def __init__(self, rank: int, run_dir: RunDir, step: int) -> None:
+    Args:
+        step: of the checkpoint that the run goes on from, 0 for a new run.
+        scratch: for event files on their way to an object store.
+    """
+
+    def __init__(self, config: TrainConfig, rank: int, run_dir: RunDir, step: int, scratch: Path) -> None:
         self.rank = rank
         self._run_dir = run_dir
+        self._event_dir = run_dir.local_path("tensorboard") or scratch / "tensorboard"
+        tracked = TrackedRun(
+            name=run_dir.name,
+            adapter=config.adapter,
+            base=base_name(config.base_model),
+            config=resolved(config),
+            first_step=step + 1,
+            tensorboard_dir=self._event_dir,
+        )
+        self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
+        self._phases: list[dict[str, Any]] = []  # each with when it began
         self._written_at = 0.0
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
+
+    def __enter__(self) -> "RayRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._trackers:
+            self._trackers.close()
+            self._upload_events()
+            self._run_dir.write_json("trackers.json", {"failed": self._trackers.failed})
+
+    def on_result(self, metrics: Mapping[str, float]) -> None:
+        """The run is done: its figures go to the trackers too."""
+        if self._trackers:
+            self._trackers.log(int(metrics["num_steps"]), {f"result/{key}": value for key, value in metrics.items()})
 
     def on_phase(self, phase: str) -> None:
         if self._metrics:
             self._metrics.flush()
             self._show(Progress(phase), now=True)
+            self._phases.append({"phase": phase, "time": time.time()})
+            self._run_dir.write_json("phases.json", self._phases)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
-        if not self._metrics:
+        if not self._metrics or not self._trackers:
             return
+        self._trackers.log(step, metrics)
         now = time.time()
         self._metrics.add({"step": step, "num_steps": num_steps, "time": now, **metrics})
         first_step, started = self._started = self._started or (step, now)
@@ -99,6 +154,7 @@ class _RayRun:
         checkpoint = None
         if self._metrics:
             self._metrics.flush()
+            self._upload_events()
             sizes = {str(f.relative_to(directory)): f.stat().st_size for f in directory.rglob("*") if f.is_file()}
             (directory / _CONTENTS_FILE).write_text(json.dumps({"step": step, "sizes": sizes}))
             checkpoint = ray.train.Checkpoint.from_directory(directory)
@@ -107,11 +163,15 @@ class _RayRun:
     def _show(self, progress: Progress, now: bool = False) -> None:
         if now or self._run_dir.is_local or time.monotonic() - self._written_at > _REMOTE_EVERY_S:
             self._written_at = time.monotonic()
-            self._run_dir.write_json("progress.json", asdict(progress))
+            write_progress(self._run_dir, progress)
+
+    def _upload_events(self) -> None:
+        if not self._run_dir.is_local and self._event_dir.exists():
+            self._run_dir.upload(self._event_dir, "tensorboard")
 
 
 @contextlib.contextmanager
-def _scratch(run_dir: RunDir, rank: int) -> Iterator[Path]:
+def scratch_of(run_dir: RunDir, rank: int) -> Iterator[Path]:
     """A folder of this worker's own, in the run's directory where that is on a disk: what a killed worker leaves goes
     with the next one.
     """
@@ -128,6 +188,19 @@ def _scratch(run_dir: RunDir, rank: int) -> Iterator[Path]:
         shutil.rmtree(local, ignore_errors=True)
         with contextlib.suppress(OSError):  # other ranks are still there
             local.parent.rmdir()
+
+
+@contextlib.contextmanager
+def failure_recorded(run_dir: RunDir, rank: int) -> Iterator[None]:
+    """Leave `failure.json` where the block ends with an error that would only come again (rank 0)."""
+    try:
+        with _full_disk_named(run_dir):
+            yield
+    except CorralError as error:
+        if rank == 0:
+            with contextlib.suppress(CorralError):  # a full disk has no room for it
+                run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
+        raise
 
 
 @contextlib.contextmanager

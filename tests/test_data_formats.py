@@ -1,0 +1,226 @@
+"""What each dataset format means, and what is said of a row that has none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.chat_format import Message
+from training.data_config import DataConfig, RowKind
+from training.data_files import RawRow, read_rows
+from training.data_formats import AnswerPair, BadRow, Dialog, Document, Example, RatedAnswer, parse_row
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def dialog(*contents: str, system: str | None = None) -> tuple[Message, ...]:
+    """Turns of user and assistant, beginning with the user's."""
+    turns = [Message("assistant" if index % 2 else "user", content) for index, content in enumerate(contents)]
+    return (*([Message("system", system)] if system else []), *turns)
+
+
+def parse(row: Any, kind: RowKind = "sft", **data: Any) -> tuple[str, Example]:
+    [source] = DataConfig(path="d.jsonl", **data).sources
+    content = row if isinstance(row, bytes) else json.dumps(row).encode()
+    return parse_row(RawRow("d.jsonl:1", content), source, kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "format_name", "expected"),
+    [
+        (
+            "rows_messages.jsonl",
+            "messages",
+            [
+                dialog("Where does the key hang?", "By the porch.", "Which side?", "The left.", system="Be short."),
+                dialog("What is this?", "A llama."),
+            ],
+        ),
+        (
+            "rows_guanaco.jsonl",
+            "guanaco",
+            [
+                dialog("Where does the key hang?", "By the porch.", "Which side?", "The left."),
+                dialog("Write a heading", "### Llamas\n\nThey hum."),
+            ],
+        ),
+        (
+            "rows_prompt_completion.jsonl",
+            "prompt_completion",
+            [
+                dialog("Where does the key hang?", "By the porch."),
+                dialog("What is this?", "A llama.", system="Be short."),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("auto", [True, False])
+def test_each_format_is_read_and_found_by_auto(
+    file: str, format_name: Any, expected: list[tuple[Message, ...]], auto: bool
+) -> None:
+    path = FIXTURES / file
+    [source] = DataConfig(path=str(path), format="auto" if auto else format_name).sources
+    rows = [*read_rows(source)]
+    assert [parse_row(row, source, "sft") for row in rows] == [(format_name, Dialog(messages)) for messages in expected]
+    assert [row.place for row in rows] == [f"{path}:1", f"{path}:2"]
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "format_name", "expected"),
+    [
+        (SHAREGPT, "sharegpt", dialog("q", "a")),
+        (SHAREGPT | {"system": "S"}, "sharegpt", dialog("q", "a", system="S")),
+        (SHAREGPT | {"system": ""}, "sharegpt", dialog("q", "a")),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "S"},
+                    {"from": "user", "value": "q"},
+                    {"from": "Model", "value": "a"},
+                ]
+            },
+            "sharegpt",
+            dialog("q", "a", system="S"),
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "sharegpt",
+            dialog("q", "a"),
+        ),
+        ({"instruction": "i", "input": "in", "output": "o"}, "alpaca", dialog("i\nin", "o")),
+        ({"instruction": "i", "input": "", "output": "o"}, "alpaca", dialog("i", "o")),
+        (
+            {"instruction": "i", "output": "o", "system": "S", "history": [["q1", "a1"], ["q2", "a2"]]},
+            "alpaca",
+            dialog("q1", "a1", "q2", "a2", "i", "o", system="S"),
+        ),
+        ({"prompt": "q", "completion": "a", "system": "S"}, "prompt_completion", dialog("q", "a", system="S")),
+        (
+            {"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: q2\n\nAssistant:", "completion": "a2"},
+            "prompt_completion",
+            dialog("q", "a", "q2", "a2"),
+        ),
+        (
+            {"messages": json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])},
+            "messages",
+            dialog("q", "a"),
+        ),
+    ],
+)
+def test_other_shapes_of_a_dialog(row: Any, format_name: str, expected: tuple[Message, ...]) -> None:
+    assert parse(row) == (format_name, Dialog(expected))
+
+
+def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:
+    assert parse({"text": "Once upon a time"}, format="text") == ("text", Document("Once upon a time"))
+    assert parse({"text": "### Human: q ### Assistant: a"}, format="text")[0] == "text"
+    with pytest.raises(BadRow, match=r"set data\.format to text"):
+        parse({"text": "Once upon a time"})
+    with pytest.raises(BadRow, match="empty text"):
+        parse({"text": " "}, format="text")
+
+
+def test_columns_name_the_parts_of_any_row() -> None:
+    row = {"question": "q", "answer": "a", "prompt": "not this", "tone": "S"}
+    columns = {"prompt": "question", "completion": "answer", "system": "tone"}
+    assert parse(row, columns=columns) == ("prompt_completion", Dialog(dialog("q", "a", system="S")))
+    with pytest.raises(BadRow, match=r"has no 'question', which data.columns names: it has the keys answer"):
+        parse({"answer": "a"}, columns=columns)
+
+
+PAIR = AnswerPair(dialog("q"), Message("assistant", "good"), Message("assistant", "bad"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+        },
+        {  # UltraFeedback
+            "prompt": "q",
+            "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}],
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
+        },
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},  # HH
+        {  # LLaMA-Factory's ShareGPT pairs
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+        {"instruction": "q", "chosen": "good", "rejected": "bad"},
+    ],
+)
+def test_every_shape_of_a_preference(row: Any) -> None:
+    assert parse(row, "preference") == ("preference", PAIR)
+
+
+def test_preferences_share_whole_turns() -> None:
+    turns = [{"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "q2"))]
+    row = {key: [*turns, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    assert parse(row, "preference")[1] == AnswerPair(
+        dialog("q", "a", "q2"), Message("assistant", "chosen"), Message("assistant", "rejected")
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "same", "rejected": "same"}, "has the same answer as chosen and as rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": " "}, "has an empty answer in rejected"),
+        ({"prompt": "q", "chosen": " ", "rejected": "a"}, "has an empty answer in messages[1]"),
+        ({"chosen": "a", "rejected": "b"}, "has no prompt: it has the keys chosen, rejected"),
+        ({"prompt": "q", "completion": "a"}, "is not of preference: it has the keys completion, prompt"),
+        (
+            {
+                "prompt": "other",
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
+            },
+            "has a prompt that is not in the dialogs",
+        ),
+        (
+            {
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}],
+            },
+            "has in chosen 2 messages that differ",
+        ),
+    ],
+)
+def test_b10_a_bad_preference_row(row: Any, reason: str) -> None:
+    """P B10."""
+    with pytest.raises(BadRow) as caught:
+        parse(row, "preference")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [(True, True), (False, False), (1, True), (0, False), ("true", True), (" False ", False)]
+)
+def test_rated_answers(label: Any, expected: bool) -> None:
+    row = {"prompt": "q", "completion": "a", "label": label}
+    rated = RatedAnswer(dialog("q"), Message("assistant", "a"), expected)
+    assert parse(row, "unpaired_preference") == ("unpaired_preference", rated)
+
+
+def test_b10_a_label_must_be_one() -> None:
+    """P B10."""
+    with pytest.raises(BadRow, match='has in label "good", expected true or false'):
+        parse({"prompt": "q", "completion": "a", "label": "good"}, "unpaired_preference")
+
+
+def test_b10_supervised_training_does_not_learn_the_worse_answer() -> None:
+    """P B10: rows for DPO and KTO are told apart from those for SFT."""
+    with pytest.raises(BadRow, match="method dpo"):
+        parse({"prompt": "q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(BadRow, match="method kto"):
+        parse({"prompt": "q", "completion": "a", "label": False})
