@@ -21,11 +21,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from training.adapter_files import LINEAR_LAYERS
 from training.base_models import BaseModel, Quantization, load_quantized, resolve_base_model
 from training.chat_format import Message, load_chat_format
+from training.config import TrainConfig
 from training.errors import CorralError, ExportError
+from training.evaluate import num_labelled
 from training.export import ExportRecord, Targets, export
 from training.export_gguf import GgufType, llama_3_rope_factors, write_gguf
 from training.export_loss import EvaluationRows, evaluation_rows
 from training.gguf_vocabulary import read_vocabulary
+from training.inputs import read_inputs
 from training.merge import MergedWeights, Onto
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, LoraShape, SampleAnswer
 
@@ -278,6 +281,36 @@ def test_rows_may_come_from_a_text_or_a_dataset(
         evaluation_rows(manifest, tiny_base, text)
     bare = manifest.model_copy(update={"samples": []})
     assert evaluation_rows(bare, tiny_base, None) == EvaluationRows([], evaluation_rows(bare, tiny_base, None).words)
+
+
+def test_held_out_rows_are_taken_only_where_they_are_those_of_the_run(
+    manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"Question {n}", "completion": f"Answer {n} " + "again " * n} for n in range(12)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig.model_validate(
+        {
+            "base_model": tiny_base.source,
+            "adapter": "ranch",
+            "data": {"path": str(dataset), "held_out": 0.25},
+            "max_length": 128,
+        }
+    )
+    inputs = read_inputs(config)
+    fields = {
+        "config": config.model_dump(mode="json"),
+        "dataset": inputs.dataset,
+        "metrics": {**manifest.metrics, "eval_tokens": float(num_labelled(inputs.held_out_rows))},
+    }
+    of_run = manifest.model_copy(update=fields)
+    found = evaluation_rows(of_run, tiny_base, None)
+    assert list(found.rows) == list(inputs.held_out_rows)
+    assert "held-out rows" in found.words
+    other_split = of_run.model_copy(update={"metrics": {**of_run.metrics, "eval_tokens": 1.0}})
+    assert "recorded samples" in evaluation_rows(other_split, tiny_base, None).words
+    dataset.write_text(dataset.read_text() + json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    assert "recorded samples" in evaluation_rows(of_run, tiny_base, None).words
 
 
 # Whole or not at all

@@ -36,7 +36,7 @@ def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[Tok
     Raises:
         AdapterRefused: the folder does not hold all tensors of its adapter, or no token of `rows` is labelled.
     """
-    if not any(label != IGNORED_LABEL for row in rows for label in row["labels"][1:]):
+    if num_labelled(rows) == 0:
         raise AdapterRefused(f"none of the {len(rows)} held-out rows has a token to be judged by: hold out others")
     model, sha256 = load_adapter(adapter_dir, base)
     try:
@@ -102,6 +102,11 @@ def held_out_loss(model: PeftModel | LlamaForCausalLM, rows: Sequence[TokenizedR
         total = total.to(causal_lm.device)
         dist.all_reduce(total)
     return float(total[0] / total[1]), float(total[1])
+
+
+def num_labelled(rows: Sequence[TokenizedRow]) -> int:
+    """How many tokens of `rows` are judged: the first of a row is not, nothing predicts it."""
+    return sum(label != IGNORED_LABEL for row in rows for label in row["labels"][1:])
 
 
 def _batches(rows: Sequence[TokenizedRow]) -> Iterator[list[TokenizedRow]]:

@@ -25,7 +25,7 @@ from training.base_models import (
 from training.chat_format import Message, load_chat_format
 from training.config import TrainConfig
 from training.errors import CorralError
-from training.evaluate import held_out_loss, load_adapter
+from training.evaluate import held_out_loss, load_adapter, num_labelled
 from training.inputs import read_inputs
 from training.registry import AdapterManifest
 from training.row_store import IGNORED_LABEL, TokenizedRow
@@ -103,8 +103,10 @@ def _held_out_rows(manifest: AdapterManifest) -> EvaluationRows | None:
         inputs = read_inputs(TrainConfig.model_validate(manifest.config))
     except (CorralError, ValidationError):
         return None  # another version's configuration, or the data are elsewhere
-    if inputs.dataset.sha256 != manifest.dataset.sha256 or not inputs.held_out_rows:
+    if inputs.dataset.sha256 != manifest.dataset.sha256 or not len(inputs.held_out_rows):
         return None
+    if num_labelled(inputs.held_out_rows) != manifest.metrics.get("eval_tokens"):
+        return None  # another version split otherwise: rows that were trained on would flatter
     words = f"the {len(inputs.held_out_rows)} held-out rows of {', '.join(manifest.dataset.sources)}"
     return EvaluationRows(inputs.held_out_rows, words)
 
