@@ -2,19 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from training.registry import AdapterManifest, AdapterRegistry
 
-app = typer.Typer(help="List, inspect, import, promote, roll back and delete adapters.", no_args_is_help=True)
+app = typer.Typer(
+    help="The registry: list, show, diff, verify, export, import, promote, roll back, delete.", no_args_is_help=True
+)
 
 _Registry = Annotated[
     str | None, typer.Option("--registry", metavar="PATH", help="any fsspec path; default: CORRAL_HOME/registry")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)]
+_GgufType = Literal["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"]  # training.export_gguf's, not imported for `--help`
+_Onto = Literal["nf4", "original"]
 _Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 _Version = Annotated[int, typer.Argument(metavar="VERSION", show_default=False)]
 _Alias = Annotated[str, typer.Option("--alias", help="which alias")]
@@ -35,21 +40,117 @@ def list_(registry: _Registry = None, as_json: _Json = False) -> None:
 
 
 @app.command()
-def show(
-    name: Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)],
+def show(name: _Reference, registry: _Registry = None, as_json: _Json = False) -> None:
+    """One version and where it comes from: the champion, else the newest, or the one that is named."""
+    store = _open(registry)
+    manifest = _resolve(store, name)
+    record, ancestors = _record(manifest, store.aliases(manifest.name)), store.ancestors(manifest)
+    if as_json:
+        lineage = [ancestor.model_dump(mode="json") for ancestor in ancestors]
+        print(json.dumps({**record, "ancestors": lineage}, indent=2))
+        return
+    from clients.adapter_report import print_report, show_report
+
+    print_report(show_report(manifest, record["aliases"], ancestors))
+
+
+@app.command()
+def diff(a: _Reference, b: _Reference, registry: _Registry = None, as_json: _Json = False) -> None:
+    """What differs between two versions: configuration, data, figures, libraries and weights."""
+    from dataclasses import asdict
+
+    from clients.adapter_report import diff_report, print_report
+    from training.adapter_diff import diff_manifests, diff_weights
+
+    store = _open(registry)
+    first, second = _resolve(store, a), _resolve(store, b)
+    changes = diff_manifests(first, second)
+    weights = None
+    if first.base.weights_sha256 == second.base.weights_sha256:
+        weights = diff_weights(store.fetch(first), first.lora, store.fetch(second), second.lora)
+    if as_json:
+        fields = [asdict(change) for change in changes]
+        compared = None if weights is None else asdict(weights)
+        print(json.dumps({"a": first.model_id, "b": second.model_id, "fields": fields, "weights": compared}, indent=2))
+    else:
+        print_report(diff_report(first, second, changes, weights))
+
+
+@app.command()
+def verify(
+    name: _Reference,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="again for more; default: the recorded samples, else a few of our own"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 32,
+    registry: _Registry = None,
+    as_json: _Json = False,
+) -> int:
+    """Check a version's files, and that PEFT and Corral's engine answer alike with them (float32)."""
+    from dataclasses import asdict
+
+    from clients.adapter_report import print_report, verify_report
+    from clients.adapter_verify import verify as compare
+
+    store = _open(registry)
+    manifest = _resolve(store, name)
+    compared = compare(store, manifest, prompts or [], max_tokens)
+    passed = all(one.passed for one in compared)
+    if as_json:
+        prompts_ = [{**asdict(one), "passed": one.passed} for one in compared]
+        print(json.dumps({"model_id": manifest.model_id, "passed": passed, "prompts": prompts_}, indent=2))
+    else:
+        print_report(verify_report(manifest, compared))
+    return 0 if passed else 1
+
+
+@app.command()
+def export(
+    name: _Reference,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a folder of safetensors for transformers and vLLM")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="a file for llama.cpp")] = None,
+    gguf_type: Annotated[_GgufType, typer.Option(help="of its matrices")] = "F16",
+    onto: Annotated[
+        _Onto, typer.Option(help="merge into the 4-bit weights that it was trained on, or the original ones")
+    ] = "nf4",
+    eval_file: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE", help="measure on these rows or .txt; default: the run's held-out rows"),
+    ] = None,
     registry: _Registry = None,
     as_json: _Json = False,
 ) -> None:
-    """One version: the champion, else the newest, or the one that is named."""
+    """Write a version as a model of its own, and measure what merging costs."""
+    from dataclasses import asdict
+
+    import torch
+
+    from training.base_models import resolve_base_model
+    from training.export import Targets, describe_losses
+    from training.export import export as write
+    from training.export_loss import evaluation_rows
+    from training.registry import check_base
+
+    targets = Targets(merged, gguf, gguf_type)
+    targets.check()
     store = _open(registry)
     manifest = _resolve(store, name)
-    record = _record(manifest, store.aliases(manifest.name))
+    directory = store.fetch(manifest)
+    base = resolve_base_model(manifest.base.source, manifest.base.revision)
+    check_base(manifest, base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = evaluation_rows(manifest, base, eval_file)
+    record = write(manifest, directory, base, targets, onto=onto, rows=rows, device=device)
     if as_json:
-        print(json.dumps(record, indent=2))
+        print(json.dumps(asdict(record), indent=2))
         return
-    import yaml
-
-    print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
+    weights = "dequantized NF4" if onto == "nf4" else "original 16-bit"
+    written = " and ".join(str(path) for path in (merged, gguf) if path is not None)
+    print(f"{manifest.model_id} is merged into the {weights} weights of {base.source}: {written}")
+    print("\n".join(describe_losses(record)))
 
 
 @app.command("import")

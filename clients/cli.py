@@ -162,6 +162,23 @@ def train(
 
 
 @app.command()
+def sweep(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="such as configs/sweep/quickstart.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as sweep.num_samples=8 max_steps=50")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials and stop")] = False,
+    force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> int:
+    """Train once for each point of a search, and register the best."""
+    from clients.sweep import run
+
+    return run(config, overrides or [], dry_run=dry_run, force=force, as_json=as_json, debug=context.obj)
+
+
+@app.command()
 def serve(
     context: typer.Context,
     config: Annotated[

@@ -141,6 +141,17 @@ class RunningServer:
     pid: int
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For the tiny model more torch threads only wait for each other."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def embedded_base() -> BaseModel:
     """The embedded model, converted into this session's CORRAL_HOME."""

@@ -4,11 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -25,12 +23,12 @@ ROWS: list[TokenizedRow] = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture
-def base(tiny_base: BaseModel) -> Iterator[LlamaForCausalLM]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_quantized(tiny_base, Quantization(compute_dtype="float32"))
-    torch.set_num_threads(num_threads)
+def base(tiny_base: BaseModel) -> LlamaForCausalLM:
+    return load_quantized(tiny_base, Quantization(compute_dtype="float32"))
 
 
 def test_files_are_evaluated_and_the_base_is_left_as_it_was(base: LlamaForCausalLM, tiny_adapter: Path) -> None:

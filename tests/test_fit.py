@@ -17,7 +17,7 @@ from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
-from training.fit import FitResult, _open_run, _tighten_token, fit, fresh_run_name
+from training.fit import FitResult, _tighten_token, fit, fresh_run_name, open_run
 from training.run_dir import RunDir
 from training.worker import _is_whole
 
@@ -83,6 +83,7 @@ def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
     assert result.metrics["eval_tokens"] > 50
+    assert len(result.environment.devices) == 2
 
 
 def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(
@@ -120,7 +121,7 @@ def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
 
 def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
     named = config.model_copy(update={"run_name": "again"})
-    _open_run(named, RunDir(str(config.storage_path), "again"))
+    open_run(named, RunDir(str(config.storage_path), "again"))
     with pytest.raises(ConfigError, match=r"learning_rate=0\.005, now learning_rate is 0\.1.*another run_name"):
         fit(named.model_copy(update={"learning_rate": 0.1}))
 
@@ -133,6 +134,7 @@ def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_clus
     run_dir = next(Path(str(config.storage_path)).iterdir())
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "result.json").exists()
+    assert "**Failed**: training stopped at step" in (run_dir / "report.md").read_text()
 
 
 def test_b11_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:

@@ -5,13 +5,18 @@ Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m tra
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from training.config import TrainConfig, load_config, resolved
 from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
 from training.plan import dry_run
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+from training.report import REPORT_FILE, write_report
+from training.run_dir import RunDir
 from training.signals import sigterm_interrupts
 
 
@@ -30,12 +35,22 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
             manifest = register(config, result, force=force)
         except KeyboardInterrupt:  # the registry has a whole version or none
             raise RunStopped(result.run_name) from None
+        except CorralError as error:
+            _leave_report(result.run_dir, {"refused": str(error)})
+            raise
+        _leave_report(result.run_dir, {"model_id": manifest.model_id, "forced": manifest.forced})
     print(summary(manifest, result))
     return manifest
 
 
-def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> AdapterManifest:
-    """Publish the adapter of a finished run as the next version of `config.adapter`."""
+def register(
+    config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
+) -> AdapterManifest:
+    """Publish the adapter of a finished run as the next version of `config.adapter`.
+
+    Args:
+        sweep: name, number of trials and searched keys of the sweep that the run was the best of.
+    """
     draft = AdapterDraft(
         name=config.adapter,
         base=result.inputs.base,
@@ -43,15 +58,21 @@ def register(config: TrainConfig, result: FitResult, *, force: bool = False) -> 
         quantization=result.quantization,
         metrics=result.metrics,
         dataset=result.inputs.dataset,
-        config=dict(resolved(config)),
+        config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
         run_name=result.run_name,
         evaluated_sha256=result.adapter_sha256,
         changes=result.changes,
-        method="sft",
+        method=config.method,
+        parent=_ref(result.parent) if result.parent else None,
+        environment=result.environment,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     registry = AdapterRegistry()
     return registry.register(result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement)
+
+
+def _ref(parent: AdapterManifest) -> ParentRef:
+    return ParentRef(name=parent.name, version=parent.version, weights_sha256=parent.weights_sha256)
 
 
 def summary(manifest: AdapterManifest, result: FitResult) -> str:
@@ -60,7 +81,13 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
     lines = [f"\n{manifest.model_id} is registered" + (" (forced)" if manifest.forced else "")]
     minutes, seconds = divmod(round(metrics["train_s"]), 60)
     lines.append(f"  trained        {metrics['num_steps']:.0f} steps in {minutes}:{seconds:02d}")
-    if "eval_loss" in metrics:
+    if "eval_reward_margin" in metrics:
+        lines.append(
+            f"  held-out loss  reference {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f}; "
+            f"{metrics['eval_preference_accuracy']:.0%} preferred rightly, reward margin "
+            f"{metrics['eval_reward_margin']:.2f}"
+        )
+    elif "eval_loss" in metrics:
         share = metrics["eval_loss"] / metrics["base_eval_loss"]
         lines.append(
             f"  held-out loss  base {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f} ({share:.0%})"
@@ -72,7 +99,7 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
     for sample in result.samples:
         lines += [f"  > {_one_line(sample['prompt'])}"]
         lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]
-    lines.append(f"  run            {result.run_dir}")
+    lines.append(f"  report         {result.run_dir}/{REPORT_FILE}")
     lines.append(f"  ask it with    corral chat --model {manifest.base.name}:{manifest.name}")
     return "\n".join(lines)
 
@@ -102,6 +129,13 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 1
     return 0
+
+
+def _leave_report(run_dir: RunDir, outcome: dict[str, Any]) -> None:
+    """What became of the adapter, and the report, in the run's directory; no full disk undoes it."""
+    with contextlib.suppress(CorralError):
+        run_dir.write_json("registered.json", outcome)
+        write_report(run_dir)
 
 
 def _one_line(text: str) -> str:

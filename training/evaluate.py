@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from training.adapter_files import WEIGHTS_FILE
+from training.base_models import quiet_loading
 from training.errors import AdapterRefused
 from training.gate import GateReport
 from training.row_store import IGNORED_LABEL, TokenizedRow
@@ -60,7 +61,8 @@ def load_adapter(adapter_dir: Path, base: LlamaForCausalLM) -> tuple[PeftModel, 
         raise AdapterRefused(f"{adapter_dir} has no {WEIGHTS_FILE}: name a folder that PEFT's save_pretrained wrote")
     with weights.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    model = PeftModel.from_pretrained(base, str(adapter_dir))
+    with quiet_loading():
+        model = PeftModel.from_pretrained(base, str(adapter_dir))
     assert isinstance(model, PeftModel)
     model.eval()
     given, loaded = load_file(weights), get_peft_model_state_dict(model)

@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from training import errors
-from training.base_models import Quantization
+from training.adapter_manifest import Environment
+from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
+from training.parent import copy_parent, resolve_parent
+from training.plan import make_plan
 from training.progress import Progress, read_progress, show_progress, write_progress
+from training.registry import AdapterManifest
+from training.report import write_report
 from training.run_dir import RunDir
 from training.signals import kept_handlers, undisturbed
 from training.trackers import check_trackers
@@ -30,7 +35,7 @@ _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one befo
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
     "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
-    "run_name", "sample_prompts", "save_steps", "storage_path", "use_gpu",
+    "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
 
 
@@ -47,6 +52,9 @@ class FitResult:
         adapter_dir: the trained adapter, a PEFT folder on this machine.
         adapter_sha256: of the weights that were evaluated on held-out rows, None if there were none.
         changes: whether the adapter changed any output on them.
+        config: as it ran, with the parent's version and shape written out.
+        parent: the adapter that the run went on from.
+        environment: code, libraries and devices of the workers.
     """
 
     run_dir: RunDir
@@ -57,6 +65,9 @@ class FitResult:
     adapter_dir: Path
     adapter_sha256: str | None
     changes: bool
+    config: TrainConfig
+    parent: AdapterManifest | None
+    environment: Environment
 
     @property
     def run_name(self) -> str:
@@ -72,21 +83,35 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     """
     check_trackers(config.report_to)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    if not on_cluster and not _ray_is_running_here():
+    if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
+    config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = read_inputs(config)
     print(inputs.report.short(), file=sys.stderr)
     run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
-    config = _open_run(config, run_dir)
+    config = open_run(config, run_dir)
     run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
+    run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
+    if parent:
+        copy_parent(parent, run_dir)
     title = f"{config.adapter} on {inputs.base.name}"
-    with (
-        _recorded(run_dir),
-        _ray(on_cluster, debug),
-        show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
-    ):
-        write_progress(run_dir, Progress("starting Ray Train"))
-        _run_workers(config, run_dir, debug)
+    try:
+        with (
+            _recorded(run_dir),
+            ray_session(on_cluster, debug),
+            show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
+        ):
+            write_progress(run_dir, Progress("starting Ray Train"))
+            _run_workers(config, run_dir, debug)
+    except CorralError:
+        with contextlib.suppress(CorralError):  # the disk may be full
+            write_report(run_dir)
+        raise
+    return read_result(config, run_dir, inputs, parent)
+
+
+def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent: AdapterManifest | None) -> FitResult:
+    """What a run with a `result.json` left."""
     result = run_dir.read_json("result.json")
     return FitResult(
         run_dir=run_dir,
@@ -97,6 +122,9 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
         adapter_dir=run_dir.fetch("adapter"),
         adapter_sha256=result["adapter_sha256"],
         changes=result["changes"],
+        config=config,
+        parent=parent,
+        environment=Environment.model_validate(run_dir.read_json("environment.json")),
     )
 
 
@@ -112,7 +140,7 @@ def runs_dir(config: TrainConfig) -> str:
     return str(Path(config.storage_path).expanduser().absolute() if config.storage_path else corral_home() / "runs")
 
 
-def _open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
+def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
     """Make the run's directory, or make sure that the run in it was started with the same configuration.
 
     Returns the configuration to go on with: a resumed run keeps the size of its steps if `num_workers` is another.
@@ -126,13 +154,13 @@ def _open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
                     f"run {run_dir.name!r} was started with {key}={before.get(key)!r}, now {key} is "
                     f"{told.get(key)!r}: set it back to resume the run, or choose another run_name"
                 )
-        started_with = TrainConfig.model_validate(before)
+        started_with = type(config).model_validate(before)
         if started_with.step_size != config.step_size:
             changes = {"train_batch_size": started_with.step_size, "gradient_accumulation_steps": 1}
             config = config.model_copy(update=changes)
     else:
         run_dir.write_json("config.json", told)
-    run_dir.remove("failure.json", "result.json", "progress.json")
+    run_dir.remove("failure.json", "result.json", "progress.json", "registered.json", "phases.json")
     return config
 
 
@@ -155,14 +183,14 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
+def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
     """Ray for the block: the cluster of RAY_ADDRESS, one that the caller started, or a private one that ends here."""
     import logging
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
     import ray
 
-    if _ray_is_running_here():
+    if ray_is_running_here():
         yield
         return
     quiet: dict[str, Any] = {} if debug else {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -174,7 +202,7 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
-        raise TrainingError(f"{where} cannot be reached: {_one_line(error)}") from error
+        raise TrainingError(f"{where} cannot be reached: {one_line(error)}") from error
     _tighten_token()
     try:
         yield
@@ -183,7 +211,7 @@ def _ray(on_cluster: bool, debug: bool) -> Iterator[None]:
             ray.shutdown()
 
 
-def _ray_is_running_here() -> bool:
+def ray_is_running_here() -> bool:
     """Whether the caller has connected this program to Ray already."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
@@ -207,18 +235,18 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
     check_resources(config, there.get("CPU", 0.0), gpus, "the Ray cluster")
     use_gpu = wants_gpu(config, gpus)
     elastic = (config.min_workers, config.max_workers)
-    filesystem, storage_path = _ray_storage(run_dir)
+    filesystem, storage_path = ray_storage(run_dir)
     trainer = TorchTrainer(
         train_func,
         train_loop_config={
-            "config": _with_absolute_paths(config).model_dump(mode="json"),
+            "config": with_absolute_paths(config).model_dump(mode="json"),
             "storage": run_dir.parent,
             "run_name": run_dir.name,
         },
         scaling_config=ScalingConfig(
             num_workers=config.max_workers if isinstance(config.num_workers, int) else elastic,
             use_gpu=use_gpu,
-            resources_per_worker=config.resources_per_worker or _equal_share(config.max_workers, use_gpu),
+            resources_per_worker=config.resources_per_worker or equal_share(config.max_workers, use_gpu),
         ),
         run_config=RunConfig(
             name=run_dir.name,
@@ -240,7 +268,7 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
             if isinstance(cause := getattr(failure, "_base_exc", failure), CorralError):
                 raise cause from error
         raise TrainingError(
-            f"run {run_dir.name!r} failed: {_one_line(error)}: mend the cause and pass run_name={run_dir.name} to go "
+            f"run {run_dir.name!r} failed: {one_line(error)}: mend the cause and pass run_name={run_dir.name} to go "
             "on from its last checkpoint"
         ) from error
     _raise_recorded(run_dir)
@@ -251,7 +279,7 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
         )
 
 
-def _ray_storage(run_dir: RunDir) -> tuple[Any, str]:
+def ray_storage(run_dir: RunDir) -> tuple[Any, str]:
     """The run directory's parent as Ray Train takes it: None and a path, or a pyarrow filesystem and a path in it."""
     if run_dir.is_local:
         return None, run_dir.parent
@@ -262,7 +290,7 @@ def _ray_storage(run_dir: RunDir) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers have another working directory: what is a path here is made absolute."""
 
     def absolute(name: str) -> str:
@@ -274,7 +302,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
+def equal_share(num_workers: int, use_gpu: bool) -> dict[str, float]:
     """The most CPUs that each of `num_workers` can have at once on the nodes there are; and a GPU where used."""
     import ray
 
@@ -292,6 +320,6 @@ def _raise_recorded(run_dir: RunDir) -> None:
         raise getattr(errors, recorded["error"], TrainingError)(recorded["message"])
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from training.errors import AdapterRefused
 
@@ -20,6 +20,8 @@ class GateReport:
         eval_tokens: labelled tokens in the rows.
         changes: whether any output differs from the base's.
         adapter_sha256: of the `adapter_model.safetensors` that was loaded.
+        figures: what else the method tells, such as eval_reward_margin. With preferences both losses are the method's,
+            and the base's is that of the reference.
     """
 
     eval_loss: float
@@ -27,6 +29,7 @@ class GateReport:
     eval_tokens: int
     changes: bool
     adapter_sha256: str
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -35,6 +38,7 @@ class GateReport:
             "eval_loss": self.eval_loss,
             "base_eval_loss": self.base_eval_loss,
             "eval_tokens": float(self.eval_tokens),
+            **self.figures,
         }
 
 

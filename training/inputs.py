@@ -4,6 +4,7 @@ The driver reads them to refuse a bad dataset at once, every worker reads them t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,7 +16,9 @@ from training.data_config import RowKind
 from training.data_report import DataReport
 from training.errors import ConfigError
 from training.registry import DatasetRef
-from training.row_store import Conversation, Rows, TokenizedRow
+from training.row_store import Conversation, Rows
+
+_KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired_preference"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class RunInputs:
     """What a run trains on and with.
 
     Attributes:
-        train_rows: of one epoch, at least one. Mapped from disk: `train_rows[i]` reads one row.
+        train_rows: of one epoch, at least one, of the kind that the method takes. Mapped from disk: `train_rows[i]`
+            reads one row.
         held_out_rows: empty where `data.held_out` is 0.
         held_out_samples: up to a hundred of the conversations behind `held_out_rows`, from all over them.
         report: what was found in the data and what was left out.
@@ -33,8 +37,8 @@ class RunInputs:
     base: BaseModel
     tokenizer: Tokenizer
     chat_format: ChatFormat
-    train_rows: Rows[TokenizedRow]
-    held_out_rows: Rows[TokenizedRow]
+    train_rows: Rows[Any]
+    held_out_rows: Rows[Any]
     held_out_samples: list[Conversation]
     report: DataReport
     dataset: DatasetRef
@@ -50,7 +54,7 @@ def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
     base, tokenizer, chat_format = _base(config, weights)
-    data = prepare_data(config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed)
+    data = _data(config, base, tokenizer, chat_format, _KINDS[config.method])
     report = data.report
     return RunInputs(
         base=base,
@@ -80,7 +84,12 @@ def read_data(config: TrainConfig, kind: RowKind) -> PreparedData:
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
-    base, tokenizer, chat_format = _base(config)
+    return _data(config, *_base(config), kind)
+
+
+def _data(
+    config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat, kind: RowKind
+) -> PreparedData:
     return prepare_data(
         config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
     )

@@ -4,9 +4,12 @@
 and is the same base that is served. Knows nothing of data, Ray or the trainer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.adapter_files import WEIGHTS_FILE
 from training.base_models import forbid_packed_cpu_kernel
 from training.config import LoraSettings
 
@@ -14,6 +17,28 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import LlamaForCausalLM
+
+
+def start_adapter(
+    model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path | None = None, parent_dir: Path | None = None
+) -> "PeftModel":
+    """The base with the adapter that a run starts from: a new one, or the one in `parent_dir`, bit for bit.
+
+    Args:
+        lora: of the adapter; the shape is the parent's where there is one.
+        weights_dir: see `attach_lora`.
+        parent_dir: a registered adapter's files.
+    """
+    if parent_dir is None:
+        return attach_lora(model, lora, weights_dir)
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    peft_model = attach_lora(model, lora.model_copy(update={"init_lora_weights": "default"}))
+    loaded = set_peft_model_state_dict(peft_model, load_file(parent_dir / WEIGHTS_FILE))
+    wrong = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if "lora_" in key)]
+    assert not wrong, f"{wrong[0]}: the registry and resolve_parent checked the shape"
+    return peft_model
 
 
 def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path | None = None) -> "PeftModel":
@@ -47,6 +72,19 @@ def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path
         assert weights_dir is not None, "the base before quantization is needed"
         start_from_quantization_error(peft_model, weights_dir)
     return peft_model
+
+
+@contextmanager
+def exact_adapters(model: "torch.nn.Module") -> Iterator[None]:
+    """Give trainable weights back to `model` as they were before the block.
+
+    TRL rounds adapters on a 4-bit base to bfloat16 when its trainer is built: a parent's adapter would be another.
+    """
+    exact = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in exact:
+            parameter.data = exact[name]
 
 
 def adapters_to_float32(model: "torch.nn.Module") -> None:

@@ -201,6 +201,25 @@ class AdapterRegistry:
             )
         return manifest
 
+    def ancestors(self, manifest: AdapterManifest) -> list[AdapterManifest]:
+        """The versions that training went on from, the nearest first.
+
+        The last one's `parent` is None where that was trained from the base; else that parent is no longer there, or
+        has other weights now.
+        """
+        found: list[AdapterManifest] = []
+        parent = manifest.parent
+        while parent is not None and str(parent) not in {f"{older.name}@{older.version}" for older in found}:
+            try:
+                older = self.manifest(parent.name, parent.version)
+            except AdapterNotFound:
+                break
+            if older.weights_sha256 != parent.weights_sha256:
+                break
+            found.append(older)
+            parent = older.parent
+        return found
+
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of `name` and the versions they point at."""
         _check_name(name)

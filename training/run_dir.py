@@ -4,6 +4,9 @@
     data.json        what was found in the data      progress.json   what it is doing now
     metrics.jsonl    one line per logged step        result.json     figures and samples, at the end
     failure.json     why it failed                   adapter/        the trained adapter, parent/ what it started from
+    plan.json        what it was going to do         environment.json  libraries and devices of worker 0
+    phases.json      when each of its phases began   registered.json what became of the adapter
+    tensorboard/     event files                     trackers.json   which trackers failed
     checkpoint_*/    Ray Train's checkpoints         report.md       for people, with its pictures
 
 Driver and workers write here, `corral runs` reads. Each file is there whole or not at all. Knows no Ray.
@@ -86,13 +89,13 @@ class RunDir:
             for part in sorted(path for path in source.rglob("*") if path.is_file()):
                 self._storage.upload(part, f"{file}/{part.relative_to(source)}")
 
-    def fetch(self, folder: str) -> Path:
-        """A directory on this machine with the folder's files: its own, or a fresh copy in `CORRAL_HOME`."""
+    def fetch(self, folder: str, copy: Path | None = None) -> Path:
+        """A directory on this machine with the folder's files: its own, or a fresh `copy`, else one in CORRAL_HOME."""
         local = self._storage.local_path(folder)
         if local is not None:
             return local
         key = hashlib.sha256(f"{self.address}/{folder}".encode()).hexdigest()[:16]
-        copy = corral_home() / "cache" / "runs" / key
+        copy = copy or corral_home() / "cache" / "runs" / key
         shutil.rmtree(copy, ignore_errors=True)
         with self._storage.guard(f"read {folder}"):
             for file in self._storage.find(folder):

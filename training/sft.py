@@ -7,24 +7,26 @@ connects that to Ray Train.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from training.base_models import ComputeDtype, compute_dtype_on, load_quantized
 from training.batches import StepBatches, StepShape, pack
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.evaluate import evaluate_files, held_out_loss
+from training.gate import GateReport
 from training.inputs import RunInputs, read_inputs
-from training.qlora import attach_lora
+from training.qlora import start_adapter
+from training.row_store import TokenizedRow
 from training.samples import Sample, sample_answers
 from training.trainer import DocumentTrainer, neftune, training_forward
 from training.watch import Run, Watch
@@ -58,12 +60,14 @@ def train(
     scratch_dir: Path,
     device: torch.device,
     resume_from: Path | None = None,
+    parent_dir: Path | None = None,
 ) -> SftResult:
     """Train one adapter and save it to `adapter_dir`, the same files on every rank.
 
     Args:
         scratch_dir: local, this rank's own; checkpoints are written here before `run` takes them.
         resume_from: a checkpoint that `run` was given earlier.
+        parent_dir: the files of the adapter to go on from (`continue_from`).
 
     Raises:
         TrainingError: the loss became NaN or infinite, or exploded; naming the step.
@@ -73,12 +77,12 @@ def train(
     run.on_phase(f"loading {inputs.base.name} in 4 bit")
     set_seed(config.seed)
     base = load_quantized(inputs.base, config.quantization, device)
-    model = attach_lora(base, config.lora, inputs.base.path)
+    model = start_adapter(base, config.lora, inputs.base.path, parent_dir)
+    held_out = _held_out(config, inputs, model)
+    before = {"parent_eval_loss": held_out.metrics(model)["eval_loss"]} if held_out and parent_dir else {}
 
     run.on_phase("training")
-    watch = Watch(
-        config, run, 2 * math.log(base.config.vocab_size), "twice that of blind guessing", _evaluation(inputs)
-    )
+    watch = Watch(config, run, *_highest_loss(config, base), held_out.metrics if held_out else None)
     metrics = _fit(config, inputs, model, watch, scratch_dir, resume_from)
     model.eval()
     model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
@@ -88,29 +92,26 @@ def train(
         samples = sample_answers(model, inputs, config.sample_prompts)
 
     compute_dtype = compute_dtype_on(device, config.quantization)
-    if not len(inputs.held_out_rows):
+    if held_out is None:
         return SftResult(metrics, samples, compute_dtype)
     run.on_phase("held-out loss of base and adapter")
     model.unload()
-    found = evaluate_files(adapter_dir, base, inputs.held_out_rows)
-    return SftResult(metrics | found.metrics, samples, compute_dtype, found.adapter_sha256, found.changes)
+    found = held_out.of_files(adapter_dir, base)
+    return SftResult(metrics | before | found.metrics, samples, compute_dtype, found.adapter_sha256, found.changes)
 
 
 def _fit(
     config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path, resume_from: Path | None
 ) -> dict[str, float]:
     """The steps; leaves the weights to publish in `model`."""
-    batches, shape = step_batches(config, inputs, *_rank_and_world_size())
-    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
-    trainer = DocumentTrainer(
-        model, arguments, inputs.train_rows, batches, [watch], loraplus_lr_ratio=config.loraplus_lr_ratio
-    )
+    trainer = _trainer(config, inputs, model, watch, scratch_dir)
     if resume_from:
         watch.resume(resume_from)
     started = time.monotonic()
     with ExitStack() as training:
-        training.enter_context(training_forward(model))
-        training.enter_context(neftune(model, config.neftune_noise_alpha))
+        if config.method == "sft":
+            training.enter_context(training_forward(model))
+            training.enter_context(neftune(model, config.neftune_noise_alpha))
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return {
         **watch.last,
@@ -118,6 +119,27 @@ def _fit(
         "num_steps": float(trainer.state.global_step),
         **watch.take_best(model),
     }
+
+
+def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path) -> Trainer:
+    rank, world_size = _rank_and_world_size()
+    if config.method != "sft":
+        from training.preference_trainer import preference_trainer
+
+        shape = StepShape(config.step_size, world_size, config.per_device_train_batch_size)
+        arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
+        trainer: Trainer = preference_trainer(config, inputs, model, arguments, [watch])
+        return trainer
+    batches, shape = step_batches(config, inputs, rank, world_size)
+    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
+    return DocumentTrainer(
+        model,
+        TrainingArguments(**arguments),
+        inputs.train_rows,
+        batches,
+        [watch],
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
+    )
 
 
 def step_batches(config: TrainConfig, inputs: RunInputs, rank: int, world_size: int) -> tuple[StepBatches, StepShape]:
@@ -135,44 +157,81 @@ def step_batches(config: TrainConfig, inputs: RunInputs, rank: int, world_size: 
     return StepBatches(lengths, packs, shape, rank, config.seed, group_by_length=grouped), shape
 
 
-def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path, accumulation: int) -> Any:
-    """What transformers' Trainer is told."""
+def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path, accumulation: int) -> dict[str, Any]:
+    """What the trainer of any method is told, by the names of transformers' TrainingArguments."""
     on_cpu = model.device.type == "cpu"
     dtype = compute_dtype_on(model.device, config.quantization)
-    return TrainingArguments(
-        output_dir=str(scratch_dir),
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps if config.warmup_steps < 1 else int(config.warmup_steps),
-        weight_decay=config.weight_decay,
-        adam_beta2=config.adam_beta2,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        seed=config.seed,
-        use_cpu=on_cpu,
-        bf16=dtype == "bfloat16",
-        fp16=dtype == "float16",
-        ddp_find_unused_parameters=False,
-        logging_steps=1,  # every step is checked for divergence
-        logging_nan_inf_filter=False,
-        save_steps=config.save_steps,
-        save_total_limit=1,
-        eval_strategy="no",
-        disable_tqdm=True,
-        report_to="none",
-    )
+    return {
+        "output_dir": str(scratch_dir),
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps if config.warmup_steps < 1 else int(config.warmup_steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta2": config.adam_beta2,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "seed": config.seed,
+        "use_cpu": on_cpu,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "ddp_find_unused_parameters": False,
+        "logging_steps": 1,  # every step is checked for divergence
+        "logging_nan_inf_filter": False,
+        "save_steps": config.save_steps,
+        "save_total_limit": 1,
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
 
 
-def _evaluation(inputs: RunInputs) -> Callable[[PeftModel], dict[str, float]] | None:
+class _HeldOut(Protocol):
+    """Held-out rows, and what an adapter makes of them."""
+
+    def metrics(self, model: PeftModel) -> dict[str, float]:
+        """Of the adapter on `model`; `eval_loss` among them."""
+
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+        """Of the adapter in `adapter_dir`, loaded from its files."""
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOutConversations:
+    rows: Sequence[TokenizedRow]
+
+    def metrics(self, model: PeftModel) -> dict[str, float]:
+        return {"eval_loss": held_out_loss(model, self.rows)[0]}
+
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+        return evaluate_files(adapter_dir, base, self.rows)
+
+
+def _held_out(config: TrainConfig, inputs: RunInputs, model: PeftModel) -> _HeldOut | None:
+    """To be asked before the first step: the adapter may be what later ones are compared with."""
+    model.eval()
     if not len(inputs.held_out_rows):
         return None
-    return lambda model: {"eval_loss": held_out_loss(model, inputs.held_out_rows)[0]}
+    if config.method == "sft":
+        return _HeldOutConversations(inputs.held_out_rows)
+    from training.preferences import HeldOutPreferences
+
+    return HeldOutPreferences(model, config.preference, inputs.held_out_rows)
+
+
+def _highest_loss(config: TrainConfig, base: LlamaForCausalLM) -> tuple[float, str]:
+    """The loss above which a step has diverged, and what that is."""
+    if config.method == "sft":
+        return 2 * math.log(base.config.vocab_size), "twice that of blind guessing"
+    from training.preferences import loss_at_reference
+
+    start = loss_at_reference(config.preference, config.method)
+    return 10 * start, f"ten times the {start:.2f} that it started from"
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -13,14 +13,19 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.base_models import base_name
 from training.config import TrainConfig, resolved
+from training.environment import environment_here
 from training.errors import CorralError, TrainingError
+from training.parent import PARENT_DIR
 from training.progress import Progress, write_progress
 from training.run_dir import MetricsLog, RunDir
 from training.trackers import TrackedRun, open_trackers
+
+if TYPE_CHECKING:
+    import torch
 
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
 _REMOTE_EVERY_S = 5.0  # how often progress goes to an object store
@@ -42,36 +47,51 @@ def train_func(loop_config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
+    rank = get_context().get_world_rank()
+    with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
+        resume_from = _last_whole_checkpoint(scratch / "resumed")
+        run = RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
+        parent_dir = run_dir.fetch(PARENT_DIR, scratch / PARENT_DIR) if config.continue_from else None
+        train_into(run_dir, config, run, scratch, get_device(), resume_from, parent_dir)
+
+
+def train_into(
+    run_dir: RunDir,
+    config: TrainConfig,
+    run: "RayRun",
+    scratch: Path,
+    device: "torch.device",
+    resume_from: Path | None,
+    parent_dir: Path | None,
+) -> None:
+    """Train, and leave `adapter/`, `environment.json` and `result.json` in the run's directory (rank 0)."""
+    import torch
+
     from training import sft
 
-    torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     _keep_quiet()
-    rank = get_context().get_world_rank()
-    with _scratch(run_dir, rank) as scratch:
-        try:
-            with _full_disk_named(run_dir), contextlib.ExitStack() as stack:
-                resume_from = _last_whole_checkpoint(scratch / "resumed")
-                run = stack.enter_context(_RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch))
-                result = sft.train(
-                    config,
-                    run,
-                    adapter_dir=scratch / "adapter",
-                    scratch_dir=scratch / "checkpoints",
-                    device=get_device(),
-                    resume_from=resume_from,
-                )
-                if rank == 0:
-                    run.on_result(result.metrics)
-                    run_dir.upload(scratch / "adapter", "adapter")
-                    run_dir.write_json("result.json", asdict(result))
-        except CorralError as error:
-            if rank == 0:
-                with contextlib.suppress(CorralError):  # a full disk has no room for it
-                    run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
-            raise
+    if run.rank == 0:
+        num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        environment = environment_here(str(device), num_workers)
+        run_dir.write_json("environment.json", environment.model_dump(mode="json"))
+    with run:
+        result = sft.train(
+            config,
+            run,
+            adapter_dir=scratch / "adapter",
+            scratch_dir=scratch / "checkpoints",
+            device=device,
+            resume_from=resume_from,
+            parent_dir=parent_dir,
+        )
+        if run.rank == 0:
+            run.on_result(result.metrics)
+            run_dir.upload(scratch / "adapter", "adapter")
+            run_dir.write_json("result.json", asdict(result))
 
 
-class _RayRun:
+class RayRun:
     """A `training.watch.Run` on a Ray Train worker; leaving its block closes the trackers.
 
     Args:
@@ -93,10 +113,11 @@ class _RayRun:
         )
         self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
+        self._phases: list[dict[str, Any]] = []  # each with when it began
         self._written_at = 0.0
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
 
-    def __enter__(self) -> "_RayRun":
+    def __enter__(self) -> "RayRun":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,6 +135,8 @@ class _RayRun:
         if self._metrics:
             self._metrics.flush()
             self._show(Progress(phase), now=True)
+            self._phases.append({"phase": phase, "time": time.time()})
+            self._run_dir.write_json("phases.json", self._phases)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
         if not self._metrics or not self._trackers:
@@ -148,7 +171,7 @@ class _RayRun:
 
 
 @contextlib.contextmanager
-def _scratch(run_dir: RunDir, rank: int) -> Iterator[Path]:
+def scratch_of(run_dir: RunDir, rank: int) -> Iterator[Path]:
     """A folder of this worker's own, in the run's directory where that is on a disk: what a killed worker leaves goes
     with the next one.
     """
@@ -165,6 +188,19 @@ def _scratch(run_dir: RunDir, rank: int) -> Iterator[Path]:
         shutil.rmtree(local, ignore_errors=True)
         with contextlib.suppress(OSError):  # other ranks are still there
             local.parent.rmdir()
+
+
+@contextlib.contextmanager
+def failure_recorded(run_dir: RunDir, rank: int) -> Iterator[None]:
+    """Leave `failure.json` where the block ends with an error that would only come again (rank 0)."""
+    try:
+        with _full_disk_named(run_dir):
+            yield
+    except CorralError as error:
+        if rank == 0:
+            with contextlib.suppress(CorralError):  # a full disk has no room for it
+                run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
+        raise
 
 
 @contextlib.contextmanager

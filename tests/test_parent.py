@@ -1,0 +1,246 @@
+"""Going on from a registered adapter: the same outputs at step 0, the same shape, its base, the reference of DPO."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training.__main__ import run_training
+from training.base_models import BaseModel, Quantization, load_quantized
+from training.config import LoraSettings, TrainConfig
+from training.errors import AdapterNotFound, AdapterRefused, ConfigError
+from training.inputs import read_inputs
+from training.parent import copy_parent, resolve_parent
+from training.preference_trainer import preference_trainer
+from training.preferences import completion_logps, scored_pairs
+from training.qlora import exact_adapters, start_adapter
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
+from training.run_dir import RunDir
+from training.sft import _trainer, train, training_arguments
+from training.watch import Watch
+
+IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def ray_cluster() -> Iterator[None]:
+    """A Ray of the test's own, with a short socket path, gone afterwards."""
+    import ray
+
+    temp_dir = f"/tmp/corral-p{os.getpid()}"
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> AdapterRegistry:
+    return AdapterRegistry(tmp_path / "registry")
+
+
+@pytest.fixture
+def parent(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> AdapterManifest:
+    """tiny-hand@1: LoRA r 4, alpha 8, not zero; trained elsewhere, hence forced."""
+    draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
+    return registry.register(tiny_adapter, draft, force=True)
+
+
+def config_of(tiny_base: BaseModel, tmp_path: Path, **changes: Any) -> TrainConfig:
+    rows = [{"prompt": f"Ask {n}", "chosen": f"Answer {n % 3}.", "rejected": "No."} for n in range(20)]
+    if changes.get("method", "sft") == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TrainConfig.model_validate(
+        {
+            "base_model": str(tiny_base.path),
+            "adapter": "tiny-hand",
+            "continue_from": "tiny-hand",
+            "data": {"path": str(path), "held_out": 0.2},
+            "quantization": {"compute_dtype": "float32"},
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "max_length": 64,
+            "sample_prompts": 0,
+            **changes,
+        }
+    )
+
+
+def test_version_shape_and_format_are_written_out(
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    registry.promote("tiny-hand", 1, "stable")
+    config = config_of(tiny_base, tmp_path, continue_from="tiny-hand@stable", lora={"lora_dropout": 0.3})
+    resolved, found = resolve_parent(config, tiny_base, registry)
+    assert found == parent
+    assert resolved.continue_from == "tiny-hand@1"
+    assert (resolved.lora.r, resolved.lora.lora_alpha, resolved.lora.lora_dropout) == (4, 8, 0.3)
+    assert resolved.chat_format == "chatml"
+    assert resolve_parent(resolved, tiny_base, registry)[0] == resolved
+    assert TrainConfig.model_validate(resolved.model_dump(mode="json")) == resolved
+    fresh = config.model_copy(update={"continue_from": None})
+    assert resolve_parent(fresh, tiny_base, registry) == (fresh, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"r": 8}}, "lora.r is 8, but continue_from tiny-hand@1 has 4: leave lora.r out"),
+        ({"lora": {"target_modules": ["q_proj"]}}, r"lora.target_modules is \['q_proj'\], but .* has \['down_proj'"),
+        ({"lora": {"use_rslora": True}}, "lora.use_rslora is True, but continue_from tiny-hand@1 has False"),
+        ({"chat_format": "llama-3"}, "chat_format is 'llama-3', but continue_from tiny-hand@1 has 'chatml'"),
+        ({"quantization": {"double_quant": False}}, "quantization.double_quant is False, but .* has True"),
+    ],
+)
+def test_contradiction_is_refused_naming_both(
+    registry: AdapterRegistry,
+    parent: AdapterManifest,
+    tiny_base: BaseModel,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve_parent(config_of(tiny_base, tmp_path, **changes), tiny_base, registry)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_parent_and_another_base_are_refused(
+    registry: AdapterRegistry,
+    parent: AdapterManifest,
+    tiny_base: BaseModel,
+    embedded_base: BaseModel,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AdapterNotFound, match="tiny-hnd"):
+        resolve_parent(config_of(tiny_base, tmp_path, continue_from="tiny-hnd"), tiny_base, registry)
+    with pytest.raises(AdapterRefused, match="was trained on base 'tiny-llama' and not 'smollm2-135m'"):
+        resolve_parent(config_of(tiny_base, tmp_path), embedded_base, registry)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_outputs_at_step_0_are_the_parents_bit_for_bit(
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path, method: str
+) -> None:
+    from peft import PeftModel
+
+    config, _ = resolve_parent(config_of(tiny_base, tmp_path, method=method), tiny_base, registry)
+    served = PeftModel.from_pretrained(load_quantized(tiny_base, config.quantization), str(registry.fetch(parent)))
+    copy_parent(parent, RunDir(tmp_path, "run"), registry)
+    model = start_adapter(
+        load_quantized(tiny_base, config.quantization), config.lora, parent_dir=tmp_path / "run" / "parent"
+    )
+    weights = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
+
+    watch = Watch(config, cast(Any, None), 10, "")
+    trainer = _trainer(config, read_inputs(config), model, watch, tmp_path / "scratch")  # TRL rounds to bfloat16
+    with torch.no_grad():
+        assert torch.equal(trainer.model.eval()(IDS).logits, served.eval()(IDS).logits)
+    after = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("reference", ["initial", "base"])
+def test_dpo_is_measured_against_the_parent_or_the_base(
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path, reference: str
+) -> None:
+    config = config_of(tiny_base, tmp_path, method="dpo", preference={"reference": reference})
+    config, _ = resolve_parent(config, tiny_base, registry)
+    inputs = read_inputs(config)
+    rows = inputs.train_rows
+    model = start_adapter(
+        load_quantized(tiny_base, config.quantization), config.lora, parent_dir=registry.fetch(parent)
+    )
+    arguments = training_arguments(config, model, tmp_path / "scratch", 1)
+    trainer = preference_trainer(config, inputs, model, arguments, [])
+    with_parent = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
+    with model.disable_adapter():
+        of_base = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
+    assert (with_parent - of_base).abs().max() > 0.1
+    expected = with_parent if reference == "initial" else of_base
+    assert trainer.train_dataset["ref_chosen_logps"][:] == pytest.approx(expected.tolist(), abs=1e-4)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    loss = float(trainer.compute_loss(trainer.model, batch).detach())
+    assert (loss == pytest.approx(math.log(2), abs=1e-4)) == (reference == "initial")
+
+
+def test_continued_run_reports_what_the_parent_had(
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    config, _ = resolve_parent(config_of(tiny_base, tmp_path, learning_rate=1e-2), tiny_base, registry)
+    from tests.test_preferences import Recorder
+
+    result = train(
+        config,
+        Recorder(),
+        adapter_dir=tmp_path / "adapter",
+        scratch_dir=tmp_path / "scratch",
+        device=torch.device("cpu"),
+        parent_dir=registry.fetch(parent),
+    )
+    assert result.metrics["eval_loss"] < result.metrics["parent_eval_loss"]
+    assert result.metrics["parent_eval_loss"] != pytest.approx(result.metrics["base_eval_loss"], abs=1e-3)
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before = load_file(registry.fetch(parent) / "adapter_model.safetensors")
+    assert trained.keys() == before.keys()
+    assert not all(torch.equal(trained[name], before[name]) for name in trained)
+
+
+def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseModel) -> None:
+    model = start_adapter(load_quantized(tiny_base, Quantization()), LoraSettings(r=4))
+    before = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    with exact_adapters(model):
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.bfloat16()
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
+    ray_cluster: None, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # the driver's only: workers have the run's directory
+    draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
+    parent = AdapterRegistry().register(tiny_adapter, draft, force=True)
+    config = config_of(
+        tiny_base,
+        tmp_path,
+        method="dpo",
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=5e-3,
+        num_workers=2,
+        use_gpu=False,
+        resources_per_worker={"CPU": 1},
+        storage_path=str(tmp_path / "runs"),
+    )
+    manifest = run_training(config)
+    assert (manifest.version, manifest.method) == (2, "dpo")
+    assert manifest.parent == ParentRef(name="tiny-hand", version=1, weights_sha256=parent.weights_sha256)
+    assert manifest.config is not None
+    assert manifest.config["continue_from"] == "tiny-hand@1"
+    assert manifest.lora == parent.lora
+    assert manifest.metrics["eval_reward_margin"] > 0
+    assert manifest.metrics["eval_loss"] < manifest.metrics["base_eval_loss"]
+    assert manifest.metrics["base_eval_loss"] == pytest.approx(math.log(2))

@@ -1,0 +1,205 @@
+"""Preference losses, and the held-out figures of an adapter against its reference, for `method: dpo` and `method: kto`.
+
+`training.preference_trainer` and `training.sft` come here. Formulas in plain torch, each with its source; the loss that
+trains is TRL's, and a test holds that both are the same. Knows neither TRL nor Ray.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from training.config import PreferenceSettings
+from training.evaluate import load_adapter
+from training.gate import GateReport
+from training.row_store import PreferenceRow, UnpairedRow
+
+_BATCH_TOKENS = 2048  # padded tokens in one forward
+
+PreferenceRows = Sequence[PreferenceRow] | Sequence[UnpairedRow]
+Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
+
+
+class HeldOutPreferences:
+    """Held-out rows, at least one, and the log-probabilities that the reference gives them.
+
+    Made before the first step, when `model` is as the run starts.
+    """
+
+    def __init__(self, model: PeftModel, settings: PreferenceSettings, rows: PreferenceRows) -> None:
+        self._settings = settings
+        self._pairs = scored_pairs(rows, len(rows))
+        labels = [row["label"] for row in cast("Sequence[UnpairedRow]", rows)] if "label" in rows[0] else []
+        self._labels = torch.tensor(labels, dtype=torch.bool)  # [num_rows], of kto only
+        self._lengths = torch.tensor([len(completion) for _, completion in self._pairs]).chunk(2)
+        self._reference = reference_logps(model, settings, self._pairs)
+
+    def metrics(self, model: PeftModel) -> dict[str, float]:
+        """What the adapter on `model` makes of the rows.
+
+        Returns:
+            eval_loss, base_eval_loss: the method's loss with the adapter, and with the reference in its place
+                (ln 2 for the sigmoid loss of DPO, half the mean weight for KTO).
+            eval_reward_margin: mean reward of the preferred minus that of the rejected answers.
+            eval_preference_accuracy: share of pairs in which the preferred answer has the higher reward; for KTO, whose
+                rows are not paired, of all pairs of a desirable and an undesirable row.
+        """
+        ratios = completion_logps(model, self._pairs) - self._reference
+        metrics = {
+            "eval_loss": self._loss(ratios),
+            "base_eval_loss": self._loss(torch.zeros_like(ratios)),
+        }
+        first, second = ratios.chunk(2)
+        if not len(self._labels):
+            differences = first - second
+        else:
+            differences = (first[self._labels][:, None] - first[~self._labels][None, :]).flatten()
+        if len(differences):
+            metrics["eval_reward_margin"] = self._settings.beta * float(differences.mean())
+            metrics["eval_preference_accuracy"] = float((differences > 0).double().mean())
+        return metrics
+
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+        """`metrics` of the adapter in `adapter_dir`, loaded from its files; `base` is left as it was.
+
+        Raises:
+            AdapterRefused: the folder does not hold all tensors of its adapter.
+        """
+        model, sha256 = load_adapter(adapter_dir, base)
+        try:
+            figures = self.metrics(model)
+        finally:
+            model.unload()
+        loss, base_loss = figures["eval_loss"], figures["base_eval_loss"]
+        num_tokens = sum(len(completion) for _, completion in self._pairs)
+        return GateReport(loss, base_loss, num_tokens, loss != base_loss, sha256, figures)
+
+    def _loss(self, ratios: Tensor) -> float:
+        first, second = ratios.chunk(2)
+        if not len(self._labels):
+            return float(dpo_losses(self._settings, first, second, *self._lengths).mean())
+        return float(kto_losses(self._settings, first, self._labels, second.mean().clamp(min=0)).mean())
+
+
+def loss_at_reference(settings: PreferenceSettings, method: str) -> float:
+    """The loss of one pair or row of the dearer kind before the first step, where adapter and reference are one."""
+    if method == "kto":
+        return max(settings.desirable_weight, settings.undesirable_weight) / 2
+    zero, one = torch.zeros(1), torch.ones(1)
+    return float(dpo_losses(settings, zero, zero, one, one))
+
+
+def dpo_losses(
+    settings: PreferenceSettings, chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> Tensor:
+    """The loss of each pair, [num_pairs].
+
+    Args:
+        chosen, rejected: log-ratios of adapter to reference, summed over the answer's tokens, [num_pairs].
+        chosen_lengths, rejected_lengths: tokens of the answers, [num_pairs].
+    """
+    beta = settings.beta
+    difference = beta * (chosen - rejected)
+    if settings.loss_type == "sigmoid":  # arXiv:2305.18290, eq. 7
+        return -F.logsigmoid(difference)
+    if settings.loss_type == "hinge":  # SLiC, arXiv:2305.10425
+        return F.relu(1 - difference)
+    if settings.loss_type == "ipo":  # arXiv:2310.12036, eq. 17, per token as TRL agreed with its authors
+        return (chosen / chosen_lengths - rejected / rejected_lengths - 1 / (2 * beta)) ** 2
+    if settings.loss_type == "robust":  # arXiv:2403.00409
+        flipped = settings.label_smoothing
+        return ((flipped - 1) * F.logsigmoid(difference) + flipped * F.logsigmoid(-difference)) / (1 - 2 * flipped)
+    if settings.loss_type == "apo_zero":  # arXiv:2408.06266, eq. 7
+        return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(difference)  # apo_down, eq. 8
+
+
+def kto_losses(settings: PreferenceSettings, ratios: Tensor, labels: Tensor, kl: Tensor) -> Tensor:
+    """The loss of each row, [num_rows]: lambda_y - v(x, y) of arXiv:2402.01306, section 4.1.
+
+    Args:
+        ratios: log-ratios of adapter to reference, summed over the answer's tokens, [num_rows].
+        labels: True where the answer is desirable, [num_rows].
+        kl: how far the adapter is from the reference, estimated on mismatched prompts and answers; not below 0.
+    """
+    beta = settings.beta
+    desirable = settings.desirable_weight * (1 - torch.sigmoid(beta * (ratios - kl)))
+    undesirable = settings.undesirable_weight * (1 - torch.sigmoid(beta * (kl - ratios)))
+    return torch.where(labels, desirable, undesirable)
+
+
+def scored_pairs(rows: PreferenceRows, group_size: int) -> list[Pair]:
+    """Every prompt with its chosen answer, then with the rejected one; of KTO's rows with their answer, then with that
+    of the row before in the same group of `group_size`, from which the KL is estimated."""
+    if rows and "label" in rows[0]:
+        unpaired = cast("Sequence[UnpairedRow]", rows)
+        own = [(row["prompt_ids"], row["completion_ids"]) for row in unpaired]
+        others = mismatched_completions(unpaired, group_size)
+        return own + [(row["prompt_ids"], other) for row, other in zip(unpaired, others, strict=True)]
+    paired = cast("Sequence[PreferenceRow]", rows)
+    chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in paired]
+    return chosen + [(row["prompt_ids"], row["rejected_ids"]) for row in paired]
+
+
+def mismatched_completions(rows: Sequence[UnpairedRow], group_size: int) -> list[list[int]]:
+    """For each row the completion of the row before it in its group, the last one's for the first."""
+    completions = [row["completion_ids"] for row in rows]
+    groups = [completions[start : start + group_size] for start in range(0, len(rows), group_size)]
+    return [completion for group in groups for completion in [group[-1], *group[:-1]]]
+
+
+def reference_logps(model: PeftModel, settings: PreferenceSettings, pairs: Sequence[Pair]) -> Tensor:
+    """What the reference gives each completion, [num_pairs]: the base, or the adapter as it is now, at the start."""
+    model.eval()
+    off = settings.reference == "base"
+    context: AbstractContextManager[None] = model.disable_adapter() if off else nullcontext()
+    with context:
+        return completion_logps(model, pairs)
+
+
+@torch.no_grad()
+def completion_logps(model: PeftModel, pairs: Sequence[Pair]) -> Tensor:
+    """Log-probability of each completion after its prompt, summed over tokens, [num_pairs]; ranks share the work."""
+    causal_lm = model.get_base_model()
+    assert isinstance(causal_lm, LlamaForCausalLM)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    logps = torch.zeros(len(pairs), dtype=torch.float64)
+    for batch in _batches(pairs, range(rank, len(pairs), world_size)):
+        texts = [pairs[index][0] + pairs[index][1] for index in batch]
+        width = max(map(len, texts))
+        input_ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=model.device)
+        spans = [(len(pairs[index][0]), len(text)) for index, text in zip(batch, texts, strict=True)]
+        answered = torch.tensor([[start <= at < end for at in range(1, width)] for start, end in spans])
+        # Padding is on the right, where causal attention does not look: no mask is needed.
+        hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+        answered = answered.to(model.device)  # [rows, width - 1]
+        logits = causal_lm.lm_head(hidden[answered]).float()  # [answered tokens, vocabulary]
+        losses = F.cross_entropy(logits, input_ids[:, 1:][answered], reduction="none")
+        sums = torch.zeros(len(batch), device=model.device).index_add(0, answered.nonzero()[:, 0], losses)
+        logps[batch] = -sums.double().cpu()
+    if world_size > 1:
+        shared = logps.to(model.device)
+        dist.all_reduce(shared)
+        logps = shared.cpu()
+    return logps
+
+
+def _batches(pairs: Sequence[Pair], indices: Sequence[int]) -> Iterator[list[int]]:
+    def length(index: int) -> int:
+        return len(pairs[index][0]) + len(pairs[index][1])
+
+    batch: list[int] = []
+    for index in sorted(indices, key=length):
+        if batch and length(index) * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
