@@ -77,7 +77,11 @@ def stop(name: _Name, address: _Address = None, storage: _Storage = None) -> Non
         return
     from training.runs import read_run, runs_address, stop_run
 
-    stop_run(read_run(runs_address(storage), name))
+    run = read_run(runs_address(storage), name)
+    if run.state != "running":
+        print(f"run {name} has ended already: {run.state}")
+        return
+    stop_run(run)
     print(f"run {name} is stopped: run_name={name} resumes it from its last checkpoint")
 
 

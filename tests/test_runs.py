@@ -73,7 +73,9 @@ def test_a_driver_elsewhere_that_wrote_nothing_for_long_is_interrupted(tmp_path:
     write_run(tmp_path, "b", driver=long_ago, progress={"phase": "training", "time": NOW - 10})
     assert read_run(str(tmp_path), "b").state == "running"
     write_run(tmp_path, "a", driver=long_ago, progress={"phase": "training", "time": NOW - 3600})
-    assert read_run(str(tmp_path), "a").state == "interrupted"
+    run = read_run(str(tmp_path), "a")
+    assert (run.state, run.started, run.ended) == ("interrupted", NOW - 7200, NOW - 3600)
+    assert corral_runs("stop", "a", "--storage", str(tmp_path)) == "run a has ended already: interrupted\n"
 
 
 def test_runs_on_an_object_store_are_read_the_same() -> None:

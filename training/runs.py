@@ -64,7 +64,7 @@ class Run:
     Attributes:
         directory: its address, such as /home/me/.corral/runs/NAME or s3://bucket/runs/NAME.
         phase: what it does or did last, in words.
-        started, ended: seconds since the epoch; None where no driver recorded them.
+        started, ended: seconds since the epoch, if known; an interrupted run ended when it last wrote.
         metrics: of a finished run, see `training.sft.SftResult`.
         failure: why it failed.
         config: what it was told.
@@ -173,10 +173,11 @@ def _read(directory: RunDir) -> Run | None:
     metrics: dict[str, float] = (result or {}).get("metrics", {})
     num_steps = int(metrics["num_steps"]) if "num_steps" in metrics else None
     wrote_at = max(progress.get("time", 0.0), driver.started if driver else 0.0)
+    state = _state(driver, bool(result), bool(failure), silent_s=time.time() - wrote_at)
     return Run(
         name=directory.name,
         directory=directory.address,
-        state=_state(driver, bool(result), bool(failure), silent_s=time.time() - wrote_at),
+        state=state,
         adapter=config.get("adapter", ""),
         base_model=config.get("base_model", ""),
         phase=progress.get("phase", ""),
@@ -186,7 +187,7 @@ def _read(directory: RunDir) -> Run | None:
         tokens_per_s=progress.get("tokens_per_s"),
         eta_s=progress.get("eta_s"),
         started=driver.started if driver else None,
-        ended=driver.ended if driver else None,
+        ended=(driver.ended or (wrote_at if state == "interrupted" else None)) if driver else None,
         metrics=metrics,
         failure=failure["message"] if failure else None,
         driver=driver,
