@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
+# make demo | test | lint | bench | bench-train | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export GRADIO_ANALYTICS_ENABLED = False
 
-.PHONY: demo test lint bench format setup clean
+.PHONY: demo test lint bench bench-train format setup clean
 
 demo: setup
 	@$(BIN)/corral demo $(if $(ONCE),--once)
@@ -20,6 +20,10 @@ test: setup
 bench: setup
 	@$(BIN)/corral bench --serve configs/serve/quickstart.yaml $(ARGS)
 	@$(BIN)/python -m deployments.engine.bench
+
+# The quickstart's first epoch by TRL alone, by Corral without Ray, and by Corral on Ray, by turns.
+bench-train: setup
+	@$(BIN)/python -m training.bench $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -55,14 +55,14 @@ def show(name: _Name, address: _Address = None, storage: _Storage = None, as_jso
         print(json.dumps(asdict(job), indent=2) if as_json else _job_summary(job))
         return
     from training.registry import AdapterRegistry
-    from training.runs import read_metrics, read_run, runs_address
+    from training.runs import read_metrics, read_run, run_files, runs_address
 
     run = read_run(runs_address(storage), name)
     became = [manifest.model_id for manifest in AdapterRegistry().list() if manifest.run_name == name]
     if as_json:
         print(json.dumps({**asdict(run), "registered_as": became}, indent=2))
     else:
-        print(_run_summary(run, [step["loss"] for step in read_metrics(run)], became))
+        print(_run_summary(run, [step["loss"] for step in read_metrics(run)], run_files(run), became))
 
 
 @app.command()
@@ -165,7 +165,7 @@ def _job_row(job: "TrainingJob") -> list[str]:
     return [job.run_name, job.submission_id, job.status, job.adapter, _date(job.started), took, job.entrypoint]
 
 
-def _run_summary(run: "Run", losses: Sequence[float], became: Sequence[str]) -> str:
+def _run_summary(run: "Run", losses: Sequence[float], files: Sequence[str], became: Sequence[str]) -> str:
     metrics = run.metrics
     lines = [f"{run.name}: {run.state}" + (f", {run.phase}" if run.state == "running" else "")]
     if run.failure:
@@ -184,7 +184,6 @@ def _run_summary(run: "Run", losses: Sequence[float], became: Sequence[str]) -> 
         lines.append(f"  held-out loss  base {base:.3f}, adapter {adapter:.3f} ({adapter / base:.0%})")
     if run.tokens_per_s:
         lines.append(f"  speed          {run.tokens_per_s:.0f} tokens/s")
-    files = [name for name in run.files if not name.startswith((".", "checkpoint"))]
     lines.append(f"  files          {run.directory}: {', '.join(files)}")
     if run.state in ("stopped", "interrupted", "failed"):
         lines.append(f"  resume it      corral train CONFIG run_name={run.name}")

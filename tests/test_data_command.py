@@ -14,6 +14,8 @@ from clients.cli import app
 from training.base_models import BaseModel
 from training.data_report import DataReport, Segment
 
+PROJECT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture
 def csv_file(tmp_path: Path) -> Path:
@@ -90,6 +92,20 @@ def test_check_of_a_training_yaml_sees_its_settings(
     other.write_text("question,answer\nq,a\nr,b\n")
     report = DataReport.model_validate(json.loads(check("--config", config, other, "--json").stdout))
     assert [source.path for source in report.sources] == [str(other)]
+
+
+def test_the_readmes_csv_is_as_the_readme_shows_it(check: Any) -> None:
+    """The chapter "Train on your own data" quotes these lines."""
+    recipe, rows = (PROJECT / "configs" / name for name in ("train/workshop.yaml", "datasets/workshop.csv"))
+    shown = check("--config", recipe, rows).stdout
+    assert "77 read, 1 cannot be used, 1 duplicates left out" in shown
+    assert "64 for training, 11 held out" in shown
+    assert "workshop.csv:43 has an empty answer in messages[1]" in shown
+    assert "workshop.csv:22 says the same as" in shown
+    unmapped = check(rows, "--max-length", 128)
+    assert unmapped.exit_code == 1
+    assert "it has the keys answer, question" in unmapped.stderr
+    assert "need data.columns, such as {prompt: question, completion: answer}" in unmapped.stderr
 
 
 def test_check_of_preferences_shows_both_answers(check: Any, tmp_path: Path) -> None:

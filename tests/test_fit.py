@@ -133,6 +133,7 @@ def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_clus
     run_dir = next(Path(str(config.storage_path)).iterdir())
     assert not (run_dir / "adapter").exists()
     assert not (run_dir / "result.json").exists()
+    assert "**Failed**: training stopped at step" in (run_dir / "report.md").read_text()
 
 
 def test_b11_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:

@@ -25,7 +25,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("rows/a.jsonl", "rows/more/b.jsonl", "other/a.jsonl", "rows/readme.md", ".git/config"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"prompt": name, "completion": "yes"}) + "\n")
+        rows = [{"prompt": f"{name} {number}", "completion": "yes"} for number in range(9)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 

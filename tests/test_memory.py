@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,11 +160,10 @@ def _base_bytes(model: PeftModel) -> int:
 
 
 @pytest.fixture
-def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators of the CUDA path on this CPU: PEFT sees autocast, attention holds no scores."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     monkeypatch.setattr(attention, "_SCORES_UP_TO", 0)
-    yield
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])

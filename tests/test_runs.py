@@ -69,9 +69,10 @@ def test_state_is_decided_from_files_and_the_drivers_process(
 
 
 def test_a_driver_elsewhere_that_wrote_nothing_for_long_is_interrupted(tmp_path: Path) -> None:
-    directory = write_run(tmp_path, "a", driver={**HERE, "host": "elsewhere", "ended": None}, progress={})
-    for file in directory.iterdir():
-        os.utime(file, (NOW - 3600, NOW - 3600))
+    long_ago = {**HERE, "host": "elsewhere", "started": NOW - 7200, "ended": None}
+    write_run(tmp_path, "b", driver=long_ago, progress={"phase": "training", "time": NOW - 10})
+    assert read_run(str(tmp_path), "b").state == "running"
+    write_run(tmp_path, "a", driver=long_ago, progress={"phase": "training", "time": NOW - 3600})
     assert read_run(str(tmp_path), "a").state == "interrupted"
 
 
@@ -126,7 +127,7 @@ def test_stop_touches_no_process_but_the_driver(tmp_path: Path) -> None:
     try:
         reused = {**HERE, "pid": other.pid, "started": NOW - 1000, "ended": None}  # the driver of then had this pid
         write_run(tmp_path, "gone", driver=reused)
-        write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere"})
+        write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere", "started": NOW})
         write_run(tmp_path, "over", driver={**HERE, "pid": other.pid, "started": time.time() + 5, "ended": NOW})
         for name, reason in (("gone", "interrupted"), ("elsewhere", "on elsewhere"), ("over", "stopped")):
             with pytest.raises(RunError, match=reason):
@@ -158,7 +159,7 @@ def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_n
                 "run_name": "often",
                 "data": {"path": str(rows)},
                 "per_device_train_batch_size": 4,
-                "max_steps": 80,
+                "max_steps": 60,
                 "learning_rate": 5e-3,
                 "max_length": 64,
                 "save_steps": 5,
@@ -170,9 +171,12 @@ def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_n
         )
     )
 
+    drivers: list[subprocess.Popen[str]] = []
+
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "training", "--config", str(tmp_path / "run.yaml")]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        drivers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return drivers[-1]
 
     def step() -> int:
         try:
@@ -190,7 +194,8 @@ def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_n
     assert len(started) > 3
     # From another process: waiting for the driver here would take its exit code.
     stop = [sys.executable, "-m", "clients.cli", "runs", "stop", "often", "--storage", str(tmp_path / "runs")]
-    assert "run_name=often resumes it" in subprocess.run(stop, capture_output=True, text=True, check=True).stdout
+    stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
+    assert "run_name=often resumes it" in stopped.stdout, stopped.stderr
     assert driver.wait(timeout=60) == 1
     assert driver.stderr.read().splitlines()[-1] == (
         "error: run 'often' was stopped: run_name=often resumes it from its last checkpoint"
@@ -202,9 +207,10 @@ def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_n
     driver = start()
     wait_until(lambda: step() > stopped_at + 6, driver)
     started = psutil.Process(driver.pid).children(recursive=True)
+    at_work = [process for process in started if not is_agent(process)]
     driver.kill()
     driver.wait()
-    assert psutil.wait_procs(started, timeout=60)[1] == []
+    assert psutil.wait_procs(at_work, timeout=60)[1] == []
     assert state() == "interrupted"
     assert "stopped-often" not in AdapterRegistry().names()
 
@@ -213,9 +219,18 @@ def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_n
     assert driver.returncode == 0, errors
     assert "tiny-llama:stopped-often@1 is registered" in printed
     assert state() == "finished"
-    assert [line["step"] for line in read_metrics(read_run(str(tmp_path / "runs"), "often"))] == list(range(1, 81))
+    assert [line["step"] for line in read_metrics(read_run(str(tmp_path / "runs"), "often"))] == list(range(1, 61))
+    # Ray's idle agents try for a minute to tell a dead GCS that its raylet died.
+    assert psutil.wait_procs(started, timeout=120)[1] == []
     shown = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
     assert "registered     tiny-llama:stopped-often@1" in shown
+
+
+def is_agent(process: psutil.Process) -> bool:
+    try:
+        return "Agent" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:

@@ -29,7 +29,7 @@ def test_every_recipe_is_valid_and_opens_with_its_launch_command(path: Path) -> 
     first_line = path.read_text().splitlines()[0]
     assert first_line.startswith(("# corral train ", "# ray job submit "))
     assert first_line.endswith(str(path.relative_to(PROJECT)))
-    assert all((PROJECT / data).is_file() for data in config.data.paths if data.endswith(".jsonl"))
+    assert all((PROJECT / data).is_file() for data in config.data.paths if data.startswith("configs/"))
 
 
 def test_recipes_were_found() -> None:

@@ -1,4 +1,4 @@
-"""What a training step computes: what a plain PyTorch loop does; packed or not, divided or not, on one worker or two."""
+"""What a training step computes: what a plain PyTorch loop does, packed, divided and on two workers too."""
 
 import itertools
 import json

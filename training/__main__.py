@@ -5,6 +5,7 @@ Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m tra
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
 from training.plan import dry_run
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+from training.report import REPORT_FILE, write_report
+from training.run_dir import RunDir
 from training.signals import sigterm_interrupts
 
 
@@ -32,6 +35,10 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
             manifest = register(config, result, force=force)
         except KeyboardInterrupt:  # the registry has a whole version or none
             raise RunStopped(result.run_name) from None
+        except CorralError as error:
+            _leave_report(result.run_dir, {"refused": str(error)})
+            raise
+        _leave_report(result.run_dir, {"model_id": manifest.model_id, "forced": manifest.forced})
     print(summary(manifest, result))
     return manifest
 
@@ -91,7 +98,7 @@ def summary(manifest: AdapterManifest, result: FitResult) -> str:
     for sample in result.samples:
         lines += [f"  > {_one_line(sample['prompt'])}"]
         lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]
-    lines.append(f"  run            {result.run_dir}")
+    lines.append(f"  report         {result.run_dir}/{REPORT_FILE}")
     lines.append(f"  ask it with    corral chat --model {manifest.base.name}:{manifest.name}")
     return "\n".join(lines)
 
@@ -121,6 +128,13 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 1
     return 0
+
+
+def _leave_report(run_dir: RunDir, outcome: dict[str, Any]) -> None:
+    """What became of the adapter, and the report, in the run's directory; no full disk undoes it."""
+    with contextlib.suppress(CorralError):
+        run_dir.write_json("registered.json", outcome)
+        write_report(run_dir)
 
 
 def _one_line(text: str) -> str:

@@ -60,10 +60,10 @@ def document_attention(
         return out
     if longest * len(lengths) > 2 * len(query):  # padding would be most of the work
         documents = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
-        return torch.cat([_attend(*(part[None] for part in document), scale)[0] for document in documents])
+        return torch.cat([_attend(q[None], k[None], v[None], scale)[0] for q, k, v in documents])
     rows, places = _grid(lengths, longest, query.device)
-    padded = [_to_grid(tensor, rows, places, len(lengths), longest) for tensor in (query, key, value)]
-    return _attend(*padded, scale)[rows, places]
+    q, k, v = (_to_grid(tensor, rows, places, len(lengths), longest) for tensor in (query, key, value))
+    return _attend(q, k, v, scale)[rows, places]
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -114,8 +114,8 @@ def _documents_attention(
         )
         return attended
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return document_attention(*tokens_first, cu_seq_lens, scale)[None], None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return document_attention(q, k, v, cu_seq_lens, scale)[None], None
 
 
 @cache

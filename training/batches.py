@@ -11,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
+
+Lengths = Sequence[int] | NDArray[np.int64]  # tokens of every row
 
 _GROUPED_STEPS = 8  # with `group_by_length`, rows are sorted by length within so many steps
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: Lengths, capacity: int) -> list[list[int]]:
     """Rows in as few packs of at most `capacity` tokens as best-fit decreasing finds (arXiv:2404.10830); none is split.
 
     Returns lists of row numbers. Best fit needs at most 11/9 of the fewest packs possible, plus one.
@@ -72,7 +75,7 @@ class StepBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Lengths,
         examples: Sequence[Sequence[int]] | None,
         shape: StepShape,
         rank: int,

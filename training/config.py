@@ -18,13 +18,12 @@ from training.base_models import EMBEDDED_MODEL, Quantization
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
 from training.registry import ADAPTER_NAME
+from training.run_dir import RUN_NAME
 from training.trackers import TrackerName
 
 LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
 LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
-
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class _Section(BaseModel):
@@ -194,7 +193,7 @@ class TrainConfig(_Section):
     @field_validator("run_name")
     @classmethod
     def _run_name(cls, value: str | None) -> str | None:
-        if value is not None and not _RUN_NAME.fullmatch(value):
+        if value is not None and not RUN_NAME.fullmatch(value):
             raise ValueError("use 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit")
         return value
 

@@ -19,8 +19,8 @@ from training.errors import ChatFormatError
 ACCEPTED: dict[RowKind, str] = {
     "sft": 'accepted rows are {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}, '
     '{"conversations": [{"from": "human", "value": "..."}, ...]}, {"instruction": ..., "output": ...}, '
-    '{"prompt": ..., "completion": ...} and {"text": "### Human: ... ### Assistant: ..."}; other names go into '
-    "data.columns",
+    '{"prompt": ..., "completion": ...} and {"text": "### Human: ... ### Assistant: ..."}; rows with other '
+    "keys need data.columns, such as {prompt: question, completion: answer}",
     "preference": 'accepted rows are {"prompt": ..., "chosen": ..., "rejected": ...} with texts or messages, and '
     '{"chosen": [...], "rejected": [...]} with dialogs that differ in their last answer',
     "unpaired_preference": 'accepted rows are {"prompt": ..., "completion": ..., "label": true or false}',

@@ -22,6 +22,7 @@ from training.data_formats import (
     Dialog,
     Document,
     Example,
+    RatedAnswer,
     parse_row,
 )
 from training.data_report import ReadFacts, RowNote
@@ -135,6 +136,8 @@ class _Reading:
         said = [text for message in messages for text in (message.role, message.content)]
         if isinstance(example, AnswerPair):
             said.append(example.rejected.content)
+        if isinstance(example, RatedAnswer):
+            said.append(str(example.label))
         yield StoredRow(
             tokens,
             label=getattr(example, "label", None),
@@ -148,13 +151,14 @@ class _Reading:
         )
 
     def _pieces(self, position: int, raw: RawRow, document: Document, rendered: Rendered) -> Iterator[StoredRow]:
-        """A text that is too long becomes several rows; nothing of it is left out."""
+        """A text that is too long becomes several rows of about the same length; nothing of it is left out."""
         ids = rendered.input_ids
-        starts = range(0, len(ids), self._max_length)
-        self.facts.num_split += len(starts) > 1
+        num_pieces = -(-len(ids) // self._max_length)
+        self.facts.num_split += num_pieces > 1
         self._turns[0] += 1
-        for start in starts:
-            piece = ids[start : start + self._max_length]
+        bounds = [number * len(ids) // num_pieces for number in range(num_pieces + 1)]
+        for start, end in itertools.pairwise(bounds):
+            piece = ids[start:end]
             trained = [start + at > 0 for at in range(len(piece))]  # all but the token that begins the text
             yield StoredRow(
                 {"input_ids": piece, "spans": trained_spans(trained)},

@@ -22,8 +22,10 @@ from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
 from training.parent import copy_parent, resolve_parent
+from training.plan import make_plan
 from training.progress import Progress, read_progress, show_progress, write_progress
 from training.registry import AdapterManifest
+from training.report import write_report
 from training.run_dir import RunDir
 from training.signals import kept_handlers, undisturbed
 from training.trackers import check_trackers
@@ -86,16 +88,22 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
     config = open_run(config, run_dir)
     run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
+    run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
     if parent:
         copy_parent(parent, run_dir)
     title = f"{config.adapter} on {inputs.base.name}"
-    with (
-        _recorded(run_dir),
-        ray_session(on_cluster, debug),
-        show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
-    ):
-        write_progress(run_dir, Progress("starting Ray Train"))
-        _run_workers(config, run_dir, debug)
+    try:
+        with (
+            _recorded(run_dir),
+            ray_session(on_cluster, debug),
+            show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
+        ):
+            write_progress(run_dir, Progress("starting Ray Train"))
+            _run_workers(config, run_dir, debug)
+    except CorralError:
+        with contextlib.suppress(CorralError):  # the disk may be full
+            write_report(run_dir)
+        raise
     return read_result(config, run_dir, inputs, parent)
 
 
@@ -148,7 +156,7 @@ def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
             config = config.model_copy(update=changes)
     else:
         run_dir.write_json("config.json", told)
-    run_dir.remove("failure.json", "result.json", "progress.json")
+    run_dir.remove("failure.json", "result.json", "progress.json", "registered.json", "phases.json")
     return config
 
 
@@ -187,8 +195,6 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
             if on_cluster:
                 ray.init(**quiet)
             else:
-                # Its agents outlive a killed driver by this long, by default for a minute.
-                os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from training.base_models import ComputeDtype, Quantization
-from training.config import LoraSettings
+from training.config import LoraSettings, TrainConfig
 from training.llama_shape import LlamaShape
 
 Phase = Literal["loss", "backward", "end of backward", "optimizer step"]
@@ -27,6 +27,7 @@ LOGITS_CHUNK = 1024  # labelled tokens whose logits `training.trainer` holds at 
 SCORES_UP_TO = 512  # on a CPU `training.attention` holds all scores of documents of up to so many tokens
 _CUDA_CONTEXT = 600 << 20  # driver, kernels of cuBLAS and bitsandbytes; A100 and H100, CUDA 12: 450 to 650 MiB
 _CUBLAS_WORKSPACE = 32 << 20
+_CPU_PROCESS = 650 << 20  # Python, torch, transformers and Ray in a worker without a GPU, before any weights
 # Blocks that the caching allocator holds and cannot use: a tenth of what it hands out, a rule of thumb.
 _FRAGMENTATION = 1.1
 
@@ -45,7 +46,9 @@ class MemoryEstimate:
         activations: what the forward pass leaves for the backward pass.
         workspace: what single operators need: a dequantized weight, tiles of logits, gradients of activations.
         paged: moments that may lie on the host; not in any sum.
-        context: what CUDA takes for itself; not counted by `torch.cuda.max_memory_allocated`.
+        context: what CUDA takes for itself, not counted by `torch.cuda.max_memory_allocated`; without a GPU what the
+            process takes before it has weights.
+        on_gpu: where all of it lies.
     """
 
     phase: Phase
@@ -58,6 +61,7 @@ class MemoryEstimate:
     workspace: int
     paged: int
     context: int
+    on_gpu: bool
 
     @property
     def allocated_bytes(self) -> int:
@@ -67,8 +71,8 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """What the device must have: allocated memory with fragmentation, and the CUDA context."""
-        return int(self.allocated_bytes * _FRAGMENTATION) + self.context if self.context else self.allocated_bytes
+        """What there must be: on a GPU with fragmentation and the CUDA context, else in the whole process."""
+        return int(self.allocated_bytes * (_FRAGMENTATION if self.on_gpu else 1)) + self.context
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,31 @@ class TrainStep:
     compute_dtype: ComputeDtype = "bfloat16"
     on_gpu: bool = True
     labelled_share: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        *,
+        max_length: int,
+        compute_dtype: ComputeDtype,
+        on_gpu: bool,
+        gradient_accumulation_steps: int = 1,
+        labelled_share: float = 1.0,
+    ) -> "TrainStep":
+        """A step of a configured run."""
+        return cls(
+            lora=config.lora,
+            quantization=config.quantization,
+            optim=config.optim,
+            gradient_checkpointing=config.gradient_checkpointing,
+            max_length=max_length,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            num_workers=config.max_workers,
+            compute_dtype=compute_dtype,
+            on_gpu=on_gpu,
+            labelled_share=labelled_share,
+        )
 
 
 def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) -> MemoryEstimate:
@@ -164,7 +193,8 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
         activations=at_peak[1],
         workspace=at_peak[2] + (_CUBLAS_WORKSPACE if step.on_gpu else 0),
         paged=states if paged else 0,
-        context=_CUDA_CONTEXT if step.on_gpu else 0,
+        context=_CUDA_CONTEXT if step.on_gpu else _CPU_PROCESS,
+        on_gpu=step.on_gpu,
     )
 
 

@@ -104,16 +104,12 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     largest = int(np.partition(lengths, -per_device)[-per_device:].sum())
     dtype = _compute_dtype(config, on_gpu, gpus_here(config) > 0)
     report = inputs.report
-    step = TrainStep(
-        lora=config.lora,
-        quantization=config.quantization,
-        optim=config.optim,
-        gradient_checkpointing=config.gradient_checkpointing,
+    step = TrainStep.of(
+        config,
         max_length=math.ceil(largest / per_device),
-        gradient_accumulation_steps=max(1, step_size // (per_device * config.max_workers)),
-        num_workers=config.max_workers,
         compute_dtype=dtype,
         on_gpu=on_gpu,
+        gradient_accumulation_steps=max(1, step_size // (per_device * config.max_workers)),
         labelled_share=report.trained_share,
     )
     duplicates = report.num_duplicates if report.deduplicated else 0
@@ -164,7 +160,7 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
         "gradients": memory["gradients"],
         f"activations ({memory['phase']})": memory["activations"],
         "workspace": memory["workspace"],
-        "CUDA context": memory["context"],
+        "CUDA context" if memory["on_gpu"] else "Python and libraries": memory["context"],
     }
     lines = [f"{name:<28} {_gib(size)}" for name, size in parts.items() if size]
     if memory["paged"]:
@@ -179,7 +175,7 @@ def _example_lengths(config: TrainConfig, inputs: RunInputs) -> "np.ndarray[Any,
         return lengths
     from training.batches import pack
 
-    return np.array([lengths[rows].sum() for rows in pack(inputs.train_rows.lengths, config.max_length)])
+    return np.array([lengths[rows].sum() for rows in pack(lengths.tolist(), config.max_length)])
 
 
 def _compute_dtype(config: TrainConfig, on_gpu: bool, gpu_here: bool) -> ComputeDtype:

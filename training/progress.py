@@ -123,13 +123,16 @@ def _show_bar(console: "Console", read: ProgressReader, title: str, poll_s: floa
 
 def _show_lines(console: "Console", read: ProgressReader, title: str, poll_s: float, done: threading.Event) -> None:
     started = time.monotonic()
-    last_phase, last_at = None, 0.0
+    last: Progress | None = None
+    last_at = 0.0
     while not done.wait(poll_s):
         now, at = read(), time.monotonic()
         every_s = min(_LOG_AT_MOST_EVERY_S, _LOG_EVERY_S + (at - started) / 20)
-        if now and (now.phase != last_phase or at - last_at > every_s):
+        if now is None or (last and str(now) == str(last)):
+            continue
+        if last is None or now.phase != last.phase or at - last_at > every_s:
             console.print(f"{title}: {now}", soft_wrap=True, markup=False)
-            last_phase, last_at = now.phase, at
+            last, last_at = now, at
 
 
 def _clock(seconds: float) -> str:

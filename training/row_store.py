@@ -217,7 +217,7 @@ class Rows(Sequence[RowT], Generic[RowT]):
     def __init__(self, store: RowStore, numbers: NDArray[np.int64]) -> None:
         self.store = store
         self.numbers = numbers
-        self.lengths = store.lengths[numbers]
+        self.lengths: NDArray[np.int64] = store.lengths[numbers].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -4,6 +4,9 @@
     data.json        what was found in the data      progress.json   what it is doing now
     metrics.jsonl    one line per logged step        result.json     figures and samples, at the end
     failure.json     why it failed                   adapter/        the trained adapter, parent/ what it started from
+    plan.json        what it was going to do         environment.json  libraries and devices of worker 0
+    phases.json      when each of its phases began   registered.json what became of the adapter
+    tensorboard/     event files                     trackers.json   which trackers failed
     checkpoint_*/    Ray Train's checkpoints         report.md       for people, with its pictures
 
 Driver and workers write here, `corral runs` reads. Each file is there whole or not at all. Knows no Ray.
@@ -11,6 +14,7 @@ Driver and workers write here, `corral runs` reads. Each file is there whole or 
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +23,8 @@ from typing import Any
 from training.errors import TrainingError
 from training.home import corral_home
 from training.storage import Storage
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class RunDir:

@@ -1,10 +1,11 @@
 """Training runs as they lie in their directories, at work or long over: `read_runs`, `read_run`, `stop_run`.
 
-Reads what `training.fit` leaves in STORAGE/RUN_NAME, on any fsspec path; `corral runs` shows it. Starts nothing and
-writes nothing. A run's state is decided from its files, its driver's process where that is on this machine, and
-otherwise from how long ago it last wrote.
+Reads run directories (`training.run_dir`) on any fsspec path, for `corral runs`; starts nothing and writes nothing. A
+run's state is decided from its files, its driver's process where that is on this machine, and otherwise from how long
+ago it last wrote.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -20,12 +21,13 @@ import psutil
 
 from training.errors import CorralError
 from training.home import corral_home
+from training.run_dir import RUN_NAME, MetricsLog, RunDir
 
 RunState = Literal["running", "finished", "failed", "stopped", "interrupted"]
 
 _SILENT_S = 900.0  # a driver elsewhere that wrote nothing for so long is taken for dead: a 70B model loads for minutes
-_STOP_S = 60.0
-_RECORDS = ("config.json", "driver.json", "progress.json", "result.json", "failure.json")
+_STOP_S = 120.0
+_POLL_S = 0.1
 
 
 class RunError(CorralError):
@@ -66,7 +68,6 @@ class Run:
         metrics: of a finished run, see `training.sft.SftResult`.
         failure: why it failed.
         config: what it was told.
-        files: what is in its directory.
     """
 
     name: str
@@ -86,7 +87,6 @@ class Run:
     failure: str | None
     driver: Driver | None
     config: Mapping[str, Any]
-    files: list[str]
 
 
 def runs_address(storage_path: str | None = None) -> str:
@@ -98,20 +98,10 @@ def read_runs(address: str) -> list[Run]:
     """All runs at `address`, the oldest first.
 
     Raises:
-        RunError: it cannot be read.
+        CorralError: it cannot be read.
     """
-    fs, root = _open(address)
-    try:
-        names = [
-            entry["name"].rstrip("/").rpartition("/")[2]
-            for entry in fs.ls(root, detail=True)
-            if entry["type"] == "directory"
-        ]
-    except FileNotFoundError:
-        return []
-    except Exception as error:  # an object store's client has its own
-        raise RunError(f"runs at {address!r} cannot be listed: {_one_line(error)}") from error
-    found = [run for name in names if (run := _read(fs, root, address, name)) is not None]
+    names = [name for name, is_folder in _listing(address) if is_folder]
+    found = [run for name in names if (run := _read(RunDir(address, name))) is not None]
     return sorted(found, key=lambda run: (run.started or 0.0, run.name))
 
 
@@ -119,12 +109,12 @@ def read_run(address: str, name: str) -> Run:
     """The run `name` at `address`.
 
     Raises:
-        RunError: there is none, or it cannot be read.
+        RunError: there is none.
+        CorralError: it cannot be read.
     """
-    fs, root = _open(address)
-    run = _read(fs, root, address, name) if name.strip("./") and "/" not in name else None
+    run = _read(RunDir(address, name)) if RUN_NAME.fullmatch(name) else None
     if run is None:
-        known = [other.name for other in read_runs(address)]
+        known = [other for other, is_folder in _listing(address) if is_folder]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "'corral runs list' shows what there is"
         raise RunError(f"no run {name!r} at {address}: {hint}")
@@ -133,12 +123,16 @@ def read_run(address: str, name: str) -> Run:
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """A run's logged steps: step, num_steps, time, loss, tokens_per_s and more; a line being written is left out."""
-    fs, root = _open(run.directory)
-    try:
-        lines = fs.cat_file(f"{root}/metrics.jsonl").decode().splitlines()
-    except FileNotFoundError:
-        return []
-    return [step for line in lines if isinstance(step := _parsed(line), dict)]
+    steps = []
+    for line in (RunDir(*run.directory.rsplit("/", 1)).read_text(MetricsLog.FILE) or "").splitlines():
+        with contextlib.suppress(ValueError):
+            steps.append(json.loads(line))
+    return steps
+
+
+def run_files(run: Run) -> list[str]:
+    """Names in a run's directory, but for Ray Train's checkpoints and records."""
+    return [name for name, _ in _listing(run.directory) if not name.startswith((".", "checkpoint"))]
 
 
 def stop_run(run: Run) -> None:
@@ -158,55 +152,49 @@ def stop_run(run: Run) -> None:
         )
     try:
         process.send_signal(signal.SIGTERM)  # psutil looks once more whether it is the same process
-        process.wait(_STOP_S)
     except psutil.NoSuchProcess:
         return
-    except psutil.TimeoutExpired:
-        raise RunError(f"run {run.name!r} was told to stop, but process {process.pid} is still there") from None
     except psutil.AccessDenied:
         raise RunError(f"run {run.name!r} belongs to another user (process {process.pid})") from None
+    deadline = time.monotonic() + _STOP_S
+    while run.driver and run.driver.process():  # psutil's own wait would wait for its parent to take its exit code too
+        if time.monotonic() > deadline:
+            raise RunError(f"run {run.name!r} was told to stop, but process {process.pid} is still there")
+        time.sleep(_POLL_S)
 
 
-def _read(fs: Any, root: str, address: str, name: str) -> Run | None:
-    directory = f"{root}/{name}"
-    try:
-        files = sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in fs.ls(directory, detail=True))
-        if "config.json" not in files:
-            return None
-        records = {record: _record(fs, f"{directory}/{record}") for record in _RECORDS if record in files}
-        silent_s = min((_age_s(fs, f"{directory}/{record}") for record in records), default=float("inf"))
-    except (FileNotFoundError, NotADirectoryError):
+def _read(directory: RunDir) -> Run | None:
+    config = directory.read_json("config.json")
+    if config is None:
         return None
-    except Exception as error:
-        raise RunError(f"run {name!r} at {address!r} cannot be read: {_one_line(error)}") from error
-    config, progress = records.get("config.json", {}), records.get("progress.json", {})
-    driver = _driver(records.get("driver.json", {}))
-    result = records.get("result.json")
+    driver = _driver(directory.read_json("driver.json") or {})
+    progress = directory.read_json("progress.json") or {}
+    result, failure = directory.read_json("result.json"), directory.read_json("failure.json")
     metrics: dict[str, float] = (result or {}).get("metrics", {})
-    failure = records.get("failure.json")
+    num_steps = int(metrics["num_steps"]) if "num_steps" in metrics else None
+    wrote_at = max(progress.get("time", 0.0), driver.started if driver else 0.0)
     return Run(
-        name=name,
-        directory=f"{address}/{name}",
-        state=_state(driver, has_result=result is not None, has_failure=failure is not None, silent_s=silent_s),
+        name=directory.name,
+        directory=directory.address,
+        state=_state(driver, bool(result), bool(failure), silent_s=time.time() - wrote_at),
         adapter=config.get("adapter", ""),
         base_model=config.get("base_model", ""),
         phase=progress.get("phase", ""),
-        step=progress.get("step") or _whole(metrics.get("num_steps")),
-        num_steps=progress.get("num_steps") or _whole(metrics.get("num_steps")),
+        step=num_steps or progress.get("step"),
+        num_steps=num_steps or progress.get("num_steps"),
         loss=metrics.get("train_loss", progress.get("loss")),
         tokens_per_s=progress.get("tokens_per_s"),
         eta_s=progress.get("eta_s"),
         started=driver.started if driver else None,
         ended=driver.ended if driver else None,
         metrics=metrics,
-        failure=failure.get("message", "") if failure is not None else None,
+        failure=failure["message"] if failure else None,
         driver=driver,
         config=config,
-        files=files,
     )
 
 
-def _state(driver: Driver | None, *, has_result: bool, has_failure: bool, silent_s: float) -> RunState:
+def _state(driver: Driver | None, has_result: bool, has_failure: bool, *, silent_s: float) -> RunState:
     here = driver is not None and driver.host == socket.gethostname()
     if driver is not None and (driver.process() if here else driver.ended is None and silent_s < _SILENT_S):
         return "running"
@@ -214,52 +202,24 @@ def _state(driver: Driver | None, *, has_result: bool, has_failure: bool, silent
         return "failed"
     if has_result:
         return "finished"
-    if driver is None and silent_s < _SILENT_S:
-        return "running"
     return "stopped" if driver is not None and driver.ended is not None else "interrupted"
 
 
-def _open(address: str) -> tuple[Any, str]:
+def _listing(address: str) -> list[tuple[str, bool]]:
+    """What is in a directory, sorted: names, and whether they are folders; nothing where there is none."""
     try:
-        fs, root = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError) as error:
-        raise RunError(f"runs at {address!r} cannot be opened: {_one_line(error)}") from error
-    fs.invalidate_cache()
-    return fs, root.rstrip("/")
-
-
-def _record(fs: Any, path: str) -> dict[str, Any]:
-    try:
-        value = _parsed(fs.cat_file(path))
-    except FileNotFoundError:  # replaced or removed meanwhile
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parsed(text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _age_s(fs: Any, path: str) -> float:
-    try:
-        return time.time() - float(fs.modified(path).timestamp())
-    except FileNotFoundError:
-        return float("inf")
+        fs, path = fsspec.core.url_to_fs(address)
+        fs.invalidate_cache()
+        entries = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except Exception as error:  # an object store's client has its own
+        raise RunError(f"runs at {address!r} cannot be listed: {' '.join(str(error).split())[:300]}") from error
+    return sorted((entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in entries)
 
 
 def _driver(record: Mapping[str, Any]) -> Driver | None:
     try:
-        return Driver(int(record["pid"]), str(record["host"]), float(record["started"]), record.get("ended"))
+        return Driver(int(record["pid"]), str(record["host"]), float(record["started"]), record["ended"])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _whole(number: float | None) -> int | None:
-    return None if number is None else int(number)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

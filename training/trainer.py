@@ -144,21 +144,23 @@ class DocumentTrainer(Trainer):
         place = self._micro_batch * self.args.world_size + self.args.process_index
         torch.manual_seed(hash((self.args.seed, self.state.global_step, place)) % 2**63)
         self._micro_batch += 1
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The micro-batch's share of the step's mean loss; times the workers, whose gradients are averaged."""
-        loss: torch.Tensor = model(**inputs)
-        return loss * (self.args.world_size / max(1, int(num_items_in_batch)))
+        summed: torch.Tensor = model(**inputs)
+        mean: torch.Tensor = summed * (self.args.world_size / max(1, int(num_items_in_batch)))
+        return mean
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As `args` say; for LoRA+ (arXiv:2402.12354) B learns `loraplus_lr_ratio` times as fast as A."""
         if self._loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        options.setdefault("weight_decay", self.args.weight_decay)
+        optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+        options["loraplus_weight_decay"] = self.args.weight_decay
         self.optimizer = create_loraplus_optimizer(
             self.model, optimizer_cls, loraplus_lr_ratio=self._loraplus_lr_ratio, **options
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.base_models import base_name
 from training.config import TrainConfig, resolved
+from training.environment import environment_here
 from training.errors import CorralError, TrainingError
 from training.parent import PARENT_DIR
 from training.progress import Progress, write_progress
@@ -48,6 +49,9 @@ def train_func(loop_config: dict[str, Any]) -> None:
 
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     rank = get_context().get_world_rank()
+    if rank == 0:
+        environment = environment_here(str(get_device()), get_context().get_world_size())
+        run_dir.write_json("environment.json", environment.model_dump(mode="json"))
     with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
         resume_from = _last_whole_checkpoint(scratch / "resumed")
         run = RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
@@ -106,6 +110,7 @@ class RayRun:
         )
         self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
+        self._phases: list[dict[str, Any]] = []  # each with when it began
         self._written_at = 0.0
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
 
@@ -127,6 +132,8 @@ class RayRun:
         if self._metrics:
             self._metrics.flush()
             self._show(Progress(phase), now=True)
+            self._phases.append({"phase": phase, "time": time.time()})
+            self._run_dir.write_json("phases.json", self._phases)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
         if not self._metrics or not self._trackers:

@@ -1,0 +1,233 @@
+"""`python -m training.bench`: one recipe trained by TRL alone, by Corral's loop without Ray, and by Corral on Ray.
+
+The three take turns, each in a process of its own, on the same rows with the same batch size, learning rate and NF4
+base; TRL has its own defaults for the rest. What counts is the time of the steps, without loading and evaluating.
+`make bench-train` runs it; its last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.config import TrainConfig, load_config
+
+_WAYS = {"trl": "TRL alone", "loop": "Corral without Ray", "ray": "Corral on Ray"}
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One training: its steps' seconds, examples and tokens (padding left out), and the held-out loss after it."""
+
+    train_s: float
+    num_examples: int
+    num_tokens: float
+    eval_loss: float
+    whole_s: float  # with imports, loading, evaluation and the start of Ray
+
+
+def run_bench(config: TrainConfig, num_rounds: int) -> dict[str, list[Timed]]:
+    """Train `num_rounds` times each way, by turns, showing each result as it comes."""
+    results: dict[str, list[Timed]] = {way: [] for way in _WAYS}
+    for number in range(num_rounds):
+        for way in _WAYS:
+            timed = _in_a_process(config, way)
+            results[way].append(timed)
+            rate = timed.num_examples / timed.train_s
+            print(f"round {number + 1}: {_WAYS[way]:<18} {timed.train_s:6.1f} s  {rate:5.1f} examples/s", flush=True)
+    return results
+
+
+def compared(results: Mapping[str, Sequence[Timed]]) -> dict[str, Any]:
+    """The medians over rounds of what one way is to another in the same round."""
+
+    def median_ratio(of: str, to: str) -> float:
+        pairs = zip(results[of], results[to], strict=True)
+        return statistics.median(a.train_s / b.train_s for a, b in pairs)
+
+    return {
+        "speedup_vs_trl": round(median_ratio("trl", "loop"), 3),
+        "speedup_vs_trl_on_ray": round(median_ratio("trl", "ray"), 3),
+        "ray_overhead": round(median_ratio("ray", "loop") - 1, 4),
+        "eval_loss": {way: round(statistics.median(t.eval_loss for t in results[way]), 4) for way in _WAYS},
+        "num_examples": results["loop"][0].num_examples,
+        "num_rounds": len(results["loop"]),
+    }
+
+
+def print_table(results: Mapping[str, Sequence[Timed]]) -> None:
+    """Medians of every way."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "", "steps, s", "examples/s", "tokens/s", "held-out loss", "whole, s", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for way, timed in results.items():
+        train_s = statistics.median(t.train_s for t in timed)
+        table.add_row(
+            _WAYS[way],
+            f"{train_s:.1f}",
+            f"{timed[0].num_examples / train_s:.1f}",
+            f"{timed[0].num_tokens / train_s:.0f}",
+            f"{statistics.median(t.eval_loss for t in timed):.3f}",
+            f"{statistics.median(t.whole_s for t in timed):.0f}",
+        )
+    Console(width=100).print(table)
+
+
+def _in_a_process(config: TrainConfig, way: str) -> Timed:
+    command = [sys.executable, "-m", "training.bench", "--way", way, "--json-config", config.model_dump_json()]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"error: {_WAYS[way]} failed:\n{done.stderr[-3000:]}")
+    return Timed(**json.loads(done.stdout.splitlines()[-1]), whole_s=time.monotonic() - started)
+
+
+def _train(config: TrainConfig, way: str) -> dict[str, float]:
+    """What the process of one way does; returns the fields of `Timed` but the last."""
+    if way == "ray":
+        metrics = _by_ray(config)
+    else:
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        with tempfile.TemporaryDirectory() as scratch:
+            metrics = (_by_trl if way == "trl" else _by_loop)(config, Path(scratch))
+    from training.inputs import read_inputs
+
+    num_rows = len(read_inputs(config).train_rows)
+    num_steps, size = int(metrics["num_steps"]), config.step_size
+    epoch_steps = -(-num_rows // size)
+    whole, rest = divmod(num_steps, epoch_steps)
+    return {
+        "train_s": metrics["train_s"],
+        "num_examples": whole * num_rows + min(rest * size, num_rows),
+        "num_tokens": metrics["num_train_tokens"],
+        "eval_loss": metrics["eval_loss"],
+    }
+
+
+def _by_ray(config: TrainConfig) -> dict[str, float]:
+    from training.fit import fit
+
+    with tempfile.TemporaryDirectory() as storage:
+        return fit(config.model_copy(update={"storage_path": storage})).metrics
+
+
+class _Silent:
+    """A `training.watch.Run` that nobody listens to."""
+
+    rank = 0
+
+    def on_phase(self, phase: str) -> None: ...
+
+    def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None: ...
+
+    def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+def _by_loop(config: TrainConfig, scratch: Path) -> dict[str, float]:
+    import torch
+
+    from training.sft import train
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return train(
+        config, _Silent(), adapter_dir=scratch / "adapter", scratch_dir=scratch / "checkpoints", device=device
+    ).metrics
+
+
+def _by_trl(config: TrainConfig, scratch: Path) -> dict[str, float]:
+    """SFTTrainer as its documentation has it, over rows that are tokenized and masked already."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    from training.base_models import forbid_packed_cpu_kernel, load_quantized
+    from training.evaluate import held_out_loss
+    from training.inputs import read_inputs
+
+    inputs = read_inputs(config)
+    on_gpu = torch.cuda.is_available()
+    base = load_quantized(inputs.base, config.quantization, "cuda" if on_gpu else "cpu")
+    forbid_packed_cpu_kernel(base)  # else the gradient through the base is lost after an evaluation
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.lora_alpha,
+        lora_dropout=config.lora.lora_dropout,
+        target_modules=config.lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    arguments = SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=config.step_size,
+        max_steps=config.max_steps,
+        num_train_epochs=config.num_train_epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        seed=config.seed,
+        use_cpu=not on_gpu,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=config.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = SFTTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=Dataset.from_list([dict(row) for row in inputs.train_rows]),
+        processing_class=AutoTokenizer.from_pretrained(inputs.base.path, local_files_only=True),
+        peft_config=lora,
+    )
+    started = time.monotonic()
+    trainer.train()
+    train_s = time.monotonic() - started
+    trainer.model.eval()
+    loss, _ = held_out_loss(trainer.model, inputs.held_out_rows)
+    counted = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
+    return {
+        "train_s": train_s,
+        "num_steps": trainer.state.global_step,
+        "num_train_tokens": float(counted[-1]),
+        "eval_loss": loss,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m training.bench", description=str(__doc__).splitlines()[0])
+    parser.add_argument("--config", default="configs/train/quickstart.yaml", help="a training YAML")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each trains")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_steps=46; default: one epoch")
+    parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--json-config", help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    if args.way:
+        print(json.dumps(_train(TrainConfig.model_validate_json(args.json_config), args.way)))
+        return 0
+    fixed = ["num_train_epochs=1", "sample_prompts=0", "report_to=[]", "save_steps=1000000", *args.overrides]
+    results = run_bench(load_config(args.config, fixed), args.rounds)
+    print_table(results)
+    print(json.dumps(compared(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
