@@ -71,6 +71,9 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("lora.r.x=1", "goes into 'r', which is not a section but 8"),
         ("nonsense", "'nonsense' is not of the form key=value"),
         ("data.path=[a", "has a value that is not YAML"),
+        ("method=orpo", "key 'method' has value 'orpo': "),
+        ("preference.beta=0.2", "key 'preference' has value {'beta': 0.2}: method is 'sft', which has no preferences"),
+        ("continue_from=a@b@c", "key 'continue_from' has value 'a@b@c': write NAME, NAME@VERSION or NAME@ALIAS"),
     ],
 )
 def test_b11_bad_override_is_named_with_value_and_nearest_key(recipe: Path, override: str, message: str) -> None:
@@ -100,6 +103,11 @@ def test_b11_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_b11_what_only_conversations_have_is_refused_with_preferences(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: packing is of method sft, and method is dpo: leave it out"):
+        load_config(recipe, ["method=dpo", "packing=true"])
 
 
 def test_missing_file_suggests_its_neighbour(recipe: Path) -> None:

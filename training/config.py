@@ -70,7 +70,10 @@ class PreferenceSettings(_Section):
 
 
 class GateConfig(_Section):
-    """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's."""
+    """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's.
+
+    With `method` dpo and kto that is the method's loss, and the reference stands in for the base.
+    """
 
     min_improvement: float = Field(default=0.0, ge=0)  # nats per token; 0: no worse than the base
 
@@ -162,6 +165,9 @@ class TrainConfig(_Section):
     def _go_together(self) -> Self:
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise ValueError("train_batch_size decides how often gradients accumulate: leave the other one out")
+        for key in ("packing", "group_by_length", "neftune_noise_alpha", "loraplus_lr_ratio"):
+            if self.method != "sft" and getattr(self, key):
+                raise ValueError(f"{key} is of method sft, and method is {self.method}: leave it out")
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
                 raise ValueError(f"{key} needs held-out losses during training: set eval_steps")
@@ -389,6 +395,8 @@ def explain(error: ValidationError, source: str, overridden: set[str], model: ty
         e["msg"].removeprefix("Value error, ") for e in (first, *others) if ".".join(map(str, e["loc"])).startswith(key)
     ]
     reason = " or ".join(dict.fromkeys(m[:1].lower() + m[1:] for m in messages))
+    if not key:  # keys that do not go together
+        return f"{source}: {reason}"
     return f"{where}: key '{key}' has value {given}: {reason}{also}"
 
 
