@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training import attention, trainer
+from training import attention, evaluate, trainer
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import LoraSettings
 from training.llama_shape import LlamaShape
-from training.memory import LOGITS_CHUNK, SCORES_UP_TO, TrainStep, estimate, largest_batch
+from training.memory import EVAL_BATCH_TOKENS, LOGITS_CHUNK, SCORES_UP_TO, TrainStep, estimate, largest_batch
 from training.qlora import attach_lora
 from training.trainer import collate, training_forward
 
@@ -217,6 +217,7 @@ def test_number_of_parameters_and_of_trained_ones(tmp_path: Path) -> None:
 def test_chunk_sizes_are_those_of_the_training_code() -> None:
     assert trainer._LOGITS_CHUNK == LOGITS_CHUNK
     assert attention._SCORES_UP_TO == SCORES_UP_TO
+    assert evaluate._BATCH_TOKENS == EVAL_BATCH_TOKENS
 
 
 @pytest.mark.parametrize(("config", "gigabytes"), [(LLAMA_7B, 5), (LLAMA_13B, 10), (LLAMA_33B, 21), (LLAMA_65B, 41)])
@@ -227,6 +228,18 @@ def test_weights_and_adapter_are_a_little_below_what_the_qlora_paper_says_a_mode
     estimated = estimate(config, replace(STEP, lora=LoraSettings(r=64)), 1)
     held = estimated.base_4bit + estimated.base_other + estimated.adapter
     assert 0.75 < held / (gigabytes * 1e9) < 1
+
+
+def test_held_out_rows_of_a_large_vocabulary_are_the_peak_of_a_lean_step() -> None:
+    llama_3 = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    lean = replace(STEP, gradient_checkpointing=True, optim="paged_adamw_8bit")
+    assert estimate(llama_3, lean, 1).phase != "evaluation"
+    evaluated = estimate(llama_3, replace(lean, evaluates=True), 1)
+    assert evaluated.phase == "evaluation"
+    assert evaluated.workspace > 2048 * 128256 * (2 + 4 + 4)
 
 
 def test_checkpointing_and_8_bit_moments_make_a_70b_step_fit_where_it_would_not() -> None:

@@ -116,6 +116,6 @@ def test_pictures_show_what_was_logged(run_dir: RunDir, tmp_path: Path) -> None:
 
 
 def test_smoothing_starts_at_the_first_value_and_follows() -> None:
-    assert smoothed([4.0])[0] == pytest.approx(4.0)
-    assert smoothed([4.0] * 30) == pytest.approx([4.0] * 30)
-    assert 1.0 < smoothed([4.0] + [1.0] * 30)[-1] < 1.2
+    assert smoothed([4.0], 0.9)[0] == pytest.approx(4.0)
+    assert smoothed([4.0] * 30, 0.9) == pytest.approx([4.0] * 30)
+    assert 1.0 < smoothed([4.0] + [1.0] * 30, 0.9)[-1] < 1.2

@@ -13,7 +13,7 @@ from training.base_models import ComputeDtype, Quantization
 from training.config import LoraSettings, TrainConfig
 from training.llama_shape import LlamaShape
 
-Phase = Literal["loss", "backward", "end of backward", "optimizer step"]
+Phase = Literal["loss", "backward", "end of backward", "optimizer step", "evaluation"]
 
 DTYPE_BYTES: dict[ComputeDtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 # NF4 codes, and per block of 64 a scale: float32, or 8 bit with a float32 for every 256 scales (QLoRA,
@@ -24,6 +24,7 @@ _NF4_DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # when the GPU is short of it and which torch does not count.
 _OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
 LOGITS_CHUNK = 1024  # labelled tokens whose logits `training.trainer` holds at once
+EVAL_BATCH_TOKENS = 2048  # in one forward of the held-out loss, which has the logits of all labelled ones at once
 SCORES_UP_TO = 512  # on a CPU `training.attention` holds all scores of documents of up to so many tokens
 _CUDA_CONTEXT = 600 << 20  # driver, kernels of cuBLAS and bitsandbytes; A100 and H100, CUDA 12: 450 to 650 MiB
 _CUBLAS_WORKSPACE = 32 << 20
@@ -82,6 +83,7 @@ class TrainStep:
     Attributes:
         max_length: tokens of the longest sequence.
         labelled_share: part of the tokens that has a loss.
+        evaluates: held-out rows are evaluated between or after the steps.
         on_gpu: on a CPU PEFT casts every adapter's input by itself, dropout keeps its factors as numbers, and short
             documents keep their attention scores.
     """
@@ -96,6 +98,7 @@ class TrainStep:
     compute_dtype: ComputeDtype = "bfloat16"
     on_gpu: bool = True
     labelled_share: float = 1.0
+    evaluates: bool = False
 
     @classmethod
     def of(
@@ -120,6 +123,7 @@ class TrainStep:
             compute_dtype=compute_dtype,
             on_gpu=on_gpu,
             labelled_share=labelled_share,
+            evaluates=bool(config.data.held_out or config.data.held_out_path),
         )
 
 
@@ -146,7 +150,8 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     tokens at once, in float32: log-probabilities, their gradient and the gradient of the logits.
 
     Workspace is the largest of: the logits and the gradient of the last hidden state; or the largest weight,
-    dequantized, and the gradients that flow through an MLP. The peak is the largest of four moments of a step.
+    dequantized, and the gradients that flow through an MLP. The peak is the largest of four moments of a step and
+    the held-out evaluation, whose logits are in the compute dtype, in float32 and as log-probabilities.
     """
     shape, lora, c = LlamaShape.of(llama_config), step.lora, DTYPE_BYTES[step.compute_dtype]
     tokens = batch_size * step.max_length
@@ -175,12 +180,15 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     flowing = tokens * (c if step.on_gpu else 4) * 2 * (shape.hidden + shape.intermediate)
     earlier = gradients if step.gradient_accumulation_steps > 1 else 0  # of the micro-batches before
     adamw = 4 * num_trainable if step.on_gpu else 0  # its denominators, of all parameters at once
+    evaluated = round(EVAL_BATCH_TOKENS * step.labelled_share) * shape.vocab * (c + 2 * 4)
     moments: dict[Phase, tuple[int, int, int]] = {  # gradients, activations, workspace
         "loss": (earlier, kept + last, loss_workspace),
         "backward": (earlier, kept + one_layer, dequantized + flowing),
         "end of backward": (gradients, layer + tokens * c * shape.hidden, dequantized + flowing),
         "optimizer step": (gradients, 0, adamw),
     }
+    if step.evaluates:
+        moments["evaluation"] = (0, 0, evaluated + dequantized)
     phase = max(moments, key=lambda moment: sum(moments[moment]))
     at_peak = moments[phase]
     return MemoryEstimate(

@@ -35,7 +35,7 @@ def plot_run(metrics: Metrics, base_loss: float | None, file: Path) -> None:
     _save(figure, file)
 
 
-def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
     """Exponential mean whose start is not drawn to zero (the bias correction of Adam, arXiv:1412.6980)."""
     means, mean = [], 0.0
     for count, value in enumerate(values, start=1):
@@ -47,7 +47,8 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
 def _draw_loss(axes: Any, metrics: Metrics, base_loss: float | None) -> None:
     steps, loss = zip(*metrics.points("loss"), strict=True)
     axes.plot(steps, loss, color=_PALE, linewidth=1, label="training, each step")
-    axes.plot(steps, smoothed(loss), color=_INK, linewidth=1.8, label="training, smoothed")
+    weight = min(0.9, max(0.0, 1 - 10 / len(loss)))  # over about a tenth of a short run, ten steps of a longer one
+    axes.plot(steps, smoothed(loss, weight), color=_INK, linewidth=1.8, label="training, smoothed")
     if held_out := metrics.points("eval_loss"):
         axes.plot(*zip(*held_out, strict=True), "o-", color=_HELD_OUT, linewidth=1, markersize=4, label="held out")
     if base_loss is not None:
