@@ -1,0 +1,144 @@
+"""What a run survives: an object store for its directory, a node that leaves, a disk that fills up. Real Ray."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import free_port
+from tests.test_fit import assert_same_run, config, dataset, steps_of  # noqa: F401
+from training.config import TrainConfig
+from training.fit import fit
+from training.run_dir import RunDir
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("corral-runs")
+    yield "s3://corral-runs/here"
+    server.stop()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+@contextlib.contextmanager
+def private_ray(num_cpus: int) -> Iterator[None]:
+    """A Ray that knows this process's environment."""
+    import ray
+
+    temp_dir = f"/tmp/corral-{os.getpid()}-f"
+    ray.init(
+        address="local", num_cpus=num_cpus, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def when_step(run_dir: RunDir, step: int, act: Callable[[], None]) -> threading.Event:
+    """Do `act` as soon as the run has logged `step`; the event says that it was done."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            if (steps_of(run_dir) or [0])[-1] >= step:
+                act()
+                done.set()
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return done
+
+
+def kill_workers() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+
+
+def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config: TrainConfig, s3: str) -> None:
+    with private_ray(2):
+        whole = fit(config.model_copy(update={"run_name": "whole"}))
+        run_dir = RunDir(s3, "stored")
+        killed = when_step(run_dir, 5, kill_workers)
+        stored = fit(config.model_copy(update={"run_name": "stored", "storage_path": s3, "max_failures": 1}))
+    assert killed.is_set()
+    assert_same_run(stored, whole)
+    found = {path.split("/stored/")[1].split("/")[0] for path in fsspec.filesystem("s3").find(str(run_dir))}
+    assert {"adapter", "config.json", "metrics.jsonl", "result.json"} <= found
+    assert len([name for name in found if name.startswith("checkpoint_")]) == 2
+    assert "scratch" not in found
+
+
+def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(config: TrainConfig) -> None:
+    """The steps have the same rows on one worker as on two: the run ends where the uninterrupted one does."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    config = TrainConfig.model_validate(
+        config.model_dump() | {"num_workers": [1, 2], "per_device_train_batch_size": 2, "max_failures": 2}
+        | {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}  # dropout differs with the number of workers
+    )  # fmt: skip
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    leaving = cluster.add_node(num_cpus=1)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False)
+        cluster.wait_for_nodes()
+        run_dir = RunDir(str(config.storage_path), "elastic")
+        left = when_step(run_dir, 6, lambda: cluster.remove_node(leaving, allow_graceful=False))
+        elastic = fit(config.model_copy(update={"run_name": "elastic"}))
+        assert left.is_set()
+        whole = fit(config.model_copy(update={"run_name": "whole", "num_workers": 1, "train_batch_size": 4}))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert_same_run(elastic, whole)
+
+
+_FILL_AND_RESUME = """
+mount -t tmpfs -o size=700k none "$1" || exit 90
+"$2" -m training --config "$3" storage_path="$1" && exit 91
+echo ---
+mount -o remount,size=100m "$1" || exit 92
+"$2" -m training --config "$3" storage_path="$1"
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: TrainConfig, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    told = config.model_dump(mode="json") | {"run_name": "full", "report_to": [], "save_steps": 2}
+    recipe.write_text(yaml.safe_dump(told))
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", _FILL_AND_RESUME, "sh"]
+    done = subprocess.run(
+        [*command, str(disk), sys.executable, str(recipe)], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "No space left" in errors[0] or "no space is left" in errors[0]
+    assert "run_name=full" in errors[0] or "free some" in errors[0]
+    assert "tiny-llama:tiny@1 is registered" in done.stdout.split("---")[1]
+
