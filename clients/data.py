@@ -26,7 +26,7 @@ _BAR_PARTS = " ▏▎▍▌▋▊▉█"
 _STYLES = {"context": "dim", "trained": "bold green", "rejected": "red"}
 _MARKS = {"context": ("", ""), "trained": ("«", "»"), "rejected": ("[-", "-]")}  # where there are no colours
 
-_Kind = Literal["sft", "preference", "unpaired_preference"]
+_Method = Literal["sft", "dpo", "kto"]
 
 
 @app.callback()
@@ -49,16 +49,16 @@ def check(
     base: Annotated[str | None, typer.Option("--base", metavar="M", help="whose tokens; default: the embedded")] = None,
     chat_format: Annotated[str | None, typer.Option(help="auto, llama-2, llama-3 or chatml")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="tokens that a row may have; default: 1024")] = None,
-    kind: Annotated[_Kind, typer.Option(help="rows for sft, for dpo (preference) or for kto (unpaired)")] = "sft",
+    method: Annotated[_Method | None, typer.Option(help="which rows are wanted: sft, dpo or kto; default: sft")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """What a training run would see: formats, lengths, bad rows, duplicates, the split, and what is trained."""
     given = what or []
     files = [text for text in given if Path(text).exists() or not _OVERRIDE.fullmatch(text)]
     overrides = [text for text in given if text not in files]
-    named = {"base_model": base, "chat_format": chat_format, "max_length": max_length}
+    named = {"base_model": base, "chat_format": chat_format, "max_length": max_length, "method": method}
     overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
-    report = _examine(_settings(config, files, overrides), kind)
+    report = _examine(_settings(config, files, overrides))
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -77,13 +77,13 @@ def _settings(path: Path | None, files: Sequence[str], overrides: Sequence[str])
     return build_config(values, overrides, str(path or "command line"))
 
 
-def _examine(config: "TrainConfig", kind: _Kind) -> "DataReport":
+def _examine(config: "TrainConfig") -> "DataReport":
     """Everything that is wrong is counted, nothing refused."""
     from training.inputs import read_data
 
     too_long = "truncate" if config.data.on_too_long == "truncate" else "skip"
     lenient = config.data.model_copy(update={"on_bad_row": "skip", "on_too_long": too_long})
-    return read_data(config.model_copy(update={"data": lenient}), kind).report
+    return read_data(config.model_copy(update={"data": lenient})).report
 
 
 def _print(report: "DataReport") -> None:

@@ -566,7 +566,7 @@ def test_a_disk_that_is_full_is_named(prepare: Prepare, tmp_path: Path, monkeypa
         "config = TrainConfig.model_validate({'adapter': 'a', 'data': {'path': sys.argv[1]}})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "try:\n    read_data(config, 'sft')\n"
+        "try:\n    read_data(config)\n"
         "except DatasetError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
@@ -595,7 +595,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, suffix: str) -> None
             "from training.inputs import read_data\n"
             "data = {'path': sys.argv[1], 'held_out': 0.1}\n"
             "config = TrainConfig.model_validate({'adapter': 'a', 'data': data})\n"
-            "prepared = read_data(config, 'sft')\n"
+            "prepared = read_data(config)\n"
             "assert len(prepared.train) + len(prepared.held_out) == int(sys.argv[2])\n"
             "order = range(0, len(prepared.train), 7)\n"
             "assert all(len(prepared.train[at]['input_ids']) > 100 for at in order)\n"
@@ -617,7 +617,7 @@ def test_workers_of_one_machine_prepare_once(tmp_path: Path) -> None:
         "from training.config import TrainConfig\n"
         "from training.inputs import read_data\n"
         "config = TrainConfig.model_validate({'adapter': 'a', 'data': {'path': sys.argv[1]}})\n"
-        "rows = read_data(config, 'sft').train\n"
+        "rows = read_data(config).train\n"
         "print(hashlib.sha256(repr([*rows]).encode()).hexdigest())\n"
     )
     stores = corral_home() / "cache" / "datasets"

@@ -112,7 +112,7 @@ def test_check_of_preferences_shows_both_answers(check: Any, tmp_path: Path) -> 
     pairs = [{"prompt": f"q{n}", "chosen": "yes, it is", "rejected": "no, it is not"} for n in range(4)]
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(pairs))
-    result = check(path, "--kind", "preference")
+    result = check(path, "--method", "dpo")
     assert "«yes, it is<|im_end|>»[-no, it is not<|im_end|>-]" in result.stdout
     assert "preference (4)" in result.stdout
 

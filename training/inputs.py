@@ -54,7 +54,7 @@ def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
     base, tokenizer, chat_format = _base(config, weights)
-    data = _data(config, base, tokenizer, chat_format, _KINDS[config.method])
+    data = _data(config, base, tokenizer, chat_format)
     report = data.report
     return RunInputs(
         base=base,
@@ -78,18 +78,17 @@ def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
     )
 
 
-def read_data(config: TrainConfig, kind: RowKind) -> PreparedData:
-    """The dataset of `read_inputs` alone, for rows of any kind.
+def read_data(config: TrainConfig) -> PreparedData:
+    """The dataset of `read_inputs` alone, of the rows that the method takes.
 
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
-    return _data(config, *_base(config), kind)
+    return _data(config, *_base(config))
 
 
-def _data(
-    config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat, kind: RowKind
-) -> PreparedData:
+def _data(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
+    kind = _KINDS[config.method]
     return prepare_data(
         config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
     )
