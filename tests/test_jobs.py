@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from clients import jobs
-from clients.jobs import JobError, TrainingJobs, dashboard_url
+from clients.jobs import JobError, TrainingJobs
+from clients.ray_dashboard import dashboard_url
 from tests.conftest import free_port, ray_head
 from training.base_models import BaseModel
 from training.errors import ConfigError
