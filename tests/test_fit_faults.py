@@ -85,10 +85,12 @@ def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(co
         stored = fit(config.model_copy(update={"run_name": "stored", "storage_path": s3, "max_failures": 1}))
     assert killed.is_set()
     assert_same_run(stored, whole)
-    found = {path.split("/stored/")[1].split("/")[0] for path in fsspec.filesystem("s3").find(str(run_dir))}
-    assert {"adapter", "config.json", "metrics.jsonl", "result.json"} <= found
-    assert len([name for name in found if name.startswith("checkpoint_")]) == 2
-    assert "scratch" not in found
+    store = fsspec.filesystem("s3")
+    store.invalidate_cache()
+    files = [path.split("/stored/")[1] for path in store.find(str(run_dir))]
+    assert {"config.json", "metrics.jsonl", "result.json", "adapter/adapter_model.safetensors"} <= set(files)
+    assert len([file for file in files if file.endswith("/optimizer.pt")]) == 2
+    assert not [file for file in files if file.startswith("scratch")]
 
 
 def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(config: TrainConfig) -> None:
