@@ -84,7 +84,7 @@ def read_data(config: TrainConfig) -> PreparedData:
     Raises:
         CorralError: naming the base, the format, the row or the key that is wrong.
     """
-    return _data(config, *_base(config))
+    return _data(config, *_base(config, weights=False))
 
 
 def _data(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
