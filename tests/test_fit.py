@@ -36,23 +36,18 @@ def ray_cluster() -> Iterator[None]:
     shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
+def tiny_run(base: BaseModel, folder: Path) -> TrainConfig:
+    """Twelve steps on the tiny model, with a checkpoint every fourth; rows and runs are in `folder`."""
     rows = [
         {"prompt": f"Where is the {word} number {n}?", "completion": f"The {word} is by post {n}."}
         for word in WORDS
         for n in range(5)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def config(tiny_base: BaseModel, dataset: Path, tmp_path: Path) -> TrainConfig:
+    dataset = folder / "rows.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return TrainConfig.model_validate(
         {
-            "base_model": str(tiny_base.path),
+            "base_model": str(base.path),
             "adapter": "tiny",
             "data": {"path": str(dataset), "held_out": 0.2},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
@@ -64,9 +59,14 @@ def config(tiny_base: BaseModel, dataset: Path, tmp_path: Path) -> TrainConfig:
             "sample_prompts": 1,
             "use_gpu": False,
             "resources_per_worker": {"CPU": 1},
-            "storage_path": str(tmp_path / "runs"),
+            "storage_path": str(folder / "runs"),
         }
     )
+
+
+@pytest.fixture
+def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+    return tiny_run(tiny_base, tmp_path)
 
 
 def steps_of(run_dir: RunDir) -> list[int]:
@@ -74,10 +74,10 @@ def steps_of(run_dir: RunDir) -> list[int]:
 
 
 def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
-    ray_cluster: None, config: TrainConfig, dataset: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(dataset.parent)
-    data = DataConfig.model_validate({"path": dataset.name, "held_out": 0.2})
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig.model_validate({"path": "rows.jsonl", "held_out": 0.2})
     result = fit(config.model_copy(update={"num_workers": 2, "max_steps": 4, "data": data}))
     assert steps_of(result.run_dir) == [1, 2, 3, 4]
     assert (result.adapter_dir / "adapter_model.safetensors").is_file()

@@ -16,10 +16,17 @@ import pytest
 import yaml
 
 from tests.conftest import free_port
-from tests.test_fit import assert_same_run, config, dataset, steps_of  # noqa: F401
+from tests.test_fit import assert_same_run, steps_of, tiny_run
+from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.fit import fit
 from training.run_dir import RunDir
+
+
+@pytest.fixture
+def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+    return tiny_run(tiny_base, tmp_path)
+
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -143,4 +150,3 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: 
     assert "No space left" in errors[0] or "no space is left" in errors[0]
     assert "run_name=full" in errors[0] or "free some" in errors[0]
     assert "tiny-llama:tiny@1 is registered" in done.stdout.split("---")[1]
-
