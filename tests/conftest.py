@@ -129,6 +129,14 @@ def descendants(pid: int, name: str) -> list[psutil.Process]:
     return found
 
 
+def train_workers() -> list[psutil.Process]:
+    """Ray Train's workers of this process's runs, without those of the quickstart, which trains beside the tests."""
+    own = psutil.Process().children()
+    if _training is not None:
+        own = [process for process in own if process.pid != _training.pid]
+    return [worker for process in own for worker in descendants(process.pid, "RayTrainWorker")]
+
+
 @dataclass(frozen=True, slots=True)
 class RunningServer:
     """`corral serve` in a process of its own."""

@@ -1,6 +1,5 @@
 """Runs on real Ray: one worker, two workers, a worker killed, a run that diverged."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -10,9 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.conftest import train_workers
 from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.data_config import DataConfig
@@ -94,14 +93,13 @@ def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_los
     killed = threading.Event()
 
     def kill_and_cut_the_newest_checkpoint() -> None:
-        while not killed.is_set():
-            with contextlib.suppress(OSError, ValueError, psutil.Error):
-                if steps_of(run_dir)[-1:] >= [9]:
-                    for process in psutil.Process().children(recursive=True):
-                        if "RayTrainWorker" in " ".join(process.cmdline()):
-                            process.kill()
-                            killed.set()
-            time.sleep(0.005)
+        while not (workers := train_workers()):
+            time.sleep(0.05)
+        while (steps_of(run_dir) or [0])[-1] < 9:
+            time.sleep(0.002)
+        for worker in workers:
+            worker.kill()
+        killed.set()
         newest = max(path for path in Path(str(run_dir)).glob("checkpoint_*") if path.is_dir())
         weights = newest / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -124,6 +122,13 @@ def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, 
     open_run(named, RunDir(str(config.storage_path), "again"))
     with pytest.raises(ConfigError, match=r"learning_rate=0\.005, now learning_rate is 0\.1.*another run_name"):
         fit(named.model_copy(update={"learning_rate": 0.1}))
+
+
+def test_d14_same_name_with_other_data_is_refused(ray_cluster: None, config: TrainConfig) -> None:
+    run_dir = RunDir(str(config.storage_path), "again")
+    run_dir.write_json("data.json", {"sha256": "0" * 64})
+    with pytest.raises(ConfigError, match=r"run 'again' was started on data with sha256 000000000000, data\.path now"):
+        fit(config.model_copy(update={"run_name": "again"}))
 
 
 def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_cluster: None, config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port
+from tests.conftest import free_port, train_workers
 from tests.test_fit import assert_same_run, steps_of, tiny_run
 from training.base_models import BaseModel
 from training.config import TrainConfig
@@ -62,33 +62,32 @@ def private_ray(num_cpus: int) -> Iterator[None]:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def when_step(run_dir: RunDir, step: int, act: Callable[[], None]) -> threading.Event:
-    """Do `act` as soon as the run has logged `step`; the event says that it was done."""
+def when_step(run_dir: RunDir, step: int, act: Callable[[list[psutil.Process]], None]) -> threading.Event:
+    """Give the run's workers to `act` as soon as it has logged `step`; the event says that it was done."""
     done = threading.Event()
 
     def watch() -> None:
-        while not done.is_set():
-            if (steps_of(run_dir) or [0])[-1] >= step:
-                act()
-                done.set()
+        while not (workers := train_workers()):
             time.sleep(0.05)
+        while (steps_of(run_dir) or [0])[-1] < step:
+            time.sleep(0.01)
+        act(workers)
+        done.set()
 
     threading.Thread(target=watch, daemon=True).start()
     return done
 
 
-def kill_workers() -> None:
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
+def kill(workers: list[psutil.Process]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config: TrainConfig, s3: str) -> None:
     with private_ray(2):
         whole = fit(config.model_copy(update={"run_name": "whole"}))
         run_dir = RunDir(s3, "stored")
-        killed = when_step(run_dir, 5, kill_workers)
+        killed = when_step(run_dir, 5, kill)
         stored = fit(config.model_copy(update={"run_name": "stored", "storage_path": s3, "max_failures": 1}))
     assert killed.is_set()
     assert_same_run(stored, whole)
@@ -115,7 +114,7 @@ def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(config: Train
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
         run_dir = RunDir(str(config.storage_path), "elastic")
-        left = when_step(run_dir, 6, lambda: cluster.remove_node(leaving, allow_graceful=False))
+        left = when_step(run_dir, 6, lambda _: cluster.remove_node(leaving, allow_graceful=False))
         elastic = fit(config.model_copy(update={"run_name": "elastic"}))
         assert left.is_set()
         whole = fit(config.model_copy(update={"run_name": "whole", "num_workers": 1, "train_batch_size": 4}))

@@ -36,6 +36,14 @@ def test_a_folder_goes_up_and_comes_back(run_dir: RunDir, tmp_path: Path) -> Non
     assert run_dir.is_local == fetched.is_relative_to(tmp_path / "a-run")
 
 
+def test_the_newest_folders_are_kept(run_dir: RunDir) -> None:
+    for name in ("checkpoint_1/a", "checkpoint_3/a", "checkpoint_2/a", "checkpoints.json", "adapter/a"):
+        run_dir.write_text(name, "x")
+    run_dir.keep_newest("checkpoint_", 2)
+    there = ("checkpoint_1/a", "checkpoint_2/a", "checkpoint_3/a", "checkpoints.json", "adapter/a")
+    assert [run_dir.read_text(name) for name in there] == [None, "x", "x", "x", "x"]
+
+
 def test_metrics_of_steps_that_are_taken_again_are_dropped(run_dir: RunDir) -> None:
     run_dir.write_text("metrics.jsonl", '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     log = MetricsLog(run_dir, 2)

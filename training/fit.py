@@ -90,7 +90,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     print(inputs.report.short(), file=sys.stderr)
     run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
     config = open_run(config, run_dir)
-    run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
+    _record_data(run_dir, inputs)
     run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
     if parent:
         copy_parent(parent, run_dir)
@@ -162,6 +162,17 @@ def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
         run_dir.write_json("config.json", told)
     run_dir.remove("failure.json", "result.json", "progress.json", "registered.json", "phases.json")
     return config
+
+
+def _record_data(run_dir: RunDir, inputs: RunInputs) -> None:
+    """Write what was found in the data, or make sure that a resumed run finds the same."""
+    before = (run_dir.read_json("data.json") or {}).get("sha256", inputs.report.sha256)
+    if before != inputs.report.sha256:
+        raise ConfigError(
+            f"run {run_dir.name!r} was started on data with sha256 {before[:12]}, data.path now has "
+            f"{inputs.report.sha256[:12]}: put the files back to resume the run, or choose another run_name"
+        )
+    run_dir.write_json("data.json", inputs.report.model_dump(mode="json"))
 
 
 @contextlib.contextmanager
@@ -272,6 +283,7 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
             "on from its last checkpoint"
         ) from error
     _raise_recorded(run_dir)
+    run_dir.keep_newest("checkpoint_20", _CHECKPOINTS_KEPT)  # Ray Train may end before it has pruned the last time
     if run_dir.read_json("result.json") is None:
         raise TrainingError(
             f"run {run_dir.name!r} ended without a result in {run_dir}: storage_path must be a directory that every "

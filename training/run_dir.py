@@ -80,6 +80,13 @@ class RunDir:
             for file in files:
                 self._storage.remove(file)
 
+    def keep_newest(self, prefix: str, number: int) -> None:
+        """Remove all folders whose name begins with `prefix` but the last `number` by name."""
+        with self._storage.guard(f"remove old {prefix}*"):
+            folders = {file.split("/")[0] for file in self._storage.find() if "/" in file and file.startswith(prefix)}
+            for folder in sorted(folders)[:-number]:
+                self._storage.remove_folder(folder)
+
     def upload(self, source: Path, file: str) -> None:
         """Copy a local file, or all files in a local folder, to `file`."""
         with self._storage.guard(f"write {file}"):
