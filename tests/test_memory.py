@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,12 @@ def _base_bytes(model: PeftModel) -> int:
 
 
 @pytest.fixture
-def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operators of the CUDA path on this CPU: PEFT sees autocast, attention holds no scores."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     monkeypatch.setattr(attention, "_SCORES_UP_TO", 0)
+    yield
+    torch.set_autocast_enabled("cpu", False)  # torch.autocast asked what was there before it, and put that back
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])

@@ -41,7 +41,7 @@ def content(tiny_base: BaseModel, tmp_path: Path) -> dict[str, Any]:
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "base_model": str(tiny_base.path),
-        "adapter": "tiny",
+        "adapter": "searched",
         "data": {"path": str(dataset), "held_out": 0.2},
         "lora": {"r": 4, "lora_dropout": 0.0},
         "per_device_train_batch_size": 4,
@@ -159,7 +159,7 @@ def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_tak
     assert best.metrics["eval_loss"] < second.metrics["eval_loss"]
     assert best.num_steps == 6
     assert "training stopped at step 1: the" in str(result.outcomes[2].reason)
-    manifest = AdapterRegistry().resolve("tiny")
+    manifest = AdapterRegistry().resolve("searched")
     assert result.manifest == manifest
     assert manifest.run_name == f"search/trials/{best.number:03d}"
     assert manifest.metrics["eval_loss"] == best.metrics["eval_loss"]
@@ -167,7 +167,7 @@ def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_tak
     assert manifest.config["learning_rate"] == 1e-2
     searched = ["learning_rate", "lora.lora_alpha"]
     assert manifest.config["sweep"] == {"name": "search", "num_trials": 4, "searched": searched}
-    assert AdapterRegistry().versions("tiny") == [1]
+    assert AdapterRegistry().versions("searched") == [1]
 
     recorded = json.loads((Path(result.address) / "sweep.json").read_text())
     assert (recorded["best"], recorded["registered"]) == (best.number, manifest.model_id)
