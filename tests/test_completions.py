@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from tests.conftest import RunningServer
-from training.base_models import BaseModel, Quantization, forbid_packed_cpu_kernel, load_quantized, load_tokenizer
+from training.base_models import BaseModel, Quantization, load_quantized, load_tokenizer
 from training.chat_format import Message, load_chat_format
 from training.config import load_config
 from training.inputs import read_inputs
@@ -255,8 +255,7 @@ def test_e3_the_loss_that_training_reports_is_the_loss_over_http(
         TokenizedRow(input_ids=row["input_ids"], labels=[IGNORED_LABEL, *row["input_ids"][1:]])
         for row in inputs.train_rows[:140]
     ]
-    base = load_quantized(embedded_base, Quantization())
-    forbid_packed_cpu_kernel(base)
+    base = load_quantized(embedded_base, Quantization(compute_dtype="float32"))  # bfloat16 alone is 2 % off here
     reported, num_tokens = held_out_loss(PeftModel.from_pretrained(base, AdapterRegistry().fetch(quickstart)), rows)
     logprob, num_scored = summed_logprobs(server, server.adapter, rows)
     assert num_scored == num_tokens >= 5000
