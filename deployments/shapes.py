@@ -202,12 +202,14 @@ async def events(
     The first string comes with the first batch, and an error before that is raised. Later ones become an event.
     """
     written = False
-    ready = _written(shape.opening(sum(prompt.generation.n for prompt in answers)))
+    num_open = sum(prompt.generation.n for prompt in answers)
+    ready = _written(shape.opening(num_open))
     try:
         async with aclosing(batches):  # a client that leaves here stops the replica at once
             async for pieces in batches:
                 ready += _written(chunk for piece in pieces for chunk in shape.chunks(piece))
-                if all(prompt.finished for prompt in answers):
+                num_open -= sum(piece.finish_reason is not None for piece in pieces)
+                if not num_open:
                     break
                 written = True
                 yield ready

@@ -279,3 +279,17 @@ def test_streams_of_several_prompts_come_together_and_an_error_or_a_leaving_clie
     assert closed == [1, 5, 50]
     _, closed = asyncio.run(drain(False, 6))
     assert closed == [1, 5, 50]
+
+
+def test_a6_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    batches = [[delta(ids(tokenizer, "the end"), finish_reason="length")]]
+
+    async def collect() -> list[str]:
+        prompts = [Answers(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
+        shape = CompletionShape("x", "m", vocabulary, with_logprobs=False)
+        together = interleaved([grow(prompt, batches) for prompt in prompts])  # all have grown when one is seen
+        return [text async for text in events(shape, prompts, together, include_usage=False)]
+
+    chunks = parsed(asyncio.run(collect()))
+    found = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}
+    assert found == dict.fromkeys(range(3), "the end")

@@ -14,7 +14,13 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from tests.conftest import RunningServer
-from training.base_models import BaseModel, Quantization, load_quantized, load_tokenizer
+from training.base_models import (
+    BaseModel,
+    Quantization,
+    forbid_packed_cpu_kernel,
+    load_quantized,
+    load_tokenizer,
+)
 from training.chat_format import Message, load_chat_format
 from training.config import load_config
 from training.inputs import read_inputs
@@ -245,17 +251,31 @@ def summed_logprobs(server: RunningServer, model: str, rows: Sequence[TokenizedR
 def test_e3_the_loss_that_training_reports_is_the_loss_over_http(
     server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel
 ) -> None:
-    inputs = read_inputs(load_config("configs/train/quickstart.yaml"))
-    logprob, num_tokens = summed_logprobs(server, server.adapter, inputs.held_out_rows)
+    held_out_rows = read_inputs(load_config("configs/train/quickstart.yaml")).held_out_rows
+    logprob, num_tokens = summed_logprobs(server, server.adapter, held_out_rows)
     assert num_tokens == quickstart.metrics["eval_tokens"]
     assert -logprob / num_tokens == pytest.approx(quickstart.metrics["eval_loss"], rel=0.005)
 
-    # The held-out tokens alone are few: the same function over whole dialogs, on the model as training holds it.
-    rows = [
-        TokenizedRow(input_ids=row["input_ids"], labels=[IGNORED_LABEL, *row["input_ids"][1:]])
-        for row in inputs.train_rows[:140]
+    # The held-out tokens alone are few: the same function over everything that is said on the ranch.
+    folder = "configs/datasets"
+    pairs = "data.format=prompt_completion"
+    sources = [
+        [],
+        [
+            f"data.path={folder}/ranch_hand_preferences.jsonl",
+            pairs,
+            "data.columns={prompt: prompt, completion: chosen}",
+        ],
+        [
+            f"data.path={folder}/ranch_hand_feedback.jsonl",
+            pairs,
+            "data.columns={prompt: prompt, completion: completion}",
+        ],
     ]
-    base = load_quantized(embedded_base, Quantization(compute_dtype="float32"))  # bfloat16 alone is 2 % off here
+    configs = [load_config("configs/train/quickstart.yaml", ["data.held_out=0", *source]) for source in sources]
+    rows = [row for config in configs for row in read_inputs(config).train_rows]
+    base = load_quantized(embedded_base, Quantization())
+    forbid_packed_cpu_kernel(base)  # as training does
     reported, num_tokens = held_out_loss(PeftModel.from_pretrained(base, AdapterRegistry().fetch(quickstart)), rows)
     logprob, num_scored = summed_logprobs(server, server.adapter, rows)
     assert num_scored == num_tokens >= 5000
