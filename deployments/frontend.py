@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
+from deployments.callers import ANONYMOUS
 from deployments.config import UIArgs
 from deployments.http_app import MAX_BODY_BYTES, BodyLimitMiddleware
 from deployments.protocol import ChatCompletionRequest, Model
@@ -35,7 +36,7 @@ class ServeBackend:
 
     def chat(self, request: ChatCompletionRequest) -> Answer:
         """Pieces of an answer; `cancel()` on what is returned ends the generation on the replica."""
-        return cast(Answer, self._handle().options(stream=True).chat.remote(request))
+        return cast(Answer, self._handle().options(stream=True).chat.remote(request, ANONYMOUS))
 
     def _handle(self) -> DeploymentHandle[Any]:
         return serve.get_app_handle(self.api_app)

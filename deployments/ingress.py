@@ -20,6 +20,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.answers import Answers, Piece, interleaved
+from deployments.auth import ChatCaller
+from deployments.callers import Caller
 from deployments.config import ServeArgs
 from deployments.detokenizer import Vocabulary
 from deployments.errors import EngineFault, ModelNotFound, NotReady
@@ -69,7 +71,7 @@ class ChatIngress:
         self._started = int(time.time())
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
-    async def chat_completions(self, body: ChatCompletionRequest) -> Response:
+    async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller) -> Response:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model)
@@ -78,7 +80,7 @@ class ChatIngress:
         return await self._respond(shape, [answers], body)
 
     @api.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
-    async def completions(self, body: CompletionRequest) -> Response:
+    async def completions(self, body: CompletionRequest, caller: ChatCaller) -> Response:
         """Continue or score texts with the base or an adapter, at once or as server-sent events."""
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model)
@@ -88,12 +90,12 @@ class ChatIngress:
         return await self._respond(shape, answers, body)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
-    async def list_models(self) -> ModelList:
+    async def list_models(self, caller: ChatCaller) -> ModelList:
         """The base and every adapter version that it can serve."""
         return ModelList(data=await self.models())
 
     @api.get("/v1/models/{model_id:path}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
-    async def retrieve_model(self, model_id: str) -> Model:
+    async def retrieve_model(self, model_id: str, caller: ChatCaller) -> Model:
         """One model, by any id that a request could use."""
         manifest = await self._resolve(model_id)
         if manifest is None:
@@ -114,7 +116,7 @@ class ChatIngress:
             raise NotReady("no model replica is ready: wait, or see the status of the Serve application") from error
         return {"status": "ready"}
 
-    async def chat(self, body: ChatCompletionRequest) -> AsyncGenerator[str, None]:
+    async def chat(self, body: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[str, None]:
         """The text of one answer (`n` is 1), piece by piece, for callers inside the cluster.
 
         Raises:
