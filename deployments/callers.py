@@ -22,6 +22,9 @@ class KeyLimits(BaseModel):
     streams: _Limit = Field(None, description="requests at the same time")
 
 
+NO_LIMITS = KeyLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who a request comes from.
@@ -34,7 +37,7 @@ class Caller:
     key_id: str | None
     name: str
     scopes: frozenset[Scope]
-    limits: KeyLimits = KeyLimits()
+    limits: KeyLimits = NO_LIMITS
 
 
 ANONYMOUS = Caller(None, "anonymous", frozenset({"chat", "admin"}))
