@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -87,20 +87,20 @@ class BodyLimitMiddleware:
 
 async def _openapi(request: Request, caller: ChatCaller) -> JSONResponse:
     schema = request.app.openapi()
-    prefix = _prefix(request)
-    return JSONResponse({**schema, "servers": [{"url": prefix}]} if prefix else schema)
+    servers = [{"url": prefix(request)}] if prefix(request) else []
+    return JSONResponse({**schema, "servers": servers} if servers else schema)
 
 
 async def _docs(request: Request, caller: ChatCaller) -> HTMLResponse:
-    return get_swagger_ui_html(openapi_url=f"{_prefix(request)}/openapi.json", title="Corral")
+    return get_swagger_ui_html(openapi_url=f"{prefix(request)}/openapi.json", title="Corral")
 
 
 async def _redoc(request: Request, caller: ChatCaller) -> HTMLResponse:
-    return get_redoc_html(openapi_url=f"{_prefix(request)}/openapi.json", title="Corral")
+    return get_redoc_html(openapi_url=f"{prefix(request)}/openapi.json", title="Corral")
 
 
-def _prefix(request: Request) -> str:
-    """Where Ray Serve has mounted the application, nothing for `/`."""
+def prefix(request: HTTPConnection) -> str:
+    """Where Ray Serve has mounted the application, such as `/ui`; nothing for `/`."""
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
