@@ -197,11 +197,14 @@ def _port() -> Check:
         return Check(f"port {DEFAULT_PORT}", "ok", "free")
     from clients.api import CorralClient, ServerError
 
+    url = f"http://{DEFAULT_HOST}:{DEFAULT_PORT}"
     try:
-        with CorralClient(f"http://127.0.0.1:{DEFAULT_PORT}", timeout_s=5) as client:
+        with CorralClient(url, os.environ.get("CORRAL_API_KEY"), timeout_s=5) as client:
             models = client.models()
         return Check(f"port {DEFAULT_PORT}", "ok", f"a Corral server answers there, with {len(models)} models")
-    except ServerError:
+    except ServerError as error:
+        if error.code == "invalid_api_key":
+            return Check(f"port {DEFAULT_PORT}", "ok", "a Corral server answers there, and wants a key")
         fix = "stop the program that listens there, or use corral serve --port 8001"
         return Check(f"port {DEFAULT_PORT}", "broken", "in use by another program", fix)
 

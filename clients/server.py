@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,33 @@ def running(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server
 def urls(server: "Server", *, stays: bool = True) -> str:
     """Where a server answers, for the person who started it."""
     ui = [f"chat  {server.ui_url}"] if server.ui_url else []
-    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", *(["Ctrl-C stops it"] if stays else [])]
-    return "\n".join(lines)
+    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_who_needs_a_key()}"]
+    return "\n".join([*lines, *(["Ctrl-C stops it"] if stays else [])])
+
+
+@contextlib.contextmanager
+def own_key(name: str) -> Iterator[str | None]:
+    """A key to the server that this command runs, valid as long as the block lasts; None where nobody needs one."""
+    from deployments.keys import KeyStore
+
+    store = KeyStore()
+    if not store.required:
+        yield None
+        return
+    made, key = store.create(name, ("chat",), expires=datetime.now(UTC) + timedelta(days=1))
+    try:
+        yield key
+    finally:
+        store.revoke(made.id)
+
+
+def _who_needs_a_key() -> str:
+    from deployments.keys import KeyStore
+
+    store = KeyStore()
+    if store.required:
+        return f"required, {store.num_valid} valid: see 'corral keys list'"
+    return "not required on this machine: 'corral keys create' changes that"
 
 
 @contextlib.contextmanager
