@@ -210,6 +210,7 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
             if on_cluster:
                 ray.init(**quiet)
             else:
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of nodes; there is one
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
