@@ -7,9 +7,13 @@ CorralError                        (training.errors; each message is written for
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
+    ├── InvalidKey        401      invalid_api_key
+    ├── MissingScope      403      missing_scope
+    ├── OriginRefused     403      origin_refused
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
     ├── EngineFault       500      engine_error
+    ├── KeysUnreadable    500      keys_unreadable
     └── NotReady          503      not_ready
 """
 
@@ -36,6 +40,18 @@ class ContextLengthExceeded(ServeError):
     """Prompt and answer do not fit the context."""
 
 
+class InvalidKey(ServeError):
+    """No key, or one that is not accepted."""
+
+
+class MissingScope(ServeError):
+    """The key may not do this."""
+
+
+class OriginRefused(ServeError):
+    """Without keys a server answers programs of its own machine only, and no pages of other hosts."""
+
+
 class ModelNotFound(ServeError):
     """`model` names nothing that is served here."""
 
@@ -48,6 +64,10 @@ class EngineFault(ServeError):
     """The engine could not finish an answer."""
 
 
+class KeysUnreadable(ServeError):
+    """The file of keys is broken, so nobody can be let in."""
+
+
 class NotReady(ServeError):
     """No model replica can generate a token now."""
 
@@ -55,12 +75,16 @@ class NotReady(ServeError):
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ChatFormatError, 400, None),
     (ContextLengthExceeded, 400, "context_length_exceeded"),
+    (InvalidKey, 401, "invalid_api_key"),
+    (MissingScope, 403, "missing_scope"),
+    (OriginRefused, 403, "origin_refused"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
     (BodyTooLarge, 413, "body_too_large"),
     (AdapterRefused, 500, "adapter_unhealthy"),
     (RegistryError, 500, "registry_error"),
     (EngineFault, 500, "engine_error"),
+    (KeysUnreadable, 500, "keys_unreadable"),
     (NotReady, 503, "not_ready"),
 ]
 

@@ -183,10 +183,15 @@ def _wait_until_ready(server: Server) -> None:
                 raise ServeError(f"application {name!r} does not start: {_last_line(broken[0])}")
         with contextlib.suppress(httpx.HTTPError):
             ready = httpx.get(f"{server.url}/readyz", timeout=20).status_code == 200
-            if ready and (server.ui_url is None or httpx.get(server.ui_url, follow_redirects=True).status_code == 200):
+            if ready and (server.ui_url is None or _page_is_up(server.ui_url)):
                 return
         time.sleep(_POLL_S)
     raise ServeError(f"the server was not ready after {_START_TIMEOUT_S:.0f} s: see `corral serve --debug`")
+
+
+def _page_is_up(url: str) -> bool:
+    """Whether a browser that goes there sees a page, which is the login where keys exist."""
+    return httpx.get(url, headers={"accept": "text/html"}, follow_redirects=True).status_code == 200
 
 
 def _last_line(text: str) -> str:
