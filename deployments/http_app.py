@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.errors import BodyTooLarge, error_body, error_response
+from deployments.errors import BodyTooLarge, error_body, error_headers, error_response
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -77,7 +77,7 @@ class BodyLimitMiddleware:
 
 async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
     status, body = error_response(error)
-    return JSONResponse(body.model_dump(), status, {"retry-after": "1"} if status == 503 else None)
+    return JSONResponse(body.model_dump(), status, error_headers(error))
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
