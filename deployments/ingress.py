@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 from fastapi import Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
@@ -60,8 +60,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
+
+def _ledger() -> LedgerClient:
+    """This replica's."""
+    return cast("ChatIngress", serve.get_replica_context().servable_object).ledger
+
+
 api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
-api.add_middleware(BookingMiddleware, ledger=lambda: serve.get_replica_context().servable_object.ledger)
+api.add_middleware(BookingMiddleware, ledger=_ledger)
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
