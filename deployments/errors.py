@@ -7,10 +7,14 @@ CorralError                        (training.errors; each message is written for
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
+    ├── InvalidKey        401      invalid_api_key
+    ├── MissingScope      403      missing_scope
+    ├── OriginRefused     403      origin_refused
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
     ├── RateLimited       429      rate_limit_exceeded
     ├── EngineFault       500      engine_error
+    ├── KeysUnreadable    500      keys_unreadable
     └── NotReady          503      not_ready
 """
 
@@ -39,6 +43,18 @@ class ContextLengthExceeded(ServeError):
     """Prompt and answer do not fit the context."""
 
 
+class InvalidKey(ServeError):
+    """No key, or one that is not accepted."""
+
+
+class MissingScope(ServeError):
+    """The key may not do this."""
+
+
+class OriginRefused(ServeError):
+    """Without keys a server answers programs of its own machine only, and no pages of other hosts."""
+
+
 class ModelNotFound(ServeError):
     """`model` names nothing that is served here."""
 
@@ -62,6 +78,10 @@ class EngineFault(ServeError):
     """The engine could not finish an answer."""
 
 
+class KeysUnreadable(ServeError):
+    """The file of keys is broken, so nobody can be let in."""
+
+
 class NotReady(ServeError):
     """Something that the request needs is not there now: a model replica, the ledger."""
 
@@ -69,6 +89,9 @@ class NotReady(ServeError):
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ChatFormatError, 400, None),
     (ContextLengthExceeded, 400, "context_length_exceeded"),
+    (InvalidKey, 401, "invalid_api_key"),
+    (MissingScope, 403, "missing_scope"),
+    (OriginRefused, 403, "origin_refused"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
     (BodyTooLarge, 413, "body_too_large"),
@@ -76,6 +99,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (AdapterRefused, 500, "adapter_unhealthy"),
     (RegistryError, 500, "registry_error"),
     (EngineFault, 500, "engine_error"),
+    (KeysUnreadable, 500, "keys_unreadable"),
     (NotReady, 503, "not_ready"),
 ]
 
@@ -88,13 +112,6 @@ def error_response(error: Exception) -> tuple[int, ErrorResponse]:
     return 500, error_body(
         500, "internal error: the server's log has the cause under this x-request-id", None, "internal"
     )
-
-
-def error_headers(error: Exception) -> dict[str, str]:
-    """What the answer's headers tell about an error: when to try again."""
-    if isinstance(error, RateLimited):
-        return error.headers
-    return {"retry-after": "1"} if error_response(error)[0] == 503 else {}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorResponse:

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from ray import serve
+from ray.serve import context
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.config import DeploymentConfig
-from ray.serve.context import _set_internal_replica_context
 from ray.serve.schema import ReplicaRank
 from starlette.exceptions import HTTPException
 
@@ -150,6 +150,7 @@ class Api:
 def run(tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a test's coroutine with an Api of its own."""
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path))
+    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", None)  # and again afterwards
 
     def run(scenario: Callable[[Api], Coroutine[Any, Any, None]], replica: Replica | None = None) -> None:
         async def main() -> None:
@@ -175,7 +176,7 @@ async def build(base: BaseModel, replica: Replica) -> Api:
     wrapped: Any = cast(serve.Deployment, ChatIngress).func_or_class
     ingress = wrapped.__new__(wrapped)
     await ingress.__init__(model, ledger, ServeArgs(base_model=str(base.path)))
-    _set_internal_replica_context(  # where routes find their `self`
+    context._set_internal_replica_context(  # where routes find their `self`
         replica_id=ReplicaID("test", DeploymentID("ChatIngress", "corral")),
         servable_object=ingress,
         _deployment_config=DeploymentConfig(),
