@@ -12,10 +12,13 @@ CorralError                        (training.errors; each message is written for
     ├── OriginRefused     403      origin_refused
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
+    ├── RateLimited       429      rate_limit_exceeded
     ├── EngineFault       500      engine_error
     ├── KeysUnreadable    500      keys_unreadable
     └── NotReady          503      not_ready
 """
+
+from typing import Any
 
 from deployments.protocol import ErrorDetail, ErrorResponse
 from training.errors import AdapterNotFound, AdapterRefused, ChatFormatError, CorralError, RegistryError
@@ -28,7 +31,7 @@ class ServeError(CorralError):
         super().__init__(message)
         self.param = param
 
-    def __reduce__(self) -> tuple[type["ServeError"], tuple[str, str | None]]:
+    def __reduce__(self) -> tuple[type["ServeError"], tuple[Any, ...]]:
         return type(self), (str(self), self.param)
 
 
@@ -60,6 +63,17 @@ class BodyTooLarge(ServeError):
     """The request body is over the limit."""
 
 
+class RateLimited(ServeError):
+    """The key's limits have no room for the request now; `headers` say when, where time mends it."""
+
+    def __init__(self, message: str, headers: dict[str, str]) -> None:
+        super().__init__(message)
+        self.headers = headers
+
+    def __reduce__(self) -> tuple[type["RateLimited"], tuple[Any, ...]]:
+        return type(self), (str(self), self.headers)
+
+
 class EngineFault(ServeError):
     """The engine could not finish an answer."""
 
@@ -69,7 +83,7 @@ class KeysUnreadable(ServeError):
 
 
 class NotReady(ServeError):
-    """No model replica can generate a token now."""
+    """Something that the request needs is not there now: a model replica, the ledger."""
 
 
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
@@ -81,6 +95,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
     (BodyTooLarge, 413, "body_too_large"),
+    (RateLimited, 429, "rate_limit_exceeded"),
     (AdapterRefused, 500, "adapter_unhealthy"),
     (RegistryError, 500, "registry_error"),
     (EngineFault, 500, "engine_error"),
@@ -101,7 +116,7 @@ def error_response(error: Exception) -> tuple[int, ErrorResponse]:
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorResponse:
     """OpenAI's error object."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 

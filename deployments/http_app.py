@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.auth import ChatCaller
-from deployments.errors import BodyTooLarge, error_body, error_response
+from deployments.errors import BodyTooLarge, RateLimited, error_body, error_response
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -106,7 +106,8 @@ def prefix(request: HTTPConnection) -> str:
 
 async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
     status, body = error_response(error)
-    return JSONResponse(body.model_dump(), status, _HEADERS.get(status))
+    headers = error.headers if isinstance(error, RateLimited) else _HEADERS.get(status)
+    return JSONResponse(body.model_dump(), status, headers)
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
