@@ -3,6 +3,7 @@
 CorralError                        (training.errors; each message is written for who can mend it)
 ├── ChatFormatError       400
 ├── AdapterNotFound       404      model_not_found
+├── RegistryConflict      409      registry_conflict
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
@@ -14,7 +15,14 @@ CorralError                        (training.errors; each message is written for
 """
 
 from deployments.protocol import ErrorDetail, ErrorResponse
-from training.errors import AdapterNotFound, AdapterRefused, ChatFormatError, CorralError, RegistryError
+from training.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    ChatFormatError,
+    CorralError,
+    RegistryConflict,
+    RegistryError,
+)
 
 
 class ServeError(CorralError):
@@ -57,6 +65,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ContextLengthExceeded, 400, "context_length_exceeded"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
+    (RegistryConflict, 409, "registry_conflict"),
     (BodyTooLarge, 413, "body_too_large"),
     (AdapterRefused, 500, "adapter_unhealthy"),
     (RegistryError, 500, "registry_error"),
@@ -86,4 +95,4 @@ def _param(error: CorralError) -> str | None:
         return error.param
     if isinstance(error, ChatFormatError):
         return "messages" if error.message_index is None else f"messages.{error.message_index}"
-    return "model" if isinstance(error, AdapterNotFound) else None
+    return None

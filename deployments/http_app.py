@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.docs_page import add_docs
 from deployments.errors import BodyTooLarge, error_body, error_response
 from training.errors import CorralError
 
@@ -22,8 +23,14 @@ logger = logging.getLogger("ray.serve")
 
 
 def create_api() -> FastAPI:
-    """An application without routes."""
-    api = FastAPI(title="Corral", description="Llama chat models and their adapters, OpenAI-compatible.")
+    """An application whose only routes are its own documentation's."""
+    api = FastAPI(
+        title="Corral",
+        description="Llama chat models and their adapters, OpenAI-compatible.",
+        docs_url=None,  # it loads from a CDN; so does redoc
+        redoc_url=None,
+    )
+    add_docs(api)
     api.add_exception_handler(CorralError, _answer_corral_error)
     api.add_exception_handler(RequestValidationError, _answer_validation_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)

@@ -245,7 +245,7 @@ class AdapterRegistry:
         a second call changes the share, one with 100 finishes it.
 
         Raises:
-            RegistryConflict: a canary was asked for where there is no champion, or of the champion itself.
+            RegistryConflict: a canary was asked for of the champion itself, where there is none, or of another alias.
         """
         _check_alias(alias)
         if not 0 < percent <= 100:
