@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.docs_page import add_docs
 from deployments.errors import BodyTooLarge, error_body, error_response
+from deployments.protocol import ErrorResponse
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -29,6 +30,8 @@ def create_api() -> FastAPI:
         description="Llama chat models and their adapters, OpenAI-compatible.",
         docs_url=None,  # it loads from a CDN; so does redoc
         redoc_url=None,
+        # Also keeps FastAPI from announcing 422 in its own shape, which is never answered.
+        responses={"default": {"model": ErrorResponse, "description": "Any other error."}},
     )
     add_docs(api)
     api.add_exception_handler(CorralError, _answer_corral_error)
