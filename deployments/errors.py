@@ -6,6 +6,7 @@ CorralError                        (training.errors; each message is written for
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
+    ├── CertificateError           a certificate that cannot be made or read; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
@@ -30,6 +31,10 @@ class ServeError(CorralError):
 
 class ServeConfigError(ServeError):
     """A serve YAML that is not accepted."""
+
+
+class CertificateError(ServeError):
+    """A certificate that cannot be made or read."""
 
 
 class ContextLengthExceeded(ServeError):
