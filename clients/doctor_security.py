@@ -70,12 +70,13 @@ def open_ports() -> Check:
     if not beyond:
         return Check("open ports", "ok", "Ray and Serve listen on this machine's loopback addresses only")
     found = ", ".join(f"{listener.name} {listener.address}" for listener in beyond)
-    plain = [listener for listener in beyond if listener.name in _HTTP and not speaks_tls(listener.port)]
+    plain = [
+        listener for listener in beyond if listener.name in _HTTP and not speaks_tls(listener.reachable, listener.port)
+    ]
     if plain:
         ports = ", ".join(str(listener.port) for listener in plain)
         return Check("open ports", "note", found, f"keys travel in clear to port {ports}: corral serve --tls")
-    fix = f"let a firewall keep strangers from them; a cluster on one machine: {_START} --node-ip-address 127.0.0.1"
-    return Check("open ports", "note", found, fix)
+    return Check("open ports", "note", found, f"let a firewall keep strangers out; a cluster's head: {_START}")
 
 
 def certificate() -> Check:
@@ -107,13 +108,22 @@ class Listener:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine reaches it."""
-        return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        return self._ip.is_loopback
 
     @property
     def address(self) -> str:
         """As in a URL, `*` for all interfaces."""
-        host = "*" if ipaddress.ip_address(self.host.partition("%")[0]).is_unspecified else self.host
-        return f"{host}:{self.port}"
+        return f"{'*' if self._ip.is_unspecified else self.host}:{self.port}"
+
+    @property
+    def reachable(self) -> str:
+        """An address of this machine that it answers at."""
+        return "localhost" if self._ip.is_unspecified else self.host
+
+    @property
+    def _ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+        ip = ipaddress.ip_address(self.host.partition("%")[0])  # without an interface's name
+        return (ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None) or ip  # ::ffff:127.0.0.1
 
 
 def listeners() -> list[Listener]:
@@ -129,12 +139,12 @@ def listeners() -> list[Listener]:
     return sorted(found, key=lambda listener: (listener.name, listener.port))
 
 
-def speaks_tls(port: int) -> bool:
-    """Whether a TLS handshake with that port of this machine succeeds."""
+def speaks_tls(host: str, port: int) -> bool:
+    """Whether a TLS handshake with who listens there succeeds."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent
     try:
-        with socket.create_connection(("localhost", port), _PROBE_S) as plain, context.wrap_socket(plain):
+        with socket.create_connection((host, port), _PROBE_S) as plain, context.wrap_socket(plain):
             return True
     except OSError:
         return False

@@ -60,7 +60,7 @@ def restricted(config: str, error_file: Path, bind: str) -> str:
     if (len(sections) - len(kept), num_sockets, num_errors, num_binds) != (len(_STATISTICS), 1, 3, 1):
         raise ServeError(
             f"the configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open sockets, "
-            f"{num_errors} error files and {num_binds} other addresses, not 2, 1, 3 and 1 as Ray 2.60 writes it: "
+            f"{num_errors} error files and {num_binds} addresses, not 2, 1, 3 and 1 as Ray 2.60 writes it: "
             "set RAY_SERVE_ENABLE_HA_PROXY=0"
         )
     return config
