@@ -18,15 +18,16 @@ from pathlib import Path
 
 from deployments.haproxy import Frontend
 
-# What Ray Serve's throughput mode sets: handles over gRPC, a replica's code on its main loop, no log line for each
-# request. Worth a seventh of the tokens at 32 streams.
-_RAY_SERVE_SETTINGS = {
+# What Ray Serve's throughput mode sets (handles over gRPC, a replica's code on its main loop, no log line for each
+# request; worth a seventh of the tokens at 32 streams), and what suits a machine that does other things too.
+_RAY_SETTINGS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second at idle replicas cost 4 % of a core
+    "RAY_worker_niceness": "0",  # 15 by default: any other program would take the cores from the replicas
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine HAProxy takes longer than five seconds
 }
 
@@ -39,7 +40,7 @@ def private_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> Iterat
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
-    for name, value in _RAY_SERVE_SETTINGS.items():  # inherited by all processes that Ray starts
+    for name, value in _RAY_SETTINGS.items():  # inherited by all processes that Ray starts
         os.environ.setdefault(name, value)
     checkout = str(Path(__file__).resolve().parent.parent)
     if checkout not in sys.path:
