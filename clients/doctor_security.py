@@ -18,7 +18,8 @@ from typing import Any
 from clients.doctor_check import Check
 from training.home import corral_home
 
-_SECRETS = ("keys.json", "usage.db", "usage.db-wal", "audit.jsonl", "certs", "certs/key.pem")  # under CORRAL_HOME
+# Under CORRAL_HOME.
+_SECRETS = ("keys.json", "ui_secret", "usage.db", "usage.db-wal", "audit.jsonl", "certs", "certs/key.pem")
 _HTTP = ("haproxy", "ray::ProxyActor")  # what answers Serve's clients
 _RAY = ("gcs_server", "raylet", "dashboard.py", *_HTTP)
 _HEAD = "gcs_server"

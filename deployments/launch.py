@@ -134,7 +134,8 @@ def _wait_until_ready(server: Server) -> None:
     verify = context_trusting(server.certfile) if server.certfile else True
     deadline = time.monotonic() + _START_TIMEOUT_S
     # A proxy of the environment does not reach our loopback.
-    with httpx.Client(verify=verify, timeout=20, follow_redirects=True, trust_env=False) as http:
+    browser = {"accept": "text/html"}  # which is shown a login where the page needs one
+    with httpx.Client(verify=verify, headers=browser, timeout=20, follow_redirects=True, trust_env=False) as http:
         while time.monotonic() < deadline:
             for name, application in serve.status().applications.items():
                 if application.status == "DEPLOY_FAILED":
