@@ -50,7 +50,7 @@ def private_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> Iterat
     with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         haproxy = _haproxy_settings(frontend, Path(folder))
         os.environ.update(haproxy)
-        _ask_for_a_token()
+        ask_for_a_token()
         import ray
         from ray._private import ray_constants
 
@@ -75,7 +75,7 @@ def private_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> Iterat
             ray.shutdown()
 
 
-def _ask_for_a_token() -> None:
+def ask_for_a_token() -> None:
     """Have Ray refuse callers without the token in ~/.ray/auth_token, which is made here if it is not there.
 
     Serve's replicas take pickled calls from each other on all interfaces: without a token, anybody's code.
