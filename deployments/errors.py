@@ -7,6 +7,7 @@ CorralError                        (training.errors; each message is written for
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
+    ├── CertificateError           a certificate that cannot be made or read; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
     ├── InvalidKey        401      invalid_api_key
     ├── MissingScope      403      missing_scope
@@ -45,6 +46,10 @@ class ServeError(CorralError):
 
 class ServeConfigError(ServeError):
     """A serve YAML that is not accepted."""
+
+
+class CertificateError(ServeError):
+    """A certificate that cannot be made or read."""
 
 
 class ContextLengthExceeded(ServeError):
