@@ -5,8 +5,10 @@ only a server that listens on loopback allows; pages of websites, which run on t
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
@@ -15,6 +17,7 @@ from starlette.datastructures import Headers
 
 from deployments.callers import ANONYMOUS, Caller
 from deployments.errors import InvalidKey, KeysUnreadable, MissingScope, OriginRefused
+from deployments.haproxy import frontend_host
 from deployments.keys import KeyStore
 from deployments.origins import is_foreign, is_loopback, names_loopback
 
@@ -36,11 +39,8 @@ async def _store() -> KeyStore:
 async def _chat_caller(
     request: Request, store: Annotated[KeyStore, Depends(_store)], _: Annotated[object, Security(_BEARER)]
 ) -> Caller:
-    try:
+    with unreadable_keys_logged():
         return store.authenticate(bearer_key(request.headers)) if store.required else await anonymous(request.headers)
-    except KeysUnreadable as error:
-        logger.error("%s", error)
-        raise KeysUnreadable("the server cannot read its API keys: its log has the cause") from None
 
 
 ChatCaller = Annotated[Caller, Depends(_chat_caller)]
@@ -53,6 +53,16 @@ async def _admin_caller(caller: ChatCaller) -> Caller:
 
 
 AdminCaller = Annotated[Caller, Depends(_admin_caller)]
+
+
+@contextlib.contextmanager
+def unreadable_keys_logged() -> Iterator[None]:
+    """Tell the log what is wrong with the file of keys, and whoever asks only that something is."""
+    try:
+        yield
+    except KeysUnreadable as error:
+        logger.error("%s", error)
+        raise KeysUnreadable("the server cannot read its API keys: its log has the cause") from None
 
 
 def bearer_key(headers: Headers) -> str:
@@ -91,7 +101,9 @@ async def anonymous(headers: Headers) -> Caller:
 
 @functools.cache
 def _listens_on_loopback() -> bool:
-    """As Ray Serve was told; outside of it nothing listens yet."""
+    """As HAProxy or Ray Serve was told; outside of them nothing listens yet."""
+    if (host := frontend_host()) is not None:
+        return is_loopback(host)
     from ray.serve.context import _get_global_client, _get_internal_replica_context
 
     if _get_internal_replica_context() is None:

@@ -3,9 +3,11 @@
 CorralError                        (training.errors; each message is written for who can mend it)
 ├── ChatFormatError       400
 ├── AdapterNotFound       404      model_not_found
+├── RegistryConflict      409      registry_conflict
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
+    ├── CertificateError           a certificate that cannot be made or read; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
     ├── InvalidKey        401      invalid_api_key
     ├── MissingScope      403      missing_scope
@@ -21,7 +23,14 @@ CorralError                        (training.errors; each message is written for
 from typing import Any
 
 from deployments.protocol import ErrorDetail, ErrorResponse
-from training.errors import AdapterNotFound, AdapterRefused, ChatFormatError, CorralError, RegistryError
+from training.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    ChatFormatError,
+    CorralError,
+    RegistryConflict,
+    RegistryError,
+)
 
 
 class ServeError(CorralError):
@@ -37,6 +46,10 @@ class ServeError(CorralError):
 
 class ServeConfigError(ServeError):
     """A serve YAML that is not accepted."""
+
+
+class CertificateError(ServeError):
+    """A certificate that cannot be made or read."""
 
 
 class ContextLengthExceeded(ServeError):
@@ -94,6 +107,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (OriginRefused, 403, "origin_refused"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
+    (RegistryConflict, 409, "registry_conflict"),
     (BodyTooLarge, 413, "body_too_large"),
     (RateLimited, 429, "rate_limit_exceeded"),
     (AdapterRefused, 500, "adapter_unhealthy"),
@@ -125,4 +139,4 @@ def _param(error: CorralError) -> str | None:
         return error.param
     if isinstance(error, ChatFormatError):
         return "messages" if error.message_index is None else f"messages.{error.message_index}"
-    return "model" if isinstance(error, AdapterNotFound) else None
+    return None
