@@ -4,7 +4,6 @@ For programs that want no more than text in and text out; whoever needs the whol
 package at the same address. Importing this needs neither torch nor Ray.
 """
 
-import ipaddress
 import json
 import ssl
 from collections.abc import Generator, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypedDict, Unpack
 import httpx
 from pydantic import ValidationError
 
+from deployments.origins import is_loopback as is_loopback_host
 from deployments.protocol import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
 from training.chat_format import Message
 from training.errors import CorralError
@@ -187,11 +187,7 @@ def _trusting(ca: str | Path) -> ssl.SSLContext:
 
 def is_loopback(url: str) -> bool:
     """Whether `url` names this very machine."""
-    host = httpx.URL(url).host
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(httpx.URL(url).host)
 
 
 def _body(messages: str | Sequence[Message], model: str, sampling: Sampling, *, stream: bool = False) -> bytes:

@@ -335,6 +335,18 @@ def bench(
 
 
 @app.command()
+def usage(
+    since: Annotated[str, typer.Option(metavar="DAYS|DATE", help="days such as 7d, or from a date on, in UTC")] = "7d",
+    by: Annotated[Literal["key", "model", "day"] | None, typer.Option(help="default: key and model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Requests and tokens of each key and model, whether a server runs or not."""
+    from clients import usage
+
+    print(usage.usage(since, by, as_json=as_json))
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
     """Check that this machine can train and serve, and say what to do where it cannot."""
     from clients.doctor import examine, report
