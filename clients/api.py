@@ -9,17 +9,21 @@ import ssl
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from deployments.adapter_protocol import Adapter, AdapterChange, AdapterList, DeletedVersion
 from deployments.origins import is_loopback as is_loopback_host
 from deployments.protocol import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
 from training.chat_format import Message
 from training.errors import CorralError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class ServerError(CorralError):
@@ -125,6 +129,33 @@ class CorralClient:
             _raise_for_status(response)
             return ModelList.model_validate_json(response.content).data
 
+    def adapters(self) -> list[Adapter]:
+        """Every adapter with its versions, and where its traffic goes; as all that follow, for keys of scope admin."""
+        return self._call("GET", "/v1/adapters", AdapterList).data
+
+    def adapter(self, name: str) -> Adapter:
+        """One of them."""
+        return self._call("GET", _adapter_path(name), Adapter)
+
+    def promote(self, name: str, version: int, alias: str, percent: float) -> AdapterChange:
+        """Point an alias at a version; below 100 percent as a canary beside the champion."""
+        body = {"version": version, "percent": percent, "alias": alias}
+        return self._call("POST", f"{_adapter_path(name)}/promote", AdapterChange, body)
+
+    def rollback(self, name: str, alias: str) -> AdapterChange:
+        """End the canary, or point an alias at what it pointed at before."""
+        return self._call("POST", f"{_adapter_path(name)}/rollback", AdapterChange, {"alias": alias})
+
+    def delete_version(self, name: str, version: int) -> DeletedVersion:
+        """Remove a version for good."""
+        return self._call("DELETE", f"{_adapter_path(name)}/versions/{version}", DeletedVersion)
+
+    def _call(self, method: str, path: str, answer: type[_Answer], body: dict[str, Any] | None = None) -> _Answer:
+        with self._sending():
+            response = self._http.request(method, path, json=body)
+            _raise_for_status(response)
+            return answer.model_validate_json(response.content)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -175,6 +206,10 @@ class _Sending:
 
 
 _JSON = {"content-type": "application/json"}
+
+
+def _adapter_path(name: str) -> str:
+    return f"/v1/adapters/{quote(name, safe='')}"
 
 
 def _trusting(ca: str | Path) -> ssl.SSLContext:

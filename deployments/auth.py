@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 
 from deployments.callers import ANONYMOUS, Caller
 from deployments.errors import InvalidKey, KeysUnreadable, MissingScope, OriginRefused
+from deployments.haproxy import frontend_host
 from deployments.keys import KeyStore
 from deployments.origins import is_foreign, is_loopback, names_loopback
 
@@ -100,7 +101,9 @@ async def anonymous(headers: Headers) -> Caller:
 
 @functools.cache
 def _listens_on_loopback() -> bool:
-    """As Ray Serve was told; outside of it nothing listens yet."""
+    """As HAProxy or Ray Serve was told; outside of them nothing listens yet."""
+    if (host := frontend_host()) is not None:
+        return is_loopback(host)
     from ray.serve.context import _get_global_client, _get_internal_replica_context
 
     if _get_internal_replica_context() is None:

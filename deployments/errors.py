@@ -3,6 +3,7 @@
 CorralError                        (training.errors; each message is written for who can mend it)
 ├── ChatFormatError       400
 ├── AdapterNotFound       404      model_not_found
+├── RegistryConflict      409      registry_conflict
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
@@ -22,7 +23,14 @@ CorralError                        (training.errors; each message is written for
 from typing import Any
 
 from deployments.protocol import ErrorDetail, ErrorResponse
-from training.errors import AdapterNotFound, AdapterRefused, ChatFormatError, CorralError, RegistryError
+from training.errors import (
+    AdapterNotFound,
+    AdapterRefused,
+    ChatFormatError,
+    CorralError,
+    RegistryConflict,
+    RegistryError,
+)
 
 
 class ServeError(CorralError):
@@ -99,6 +107,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (OriginRefused, 403, "origin_refused"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
+    (RegistryConflict, 409, "registry_conflict"),
     (BodyTooLarge, 413, "body_too_large"),
     (RateLimited, 429, "rate_limit_exceeded"),
     (AdapterRefused, 500, "adapter_unhealthy"),
@@ -130,4 +139,4 @@ def _param(error: CorralError) -> str | None:
         return error.param
     if isinstance(error, ChatFormatError):
         return "messages" if error.message_index is None else f"messages.{error.message_index}"
-    return "model" if isinstance(error, AdapterNotFound) else None
+    return None

@@ -19,6 +19,13 @@ from deployments.errors import NotReady, ServeError, error_response
 _STATISTICS = ("frontend prometheus", "listen stats")
 _ADMIN_SOCKET = re.compile(r"^(\s+stats socket .*) mode 666\b", re.MULTILINE)
 _ERROR_FILE = re.compile(r"^(\s+errorfile 50[234]) .*$", re.MULTILINE)
+_FRONTEND = re.compile(r"^frontend http_frontend$", re.MULTILINE)
+_REQUEST_ID = (
+    "    unique-id-format %[uuid]",
+    "    http-request set-header x-request-id %[unique-id] if !{ req.hdr(x-request-id) -m found }",
+    "    http-request set-var(txn.request_id) req.hdr(x-request-id)",
+    "    http-after-response set-header x-request-id %[var(txn.request_id)] if !{ res.hdr(x-request-id) -m found }",
+)
 _BIND = re.compile(r"^([ \t]+)bind .*\n", re.MULTILINE)
 _BIND_VARIABLE = "CORRAL_HAPROXY_BIND"
 _UNAVAILABLE = "the API's replica is not there: send the request again in a second"
@@ -44,6 +51,12 @@ class Frontend:
         return {_BIND_VARIABLE: bind}
 
 
+def frontend_host() -> str | None:
+    """Where clients reach the HAProxy of this process's Ray, which Ray itself is not told; None where there is none."""
+    bind = os.environ.get(_BIND_VARIABLE)
+    return None if bind is None else bind.split(" ")[0].rpartition(":")[0]
+
+
 def restricted(config: str, error_file: Path, bind: str) -> str:
     """The configuration without what lets strangers in, listening at `bind` only, its own answers from `error_file`.
 
@@ -62,6 +75,22 @@ def restricted(config: str, error_file: Path, bind: str) -> str:
             f"the configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open sockets, "
             f"{num_errors} error files and {num_binds} addresses, not 2, 1, 3 and 1 as Ray 2.60 writes it: "
             "set RAY_SERVE_ENABLE_HA_PROXY=0"
+        )
+    return config
+
+
+def with_request_ids(config: str) -> str:
+    """The configuration with an `x-request-id` on every answer: the client's, else one that the replica is told too.
+
+    Replicas put it on their own answers; what HAProxy says by itself gets it here.
+
+    Raises:
+        ServeError: the configuration has no such frontend as Ray 2.60 writes.
+    """
+    config, num_frontends = _FRONTEND.subn(lambda found: "\n".join([found[0], *_REQUEST_ID]), config)
+    if num_frontends != 1:
+        raise ServeError(
+            f"the configuration has {num_frontends} HTTP frontends, not 1: set RAY_SERVE_ENABLE_HA_PROXY=0"
         )
     return config
 
@@ -87,7 +116,8 @@ def main() -> None:
     path = Path(sys.argv[sys.argv.index("-f") + 1])
     error_file, restricted_path = path.with_name("unavailable.http"), path.with_name("restricted.cfg")
     error_file.write_bytes(unavailable().encode())
-    restricted_path.write_text(restricted(path.read_text(), error_file, os.environ[_BIND_VARIABLE]))
+    config = restricted(path.read_text(), error_file, os.environ[_BIND_VARIABLE])
+    restricted_path.write_text(with_request_ids(config))
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this program
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *(str(restricted_path) if arg == str(path) else arg for arg in sys.argv[1:])])

@@ -8,14 +8,15 @@ import logging
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.auth import ChatCaller
+from deployments.docs_page import add_docs
 from deployments.errors import BodyTooLarge, RateLimited, error_body, error_response
+from deployments.protocol import ErrorResponse
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -25,15 +26,16 @@ logger = logging.getLogger("ray.serve")
 
 
 def create_api() -> FastAPI:
-    """An application with the routes of its own documentation."""
+    """An application whose only routes are its own documentation's."""
     api = FastAPI(
         title="Corral",
         description="Llama chat models and their adapters, OpenAI-compatible.",
         openapi_url=None,  # its own routes would ask nobody for a key
+        # Also keeps FastAPI from announcing 422 in its own shape, which is never answered.
+        responses={"default": {"model": ErrorResponse, "description": "Any other error."}},
     )
     api.add_api_route("/openapi.json", _openapi, include_in_schema=False)
-    api.add_api_route("/docs", _docs, include_in_schema=False)
-    api.add_api_route("/redoc", _redoc, include_in_schema=False)
+    add_docs(api)
     api.add_exception_handler(CorralError, _answer_corral_error)
     api.add_exception_handler(RequestValidationError, _answer_validation_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
@@ -89,14 +91,6 @@ async def _openapi(request: Request, caller: ChatCaller) -> JSONResponse:
     schema = request.app.openapi()
     servers = [{"url": prefix(request)}] if prefix(request) else []
     return JSONResponse({**schema, "servers": servers} if servers else schema)
-
-
-async def _docs(request: Request, caller: ChatCaller) -> HTMLResponse:
-    return get_swagger_ui_html(openapi_url=f"{prefix(request)}/openapi.json", title="Corral")
-
-
-async def _redoc(request: Request, caller: ChatCaller) -> HTMLResponse:
-    return get_redoc_html(openapi_url=f"{prefix(request)}/openapi.json", title="Corral")
 
 
 def prefix(request: HTTPConnection) -> str:

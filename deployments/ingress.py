@@ -11,17 +11,27 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from fastapi import Response
+from fastapi import Path, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.adapter_admin import AdapterAdmin, canary_of
+from deployments.adapter_protocol import (
+    Adapter,
+    AdapterChange,
+    AdapterList,
+    Canary,
+    DeletedVersion,
+    PromoteRequest,
+    RollbackRequest,
+)
 from deployments.answers import Answers, Piece, interleaved
-from deployments.auth import ChatCaller
+from deployments.auth import AdminCaller, ChatCaller
 from deployments.booking import Booking
 from deployments.callers import Caller
 from deployments.config import ServeArgs
@@ -44,8 +54,9 @@ from deployments.protocol import (
 )
 from deployments.rendering import RequestRenderer
 from deployments.shapes import ChatShape, CompletionShape, Shape, begun, events, usage_of, whole
+from deployments.tokenize_protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from training.base_models import load_tokenizer, resolve_base_model
-from training.errors import RegistryError
+from training.errors import AdapterNotFound, RegistryError
 from training.registry import AdapterManifest, AdapterRegistry, parse_model_id
 
 _READY_TIMEOUT_S = 10.0
@@ -57,6 +68,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorResponse, "description": "The key's limits are used up; `Retry-After` says for how long."},
     500: {"model": ErrorResponse, "description": "The server failed."},
     503: {"model": ErrorResponse, "description": "No capacity now; try again."},
+}
+_TOKENS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (400, 404, 413, 500)}
+_CHANGES: dict[int | str, dict[str, Any]] = _TOKENS | {
+    409: {"model": ErrorResponse, "description": "An alias or a canary stands against it."}
 }
 _ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
@@ -96,7 +111,7 @@ class ChatIngress:
     ) -> Response:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        manifest = await self._resolve(body.model)
+        manifest = await self._resolve(body.model, caller.identity(body.user))
         booking.model = self._model_id(manifest)
         answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
         shape = ChatShape(answer_id, booking.model, self._vocabulary, with_logprobs=body.logprobs)
@@ -106,7 +121,7 @@ class ChatIngress:
     async def completions(self, body: CompletionRequest, caller: ChatCaller, booking: CurrentBooking) -> Response:
         """Continue or score texts with the base or an adapter, at once or as server-sent events."""
         answer_id = f"cmpl-{uuid.uuid4().hex}"
-        manifest = await self._resolve(body.model)
+        manifest = await self._resolve(body.model, caller.identity(body.user))
         booking.model = self._model_id(manifest)
         answers = await asyncio.to_thread(self._text_answers, body, manifest, answer_id)
         with_logprobs = body.logprobs is not None
@@ -124,7 +139,49 @@ class ChatIngress:
         manifest = await self._resolve(model_id)
         if manifest is None:
             return self._base_card()
-        return self._adapter_card(manifest, await asyncio.to_thread(self._registry.aliases, manifest.name))
+        return self._adapter_card(manifest, *await asyncio.to_thread(self._pointing_at, manifest.name))
+
+    @api.post("/tokenize", responses=_TOKENS)
+    async def tokenize(self, body: TokenizeRequest, caller: ChatCaller) -> TokenizeResponse:
+        """The token ids of a text or a dialog, as an answer to it would begin from."""
+        manifest = await self._resolve(body.model or self._base.name)
+        return await asyncio.to_thread(self._renderer.tokenize, body, manifest)
+
+    @api.post("/detokenize", responses=_TOKENS)
+    async def detokenize(self, body: DetokenizeRequest, caller: ChatCaller) -> DetokenizeResponse:
+        """The text of token ids."""
+        await self._resolve(body.model or self._base.name)
+        return await asyncio.to_thread(self._renderer.detokenize, body)
+
+    @api.get("/v1/adapters", responses={500: _ERRORS[500]})
+    async def list_adapters(self, caller: AdminCaller) -> AdapterList:
+        """Every adapter with its versions, and where its traffic goes."""
+        return AdapterList(data=await asyncio.to_thread(self._admin(caller).adapters))
+
+    @api.get("/v1/adapters/{name}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
+    async def show_adapter(self, name: str, caller: AdminCaller) -> Adapter:
+        """One adapter with its versions, and where its traffic goes."""
+        return await asyncio.to_thread(self._admin(caller).adapter, name)
+
+    @api.post("/v1/adapters/{name}/promote", responses=_CHANGES)
+    async def promote_adapter(self, name: str, body: PromoteRequest, caller: AdminCaller) -> AdapterChange:
+        """Let an alias point at a version, on every replica at once; below 100 percent, as the champion's canary."""
+        return await asyncio.to_thread(self._admin(caller).promote, name, body.version, body.alias, body.percent)
+
+    @api.post("/v1/adapters/{name}/rollback", responses=_CHANGES)
+    async def roll_back_adapter(
+        self, name: str, caller: AdminCaller, body: RollbackRequest | None = None
+    ) -> AdapterChange:
+        """End the canary, or let an alias point at what it pointed at before."""
+        alias = (body or RollbackRequest()).alias
+        return await asyncio.to_thread(self._admin(caller).rollback, name, alias)
+
+    @api.delete("/v1/adapters/{name}/versions/{version}", responses=_CHANGES)
+    async def delete_adapter_version(
+        self, name: str, version: Annotated[int, Path(ge=1, lt=10**9)], caller: AdminCaller
+    ) -> DeletedVersion:
+        """Remove a version that no alias points at. Answers that are being made with it go on to their end."""
+        return await asyncio.to_thread(self._admin(caller).delete_version, name, version)
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -153,7 +210,7 @@ class ChatIngress:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
         with self.ledger.booked(Booking(route="ui", caller=caller)) as booking:
-            manifest = await self._resolve(body.model)
+            manifest = await self._resolve(body.model, caller.identity(body.user))
             booking.model = self._model_id(manifest)
             answer_id = f"chatcmpl-{uuid.uuid4().hex}"
             answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
@@ -167,9 +224,9 @@ class ChatIngress:
 
         def adapters() -> list[Model]:
             served = [m for m in self._registry.list() if m.base.name == self._base.name]
-            aliases = {name: self._registry.aliases(name) for name in {m.name for m in served}}
+            pointing = {name: self._pointing_at(name) for name in {m.name for m in served}}
             newest_first = sorted(served, key=lambda m: (m.name, -m.version))
-            return [self._adapter_card(manifest, aliases[manifest.name]) for manifest in newest_first]
+            return [self._adapter_card(manifest, *pointing[manifest.name]) for manifest in newest_first]
 
         return [self._base_card(), *await asyncio.to_thread(adapters)]
 
@@ -177,7 +234,11 @@ class ChatIngress:
         base = self._base
         return Model(id=base.name, created=self._started, root=base.source, max_model_len=self._max_model_len)
 
-    def _adapter_card(self, manifest: AdapterManifest, aliases: dict[str, int]) -> Model:
+    def _pointing_at(self, name: str) -> tuple[dict[str, int], Canary | None]:
+        """The aliases and the canary of an adapter."""
+        return self._registry.aliases(name), canary_of(self._registry.traffic(name))
+
+    def _adapter_card(self, manifest: AdapterManifest, aliases: dict[str, int], canary: Canary | None) -> Model:
         return Model(
             id=manifest.model_id,
             created=int(manifest.created.timestamp()),
@@ -185,11 +246,15 @@ class ChatIngress:
             root=manifest.name,
             version=manifest.version,
             aliases=sorted(alias for alias, version in aliases.items() if version == manifest.version),
+            canary_percent=canary.percent if canary is not None and canary.version == manifest.version else None,
             max_model_len=self._max_model_len,
         )
 
-    async def _resolve(self, model: str) -> AdapterManifest | None:
-        """The adapter version that a model id means, None for the base."""
+    def _admin(self, caller: Caller) -> AdapterAdmin:
+        return AdapterAdmin(self._registry, {"key_id": caller.key_id, "name": caller.name})
+
+    async def _resolve(self, model: str, identity: str | None = None) -> AdapterManifest | None:
+        """The adapter version that a model id means to this identity, None for the base."""
         try:
             wanted = parse_model_id(model)
         except RegistryError as error:
@@ -200,7 +265,10 @@ class ChatIngress:
             raise ModelNotFound(f"model {model!r} is not served here: {hint}", "model")
         if wanted.adapter is None:
             return None
-        return await asyncio.to_thread(self._registry.resolve, wanted.adapter, wanted.ref)
+        try:
+            return await asyncio.to_thread(self._registry.resolve, wanted.adapter, wanted.ref, identity)
+        except AdapterNotFound as error:
+            raise ModelNotFound(str(error), "model") from error
 
     def _model_id(self, manifest: AdapterManifest | None) -> str:
         return self._base.name if manifest is None else manifest.model_id

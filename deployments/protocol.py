@@ -1,6 +1,7 @@
 """OpenAI's wire types as Corral speaks them: pydantic only, closed, shared by the ingress and its callers."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -49,6 +50,11 @@ class ChatMessage(Closed):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as the chat formats take them; roles are checked there."""
+    return [Message(message.role, message.text()) for message in messages]  # type: ignore[arg-type]
+
+
 class StreamOptions(Closed):
     """`stream_options` of a request."""
 
@@ -77,7 +83,7 @@ class GenerationFields(Closed):
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted and not used")
+    user: str | None = Field(None, description="whose request it is: a canary takes all of a user's requests or none")
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -170,8 +176,8 @@ class ChatCompletionRequest(GenerationFields):
         return None
 
     def dialog(self) -> list[Message]:
-        """The messages as the chat formats take them; roles are checked there."""
-        return [Message(message.role, message.text()) for message in self.messages]  # type: ignore[arg-type]
+        """The messages as the chat formats take them."""
+        return dialog(self.messages)
 
 
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
@@ -389,7 +395,10 @@ class Model(BaseModel):
     parent: str | None = Field(None, description="the base, for an adapter")
     root: str = Field(description="what the base was loaded from, or the adapter's name")
     version: int | None = None
-    aliases: list[str] = []
+    aliases: list[str] = Field([], description="that point at this version")
+    canary_percent: float | None = Field(
+        None, description="its share of the champion's traffic, where it is the canary"
+    )
     max_model_len: int
 
 

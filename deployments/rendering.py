@@ -10,8 +10,9 @@ from deployments.detokenizer import Vocabulary
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
 from deployments.generation import GenerationRequest
-from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest
+from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest, dialog
 from deployments.text_prompts import TextEncoder
+from deployments.tokenize_protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from training.base_models import BaseModel
 from training.chat_format import ChatFormat, load_chat_format
 from training.registry import AdapterManifest
@@ -20,9 +21,9 @@ from training.registry import AdapterManifest
 class RequestRenderer:
     """Renders requests for one base model and its adapters.
 
-    Every method raises:
-        RequestValidationError: a token id is not in the vocabulary, or a text holds what the model has no token for.
-        ContextLengthExceeded: prompt and answer are longer than `max_model_len` tokens.
+    Every method raises RequestValidationError where a token id is not in the vocabulary, or a text holds what the model
+    has no token for; `chat` and `completion` raise ContextLengthExceeded where prompt and answer are longer than
+    `max_model_len` tokens.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class RequestRenderer:
     ) -> None:
         self._base = base
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._base_format = load_chat_format(chat_format, base, tokenizer)
         self._formats: dict[str, ChatFormat] = {self._base_format.name: self._base_format}
         self._text_encoder = TextEncoder(tokenizer, vocabulary)
@@ -70,6 +72,27 @@ class RequestRenderer:
             part_id = f"{request_id}-{len(generations)}"
             generations.append(GenerationRequest(part_id, prompt_token_ids, sampling, adapter, body.n))
         return generations
+
+    def tokenize(self, body: TokenizeRequest, adapter: AdapterManifest | None) -> TokenizeResponse:
+        """The token ids that `chat` or `completion` would make of the same input, however many they are.
+
+        Raises:
+            ChatFormatError: the dialog has no rendering.
+        """
+        if body.messages is not None:
+            token_ids = self._chat_format(adapter).render_prompt(dialog(body.messages))
+        else:
+            token_ids = self._token_ids("prompt", body.prompt or "")
+            if body.add_special_tokens is False:
+                token_ids = token_ids[len(self._text_encoder.prefix) :]
+        names = [self._vocabulary.name(token_id) for token_id in token_ids] if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(token_ids), max_model_len=self._max_model_len, tokens=token_ids, token_strs=names
+        )
+
+    def detokenize(self, body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text that token ids stand for."""
+        return DetokenizeResponse(prompt=self._vocabulary.text(self._token_ids("tokens", body.tokens)))
 
     def _chat_format(self, adapter: AdapterManifest | None) -> ChatFormat:
         if adapter is None:

