@@ -190,9 +190,11 @@ def _port() -> Check:
     ca = corral_home() / "certs" / "cert.pem" if security.speaks_tls(DEFAULT_HOST, DEFAULT_PORT) else None
     url = f"{'https' if ca else 'http'}://{DEFAULT_HOST}:{DEFAULT_PORT}"
     try:
-        with CorralClient(url, ca=ca, timeout_s=5) as client:
+        with CorralClient(url, os.environ.get("CORRAL_API_KEY"), ca=ca, timeout_s=5) as client:
             models = client.models()
         return Check(f"port {DEFAULT_PORT}", "ok", f"a Corral server answers there, with {len(models)} models")
-    except ServerError:
+    except ServerError as error:
+        if error.code == "invalid_api_key":
+            return Check(f"port {DEFAULT_PORT}", "ok", "a Corral server answers there, and wants a key")
         fix = "stop the program that listens there, or use corral serve --port 8001"
         return Check(f"port {DEFAULT_PORT}", "broken", "in use by another program", fix)
