@@ -102,8 +102,7 @@ def urls(server: "Server", *, stays: bool = True) -> str:
     lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_who_needs_a_key()}"]
     if server.certfile and Path(server.certfile).parent == corral_home() / "certs":  # no authority vouches for it
         lines.append(f"trust {server.certfile}  (corral chat --ca, curl --cacert, SSL_CERT_FILE)")
-    lines += ["Ctrl-C stops it"] if stays else []
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["Ctrl-C stops it"] if stays else [])])
 
 
 @contextlib.contextmanager
