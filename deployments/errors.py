@@ -7,6 +7,7 @@ CorralError                        (training.errors; each message is written for
 └── ServeError
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
+    ├── ResponseFormatRefused 400
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
     ├── EngineFault       500      engine_error
@@ -36,6 +37,10 @@ class ContextLengthExceeded(ServeError):
     """Prompt and answer do not fit the context."""
 
 
+class ResponseFormatRefused(ServeError):
+    """An answer cannot be held to this `response_format`."""
+
+
 class ModelNotFound(ServeError):
     """`model` names nothing that is served here."""
 
@@ -55,6 +60,7 @@ class NotReady(ServeError):
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ChatFormatError, 400, None),
     (ContextLengthExceeded, 400, "context_length_exceeded"),
+    (ResponseFormatRefused, 400, None),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
     (BodyTooLarge, 413, "body_too_large"),

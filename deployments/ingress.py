@@ -25,6 +25,7 @@ from deployments.callers import Caller
 from deployments.config import ServeArgs
 from deployments.detokenizer import Vocabulary
 from deployments.errors import EngineFault, ModelNotFound, NotReady
+from deployments.grammars import GrammarCompiler
 from deployments.http_app import create_api
 from deployments.protocol import (
     AnyCompletionRequest,
@@ -68,6 +69,7 @@ class ChatIngress:
         tokenizer = load_tokenizer(self._base)
         self._vocabulary = Vocabulary(tokenizer)
         self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, self._max_model_len)
+        self._grammars = GrammarCompiler(self._base, tokenizer, self._vocabulary)
         self._started = int(time.time())
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
@@ -75,7 +77,7 @@ class ChatIngress:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model)
-        answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id)
+        answers = await self._chat_answers(body, manifest, answer_id)
         shape = ChatShape(answer_id, self._model_id(manifest), self._vocabulary, with_logprobs=body.logprobs)
         return await self._respond(shape, [answers], body)
 
@@ -123,7 +125,7 @@ class ChatIngress:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
         manifest = await self._resolve(body.model)
-        answers = await asyncio.to_thread(self._chat_answers, body, manifest, f"chatcmpl-{uuid.uuid4().hex}")
+        answers = await self._chat_answers(body, manifest, f"chatcmpl-{uuid.uuid4().hex}")
         async with aclosing(self._generate(answers)) as batches:
             async for pieces in batches:
                 yield "".join(piece.text for piece in pieces)
@@ -171,8 +173,13 @@ class ChatIngress:
     def _model_id(self, manifest: AdapterManifest | None) -> str:
         return self._base.name if manifest is None else manifest.model_id
 
-    def _chat_answers(self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> Answers:
-        return Answers(self._renderer.chat(body, manifest, answer_id), self._vocabulary, body.stop_strings)
+    async def _chat_answers(
+        self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str
+    ) -> Answers:
+        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, answer_id)
+        if generation.grammar is not None:
+            await self._grammars.compile(generation.grammar)  # to refuse it here; the replica has its own
+        return Answers(generation, self._vocabulary, body.stop_strings)
 
     def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
         generations = self._renderer.completion(body, manifest, answer_id)

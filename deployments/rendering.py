@@ -10,6 +10,7 @@ from deployments.detokenizer import Vocabulary
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
 from deployments.generation import GenerationRequest
+from deployments.grammars import grammar_of
 from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest
 from deployments.text_prompts import TextEncoder
 from training.base_models import BaseModel
@@ -41,13 +42,15 @@ class RequestRenderer:
 
         Raises:
             ChatFormatError: the dialog has no rendering.
+            ResponseFormatRefused: the schema is not supported.
         """
+        grammar = grammar_of(body.response_format)
         chat_format = self._chat_format(adapter)
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
         max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
         sampling = self._sampling(body, max_tokens, chat_format)
-        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n)
+        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar)
 
     def completion(
         self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str
