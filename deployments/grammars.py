@@ -109,7 +109,7 @@ class GrammarCompiler:
         grammar = grammar.replace("start: json", self._start, 1)
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())[:300]
+            reason = _reason(matcher.get_error())
             if "coerce_one_of" in reason:
                 reason = "oneOf needs options that a const property tells apart: use anyOf"
             raise ResponseFormatRefused(f"{SCHEMA_PATH}: {reason}", SCHEMA_PATH)
@@ -119,6 +119,13 @@ class GrammarCompiler:
         except ConstraintFault as fault:
             raise ResponseFormatRefused(f"{SCHEMA_PATH}: no JSON can be of it: correct it", SCHEMA_PATH) from fault
         return constraint
+
+
+def _reason(error: str) -> str:
+    """What the library says, in one line, without the grammar that it quotes."""
+    first, _, _ = error.partition("\n   1 | ")
+    _, _, said = first.rpartition("failed to compile JSON schema: ")
+    return " ".join(said.removesuffix("<non-verbose/>").split())[:300]
 
 
 def _thread_with_a_deep_stack() -> ThreadPoolExecutor:
