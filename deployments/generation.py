@@ -19,3 +19,8 @@ class GenerationRequest:
     adapter: AdapterManifest | None
     n: int = 1
     grammar: str | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the prompt and all answers, if none ends early."""
+        return len(self.prompt_token_ids) + self.n * self.sampling.max_tokens

@@ -1,6 +1,7 @@
 """OpenAI's wire types as Corral speaks them: pydantic only, closed, shared by the ingress and its callers."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -47,6 +48,11 @@ class ChatMessage(Closed):
     def text(self) -> str:
         """The content as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as the chat formats take them; roles are checked there."""
+    return [Message(message.role, message.text()) for message in messages]  # type: ignore[arg-type]
 
 
 class StreamOptions(Closed):
@@ -104,7 +110,7 @@ class GenerationFields(Closed):
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted and not used")
+    user: str | None = Field(None, description="whose request it is: a canary takes all of a user's requests or none")
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -198,8 +204,8 @@ class ChatCompletionRequest(GenerationFields):
         return None
 
     def dialog(self) -> list[Message]:
-        """The messages as the chat formats take them; roles are checked there."""
-        return [Message(message.role, message.text()) for message in self.messages]  # type: ignore[arg-type]
+        """The messages as the chat formats take them."""
+        return dialog(self.messages)
 
 
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
@@ -417,7 +423,10 @@ class Model(BaseModel):
     parent: str | None = Field(None, description="the base, for an adapter")
     root: str = Field(description="what the base was loaded from, or the adapter's name")
     version: int | None = None
-    aliases: list[str] = []
+    aliases: list[str] = Field([], description="that point at this version")
+    canary_percent: float | None = Field(
+        None, description="its share of the champion's traffic, where it is the canary"
+    )
     max_model_len: int
 
 
