@@ -5,8 +5,9 @@ A limit on the body's size, and every error in OpenAI's shape. The routes are `i
 """
 
 import logging
+from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Header
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,6 +20,8 @@ from deployments.protocol import ErrorResponse
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
+
+RequestId = Annotated[str | None, Header(alias="x-request-id", include_in_schema=False)]  # none without Ray's proxies
 
 logger = logging.getLogger("ray.serve")
 

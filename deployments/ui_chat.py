@@ -139,7 +139,7 @@ class Conversations:
         answer, shown_at = "", 0.0
         stream: Answer | None = None
         try:
-            stream = self._running[session] = self._backend.chat(_completion_request(asked, *settings))
+            stream = self._running[session] = self._backend.chat(_completion_request(session, asked, *settings))
             async for piece in stream:
                 answer += piece
                 if answer.strip() and time.monotonic() - shown_at >= _SHOW_INTERVAL_S:
@@ -211,6 +211,7 @@ def text_of(turn: Turn) -> str:
 
 
 def _completion_request(
+    session: str,
     turns: list[Turn],
     model: str | None,
     system: str,
@@ -233,6 +234,7 @@ def _completion_request(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
         stream=True,
+        user=session,  # a canary answers all of a page's questions or none
     )
 
 
