@@ -4,9 +4,10 @@ For programs that want no more than text in and text out; whoever needs the whol
 package at the same address. Importing this needs neither torch nor Ray.
 """
 
-import ipaddress
 import json
+import ssl
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -15,6 +16,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from deployments.adapter_protocol import Adapter, AdapterChange, AdapterList, DeletedVersion
+from deployments.origins import is_loopback as is_loopback_host
 from deployments.protocol import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
 from training.chat_format import Message
 from training.errors import CorralError
@@ -60,18 +62,27 @@ class CorralClient:
     Args:
         base_url: where the API is, with or without `/v1` at the end.
         api_key: sent as bearer token, if the server or a proxy in front of it asks for one.
+        ca: for https: the certificates to trust instead of the public authorities', as PEM, such as the server's own.
         timeout_s: the longest silence to bear between two bytes of an answer.
 
     Every method raises ServerError.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        ca: str | Path | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         try:
             self._http = httpx.Client(
                 base_url=self.base_url,
                 headers={"authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
+                verify=_trusting(ca) if ca else True,
                 trust_env=not is_loopback(self.base_url),  # a proxy of the environment does not reach our loopback
             )
         except httpx.InvalidURL as error:
@@ -173,6 +184,11 @@ class _Sending:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise ServerError(
+                f"the certificate of {self._url} is not trusted ({str(error).partition('failed: ')[2]}): give the one "
+                "to trust with --ca FILE; 'corral certs show' on the server names its own"
+            ) from error
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             raise ServerError(
                 f"no server answers at {self._url}: start one with 'corral serve', or give its URL"
@@ -196,13 +212,17 @@ def _adapter_path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
 
 
+def _trusting(ca: str | Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl.SSLError is one
+        reason = "it holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ServerError(f"--ca {str(ca)!r} cannot be used: {reason}") from error
+
+
 def is_loopback(url: str) -> bool:
     """Whether `url` names this very machine."""
-    host = httpx.URL(url).host
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(httpx.URL(url).host)
 
 
 def _body(messages: str | Sequence[Message], model: str, sampling: Sampling, *, stream: bool = False) -> bytes:

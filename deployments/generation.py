@@ -15,3 +15,8 @@ class GenerationRequest:
     sampling: SamplingParams
     adapter: AdapterManifest | None
     n: int = 1
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the prompt and all answers, if none ends early."""
+        return len(self.prompt_token_ids) + self.n * self.sampling.max_tokens

@@ -11,12 +11,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import Path, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.adapter_admin import AdapterAdmin, canary_of
@@ -31,11 +32,16 @@ from deployments.adapter_protocol import (
 )
 from deployments.answers import Answers, Piece, interleaved
 from deployments.auth import AdminCaller, ChatCaller
+from deployments.booking import Booking
 from deployments.callers import Caller
 from deployments.config import ServeArgs
 from deployments.detokenizer import Vocabulary
-from deployments.errors import EngineFault, ModelNotFound, NotReady
+from deployments.engine.stats import EngineStats
+from deployments.errors import EngineFault, ModelNotFound, NotReady, error_response
 from deployments.http_app import RequestId, create_api
+from deployments.http_booking import BookingMiddleware, CurrentBooking
+from deployments.ledger_client import LedgerClient
+from deployments.metrics import CONTENT_TYPE, engine_metrics
 from deployments.protocol import (
     AnyCompletionRequest,
     ChatCompletion,
@@ -47,17 +53,19 @@ from deployments.protocol import (
     ModelList,
 )
 from deployments.rendering import RequestRenderer
-from deployments.shapes import ChatShape, CompletionShape, Shape, begun, events, whole
+from deployments.shapes import ChatShape, CompletionShape, Shape, begun, events, usage_of, whole
 from deployments.tokenize_protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from training.base_models import load_tokenizer, resolve_base_model
 from training.errors import AdapterNotFound, RegistryError
 from training.registry import AdapterManifest, AdapterRegistry, parse_model_id
 
 _READY_TIMEOUT_S = 10.0
+_STATS_TIMEOUT_S = 2.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is not acceptable; `param` names the field."},
     404: {"model": ErrorResponse, "description": "No such model."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
+    429: {"model": ErrorResponse, "description": "The key's limits are used up; `Retry-After` says for how long."},
     500: {"model": ErrorResponse, "description": "The server failed."},
     503: {"model": ErrorResponse, "description": "No capacity now; try again."},
 }
@@ -67,7 +75,14 @@ _CHANGES: dict[int | str, dict[str, Any]] = _TOKENS | {
 }
 _ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
+
+def _ledger() -> LedgerClient:
+    """This replica's."""
+    return cast("ChatIngress", serve.get_replica_context().servable_object).ledger
+
+
 api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
+api.add_middleware(BookingMiddleware, ledger=_ledger)
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
@@ -75,8 +90,9 @@ api = create_api()  # whole before the class: Ray Serve takes a copy of it when 
 class ChatIngress:
     """One replica of the API. Holds tokenizer and chat formats, no weights."""
 
-    def __init__(self, model: DeploymentHandle[Any], args: ServeArgs) -> None:
+    def __init__(self, model: DeploymentHandle[Any], ledger: DeploymentHandle[Any], args: ServeArgs) -> None:
         self._model = model
+        self.ledger = LedgerClient(ledger)
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
         self._max_model_len = args.engine.max_model_len or self._base.context_length
@@ -85,24 +101,32 @@ class ChatIngress:
         self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, self._max_model_len)
         self._started = int(time.time())
 
+    async def __del__(self) -> None:
+        """Ray Serve calls this before the replica ends."""
+        await self.ledger.flush()
+
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
-    async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller) -> Response:
+    async def chat_completions(
+        self, body: ChatCompletionRequest, caller: ChatCaller, booking: CurrentBooking
+    ) -> Response:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model, caller.identity(body.user))
-        answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id)
-        shape = ChatShape(answer_id, self._model_id(manifest), self._vocabulary, with_logprobs=body.logprobs)
-        return await self._respond(shape, [answers], body)
+        booking.model = self._model_id(manifest)
+        answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
+        shape = ChatShape(answer_id, booking.model, self._vocabulary, with_logprobs=body.logprobs)
+        return await self._respond(shape, [answers], body, caller, booking)
 
     @api.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
-    async def completions(self, body: CompletionRequest, caller: ChatCaller) -> Response:
+    async def completions(self, body: CompletionRequest, caller: ChatCaller, booking: CurrentBooking) -> Response:
         """Continue or score texts with the base or an adapter, at once or as server-sent events."""
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model, caller.identity(body.user))
+        booking.model = self._model_id(manifest)
         answers = await asyncio.to_thread(self._text_answers, body, manifest, answer_id)
         with_logprobs = body.logprobs is not None
-        shape = CompletionShape(answer_id, self._model_id(manifest), self._vocabulary, with_logprobs=with_logprobs)
-        return await self._respond(shape, answers, body)
+        shape = CompletionShape(answer_id, booking.model, self._vocabulary, with_logprobs=with_logprobs)
+        return await self._respond(shape, answers, body, caller, booking)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
     async def list_models(self, caller: ChatCaller) -> ModelList:
@@ -180,17 +204,27 @@ class ChatIngress:
             raise NotReady("no model replica is ready: wait, or see the status of the Serve application") from error
         return {"status": "ready"}
 
+    @api.get("/metrics", response_class=PlainTextResponse, responses={503: _ERRORS[503]})
+    async def metrics(self, caller: ChatCaller) -> Response:
+        """Requests over all replicas of the API, and the state of every model replica, for Prometheus."""
+        requests, engines = await asyncio.gather(self.ledger.metrics(), self._engine_metrics())
+        return Response(requests + engines, media_type=CONTENT_TYPE)
+
     async def chat(self, body: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[str, None]:
         """The text of one answer (`n` is 1), piece by piece, for callers inside the cluster.
 
         Raises:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
-        manifest = await self._resolve(body.model, caller.identity(body.user))
-        answers = await asyncio.to_thread(self._chat_answers, body, manifest, f"chatcmpl-{uuid.uuid4().hex}")
-        async with aclosing(self._generate(answers)) as batches:
-            async for pieces in batches:
-                yield "".join(piece.text for piece in pieces)
+        with self.ledger.booked(Booking(route="ui", caller=caller)) as booking:
+            manifest = await self._resolve(body.model, caller.identity(body.user))
+            booking.model = self._model_id(manifest)
+            answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+            answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
+            async with aclosing(self._admitted([answers], caller, booking)) as batches:
+                async for pieces in batches:
+                    yield "".join(piece.text for piece in pieces)
+            booking.status = 200
 
     async def models(self) -> list[Model]:
         """The base first, then every adapter version that it can serve, newest first."""
@@ -247,8 +281,10 @@ class ChatIngress:
     def _model_id(self, manifest: AdapterManifest | None) -> str:
         return self._base.name if manifest is None else manifest.model_id
 
-    def _chat_answers(self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> Answers:
-        return Answers(self._renderer.chat(body, manifest, answer_id), self._vocabulary, body.stop_strings)
+    def _chat_answers(
+        self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str, tpm: int | None
+    ) -> Answers:
+        return Answers(self._renderer.chat(body, manifest, answer_id, tpm), self._vocabulary, body.stop_strings)
 
     def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
         generations = self._renderer.completion(body, manifest, answer_id)
@@ -264,14 +300,36 @@ class ChatIngress:
             for prompt, generation in enumerate(generations)
         ]
 
-    async def _respond(self, shape: Shape, answers: Sequence[Answers], body: AnyCompletionRequest) -> Response:
-        streams = [self._generate(prompt) for prompt in answers]
-        batches = streams[0] if len(streams) == 1 else interleaved(streams)
+    async def _respond(
+        self, shape: Shape, answers: Sequence[Answers], body: AnyCompletionRequest, caller: Caller, booking: Booking
+    ) -> Response:
+        batches = self._admitted(answers, caller, booking)
         if not body.stream:
-            return Response(await whole(shape, answers, batches), media_type="application/json")
+            content = await whole(shape, answers, batches)
+            return Response(content, media_type="application/json", headers=booking.headers)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         stream = await begun(events(shape, answers, batches, include_usage=include_usage))
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        headers = {"cache-control": "no-cache"} | booking.headers
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+    async def _admitted(
+        self, answers: Sequence[Answers], caller: Caller, booking: Booking
+    ) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of all answers, within the caller's limits; what they used is settled however this generator ends."""
+        booking.num_answers = sum(prompt.generation.n for prompt in answers)
+        most_tokens = sum(prompt.generation.most_tokens for prompt in answers)
+        async with self.ledger.admitted(caller, most_tokens, booking):
+            streams = [self._generate(prompt) for prompt in answers]
+            try:
+                async with aclosing(streams[0] if len(streams) == 1 else interleaved(streams)) as batches:
+                    async for pieces in batches:
+                        booking.heard()
+                        yield pieces
+            except Exception as error:
+                booking.status = error_response(error)[0]
+                raise
+            finally:
+                booking.usage = usage_of(answers)
 
     async def _generate(self, answers: Answers) -> AsyncGenerator[list[Piece], None]:
         """Pieces as the replica makes them, until every answer to the prompt has its finish_reason."""
@@ -288,3 +346,13 @@ class ChatIngress:
             raise EngineFault("the model replica died while it answered: send the request again") from error
         finally:
             replies.cancel()
+
+    async def _engine_metrics(self) -> str:
+        """Of the model replicas that are there now; nothing while one of them does not answer."""
+        try:
+            asked = self._model.broadcast("stats")
+            replies = await asked.results_async(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError):
+            return ""
+        engines: dict[str, EngineStats] = dict(reply for reply in replies if not isinstance(reply, BaseException))
+        return engine_metrics(engines)

@@ -19,6 +19,7 @@ from deployments.config import ServeArgs
 from deployments.engine.engine import Engine, OnDeltas
 from deployments.engine.lora import LoraWeights
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
+from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, NotReady
 from deployments.generation import GenerationRequest
 from deployments.postbox import Postbox
@@ -86,6 +87,10 @@ class LlamaModel:
                 yield deltas
         finally:
             self._engine.cancel(request.request_id)
+
+    async def stats(self) -> tuple[str, EngineStats]:
+        """This replica's id, and how its engine is doing."""
+        return serve.get_replica_context().replica_id.unique_id, self._engine.stats()
 
     async def ready(self) -> None:
         """Return when a token was made lately or can be made now.

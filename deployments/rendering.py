@@ -38,8 +38,13 @@ class RequestRenderer:
         self._vocab_size = int(base.llama_config()["vocab_size"])
         self._max_model_len = max_model_len
 
-    def chat(self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str) -> GenerationRequest:
+    def chat(
+        self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str, tpm: int | None = None
+    ) -> GenerationRequest:
         """A dialog in the adapter's own chat format.
+
+        Args:
+            tpm: the caller's limit of tokens a minute; an answer whose length was not asked for stays within it.
 
         Raises:
             ChatFormatError: the dialog has no rendering.
@@ -48,6 +53,8 @@ class RequestRenderer:
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
         max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
+        if tpm is not None and body.asked_tokens is None:
+            max_tokens = max(1, body.min_tokens, min(max_tokens, (tpm - num_tokens) // body.n))
         sampling = self._sampling(body, max_tokens, chat_format)
         return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n)
 

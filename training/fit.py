@@ -37,6 +37,11 @@ _MAY_CHANGE = {
     "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
     "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
+# Of a Ray on this machine alone; every process that it starts inherits them.
+_PRIVATE_RAY = {
+    "RAY_worker_niceness": "0",  # 15 by default: any other program would take the cores from training
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # watches for nodes that leave
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +215,8 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
             if on_cluster:
                 ray.init(**quiet)
             else:
+                for name, value in _PRIVATE_RAY.items():
+                    os.environ.setdefault(name, value)
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"

@@ -20,6 +20,7 @@ from deployments.engine.lora import NO_ADAPTER, AdapterSlots, LoraWeights
 from deployments.engine.request import Delta, EngineRequest, FinishReason, TokenLogprob
 from deployments.engine.sampling import SamplingRow, random_stream, sample, token_logprobs
 from deployments.engine.scheduler import Chunk, Scheduler, Sequence
+from deployments.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,19 @@ class Engine:
     def num_blocks(self) -> int:
         """KV blocks in all."""
         return self._llama.num_blocks
+
+    def stats(self) -> EngineStats:
+        """How it is doing; any thread, while steps run."""
+        with self._lock:
+            return EngineStats(
+                num_running=self.num_running,
+                num_waiting=self.num_waiting,
+                kv_cache_usage=1 - self.num_free_blocks / self.num_blocks,
+                num_loaded_adapters=len(self._adapters.loaded),
+                prefix_cache_queries=self._scheduler.prefix_cache_queries,
+                prefix_cache_hits=self._scheduler.prefix_cache_hits,
+                num_preemptions=self._scheduler.num_preemptions,
+            )
 
     def loaded_adapters(self) -> list[str]:
         """Keys of the loaded adapters."""

@@ -79,7 +79,9 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; only these hold blocks
-        self.num_preemptions = 0  # since the start
+        self.num_preemptions = 0  # since the start, as the next two
+        self.prefix_cache_queries = 0  # tokens of prompts that came to run
+        self.prefix_cache_hits = 0  # of these, tokens that were cached
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence that grows to `num_tokens` can ever run."""
@@ -183,6 +185,8 @@ class Scheduler:
         sequence.num_computed = len(sequence.block_table) * size
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed
+            self.prefix_cache_queries += sequence.num_prompt_tokens
+            self.prefix_cache_hits += sequence.num_cached_tokens
         return True
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
