@@ -39,7 +39,7 @@ from deployments.detokenizer import Vocabulary
 from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, ModelNotFound, NotReady, error_response
 from deployments.grammars import GrammarCompiler
-from deployments.http_app import create_api
+from deployments.http_app import RequestId, create_api
 from deployments.http_booking import BookingMiddleware, CurrentBooking
 from deployments.ledger_client import LedgerClient
 from deployments.metrics import CONTENT_TYPE, engine_metrics
@@ -166,24 +166,31 @@ class ChatIngress:
         return await asyncio.to_thread(self._admin(caller).adapter, name)
 
     @api.post("/v1/adapters/{name}/promote", responses=_CHANGES)
-    async def promote_adapter(self, name: str, body: PromoteRequest, caller: AdminCaller) -> AdapterChange:
+    async def promote_adapter(
+        self, name: str, body: PromoteRequest, caller: AdminCaller, request_id: RequestId = None
+    ) -> AdapterChange:
         """Let an alias point at a version, on every replica at once; below 100 percent, as the champion's canary."""
-        return await asyncio.to_thread(self._admin(caller).promote, name, body.version, body.alias, body.percent)
+        admin = self._admin(caller, request_id)
+        return await asyncio.to_thread(admin.promote, name, body.version, body.alias, body.percent)
 
     @api.post("/v1/adapters/{name}/rollback", responses=_CHANGES)
     async def roll_back_adapter(
-        self, name: str, caller: AdminCaller, body: RollbackRequest | None = None
+        self, name: str, caller: AdminCaller, body: RollbackRequest | None = None, request_id: RequestId = None
     ) -> AdapterChange:
         """End the canary, or let an alias point at what it pointed at before."""
         alias = (body or RollbackRequest()).alias
-        return await asyncio.to_thread(self._admin(caller).rollback, name, alias)
+        return await asyncio.to_thread(self._admin(caller, request_id).rollback, name, alias)
 
     @api.delete("/v1/adapters/{name}/versions/{version}", responses=_CHANGES)
     async def delete_adapter_version(
-        self, name: str, version: Annotated[int, Path(ge=1, lt=10**9)], caller: AdminCaller
+        self,
+        name: str,
+        version: Annotated[int, Path(ge=1, lt=10**9)],
+        caller: AdminCaller,
+        request_id: RequestId = None,
     ) -> DeletedVersion:
         """Remove a version that no alias points at. Answers that are being made with it go on to their end."""
-        return await asyncio.to_thread(self._admin(caller).delete_version, name, version)
+        return await asyncio.to_thread(self._admin(caller, request_id).delete_version, name, version)
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -252,8 +259,9 @@ class ChatIngress:
             max_model_len=self._max_model_len,
         )
 
-    def _admin(self, caller: Caller) -> AdapterAdmin:
-        return AdapterAdmin(self._registry, {"key_id": caller.key_id, "name": caller.name})
+    def _admin(self, caller: Caller, request_id: str | None = None) -> AdapterAdmin:
+        actor = {"key_id": caller.key_id, "name": caller.name, "request_id": request_id}
+        return AdapterAdmin(self._registry, actor)
 
     async def _resolve(self, model: str, identity: str | None = None) -> AdapterManifest | None:
         """The adapter version that a model id means to this identity, None for the base."""
