@@ -5,11 +5,13 @@ Knows nothing of schemas or tokenizers, and needs no torch.
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 PackedMask = npt.NDArray[np.uint8]  # bit i % 8 of byte i // 8 is token i
 
@@ -29,7 +31,7 @@ class Constraint:
         ConstraintFault: there is no going on.
     """
 
-    def __init__(self, matcher: LLMatcher, end_token_id: int) -> None:
+    def __init__(self, matcher: "LLMatcher", end_token_id: int) -> None:
         self._matcher = matcher
         self._end_token_id = end_token_id
 
