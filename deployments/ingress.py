@@ -38,6 +38,7 @@ from deployments.config import ServeArgs
 from deployments.detokenizer import Vocabulary
 from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, ModelNotFound, NotReady, error_response
+from deployments.grammars import GrammarCompiler
 from deployments.http_app import RequestId, create_api
 from deployments.http_booking import BookingMiddleware, CurrentBooking
 from deployments.ledger_client import LedgerClient
@@ -99,6 +100,7 @@ class ChatIngress:
         tokenizer = load_tokenizer(self._base)
         self._vocabulary = Vocabulary(tokenizer)
         self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, self._max_model_len)
+        self._grammars = GrammarCompiler(self._base, tokenizer, self._vocabulary)
         self._started = int(time.time())
 
     async def __del__(self) -> None:
@@ -113,7 +115,7 @@ class ChatIngress:
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model, caller.identity(body.user))
         booking.model = self._model_id(manifest)
-        answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
+        answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
         shape = ChatShape(answer_id, booking.model, self._vocabulary, with_logprobs=body.logprobs)
         return await self._respond(shape, [answers], body, caller, booking)
 
@@ -220,7 +222,7 @@ class ChatIngress:
             manifest = await self._resolve(body.model, caller.identity(body.user))
             booking.model = self._model_id(manifest)
             answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-            answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
+            answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
             async with aclosing(self._admitted([answers], caller, booking)) as batches:
                 async for pieces in batches:
                     yield "".join(piece.text for piece in pieces)
@@ -281,10 +283,13 @@ class ChatIngress:
     def _model_id(self, manifest: AdapterManifest | None) -> str:
         return self._base.name if manifest is None else manifest.model_id
 
-    def _chat_answers(
+    async def _chat_answers(
         self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str, tpm: int | None
     ) -> Answers:
-        return Answers(self._renderer.chat(body, manifest, answer_id, tpm), self._vocabulary, body.stop_strings)
+        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, answer_id, tpm)
+        if generation.grammar is not None:
+            await self._grammars.compile(generation.grammar)  # to refuse it here; the replica has its own
+        return Answers(generation, self._vocabulary, body.stop_strings)
 
     def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
         generations = self._renderer.completion(body, manifest, answer_id)

@@ -32,7 +32,7 @@ class Ledger:
         self._limiter = Limiter()
         self._metrics = RequestMetrics()
         self._usage = UsageStore(usage_path())
-        self._writing = asyncio.Lock()
+        self._counting = asyncio.Lock()
 
     async def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Verdict:
         """Whether a request that uses up to `num_tokens` may run now."""
@@ -54,12 +54,14 @@ class Ledger:
         self._limiter.renew(running)
         if not records:
             return
-        async with self._writing:
-            new = await asyncio.to_thread(self._usage.add, reporter, number, records)
-        if new:
-            for record in records:
-                self._metrics.add(record)
+        async with self._counting:
+            await asyncio.to_thread(self._count, reporter, number, records)
 
     async def metrics(self) -> str:
         """Request metrics in Prometheus' text format."""
         return await asyncio.to_thread(self._metrics.text)
+
+    def _count(self, reporter: str, number: int, records: Sequence[RequestRecord]) -> None:
+        if self._usage.add(reporter, number, records):
+            for record in records:
+                self._metrics.add(record)
