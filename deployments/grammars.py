@@ -35,7 +35,7 @@ _LIMITS = LLParserLimits(
 
 
 def grammar_of(response_format: ResponseFormat | None) -> str | None:
-    """The grammar, in llguidance's Lark dialect, that a response format asks for; None for free text.
+    """What a response format asks for, as the rule `json` of llguidance's Lark dialect; None for free text.
 
     Raises:
         ResponseFormatRefused: the schema is not supported.
@@ -46,7 +46,7 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
     if response_format.json_schema is not None:
         schema = response_format.json_schema.schema_
         check_schema(schema, SCHEMA_PATH, strict=bool(response_format.json_schema.strict))
-    return f"start: json\njson: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
+    return f"json: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
 class GrammarCompiler:
@@ -69,10 +69,12 @@ class GrammarCompiler:
         own = Tokenizer.from_str(tokenizer.to_str())
         # Which of the model's tokens end an answer is the chat format's matter: the library gets a sign of its own.
         own.add_special_tokens([AddedToken(_END_OF_TEXT, special=True, normalized=False)])
-        self._end_token_id = own.token_to_id(_END_OF_TEXT)
+        end_token_id = own.token_to_id(_END_OF_TEXT)
+        assert end_token_id is not None
+        self._end_token_id = end_token_id
         num_tokens = max(int(base.llama_config()["vocab_size"]), self._end_token_id + 1)
         self._tokenizer = LLTokenizer(own.to_str(), n_vocab=num_tokens, eos_token=self._end_token_id)
-        self._start = 'start: " "? json' if vocabulary.strips_first_space else "start: json"
+        self._start = 'start: " "? json\n' if vocabulary.strips_first_space else "start: json\n"
         self._cache_size = cache_size
         self._timeout_s = timeout_s
         self._compiled: OrderedDict[str, asyncio.Task[Constraint]] = OrderedDict()  # the latest used last
@@ -106,8 +108,8 @@ class GrammarCompiler:
             ) from None
 
     def _compile(self, grammar: str) -> Constraint:
-        grammar = grammar.replace("start: json", self._start, 1)
-        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0, limits=_LIMITS)
+        lark = LLMatcher.grammar_from_lark(self._start + grammar)
+        matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             reason = _reason(matcher.get_error())
             if "coerce_one_of" in reason:

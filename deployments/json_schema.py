@@ -60,7 +60,10 @@ def check_schema(schema: dict[str, Any], path: str, *, strict: bool = False) -> 
     whole = _Part(path, schema)
     if _depth(schema) > MAX_DEPTH:
         raise whole.refuse(f"it is nested deeper than {MAX_DEPTH} levels: flatten it")
-    num_bytes = len(json.dumps(schema).encode())
+    try:
+        num_bytes = len(json.dumps(schema, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise whole.refuse("it holds half a UTF-16 surrogate pair: give valid Unicode text") from None
     if num_bytes > MAX_SCHEMA_BYTES:
         raise whole.refuse(f"it is {num_bytes} bytes long: give at most {MAX_SCHEMA_BYTES}")
     num_properties = 0
@@ -101,7 +104,7 @@ def _parts(whole: _Part) -> Iterator[_Part]:
             elif keyword in _NAMED_SCHEMAS:
                 if not isinstance(value, dict):
                     raise part.refuse("it must be an object of named schemas", keyword)
-                pending += [_Part(f"{path}.{name}", inner) for name, inner in value.items()]
+                pending += [_Part(f"{path}.{name[:50]}", inner) for name, inner in value.items()]
 
 
 def _check_keywords(part: _Part, strict: bool) -> None:

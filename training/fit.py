@@ -35,8 +35,8 @@ from training.trackers import check_trackers
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
-    "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
-    "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
+    "fsdp", "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to",
+    "resources_per_worker", "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
 # Of a Ray on this machine alone; every process that it starts inherits them.
 _PRIVATE_RAY = {

@@ -25,7 +25,7 @@ class Constraint:
         matcher: at that place; owned by this object.
         end_token_id: the matcher's sign for the end of the text, which is no token of the model.
 
-    Every method raises:
+    `allowed` and `accept` raise:
         ConstraintFault: there is no going on.
     """
 
