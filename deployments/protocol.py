@@ -25,9 +25,21 @@ MAX_LOGPROBS = 20
 
 
 class Closed(BaseModel):
-    """A request type: unknown fields, NaN and infinity are refused."""
+    """A request type: unknown fields, NaN and infinity are refused.
+
+    An answer names one thing that is wrong. Looking for more of them in two megabytes of mistakes would hold up the
+    event loop for seconds: lists are FailFast, and of unknown fields one is looked at.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or body.keys() <= cls.model_fields.keys():
+            return body
+        first = next(field for field in body if field not in cls.model_fields)
+        return {field: value for field, value in body.items() if field in cls.model_fields or field == first}
 
 
 class TextPart(Closed):
@@ -41,7 +53,7 @@ class ChatMessage(Closed):
     """One message of a dialog. Which order of roles is accepted is the chat format's matter."""
 
     role: str
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
 
     def text(self) -> str:
@@ -73,7 +85,7 @@ class GenerationFields(Closed):
         {}, max_length=MAX_LOGIT_BIASES, description="token id -> what is added to its logit"
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -133,7 +145,7 @@ class GenerationFields(Closed):
 class ChatCompletionRequest(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, description="default: as many as the context has room for")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
     min_tokens: int = Field(0, ge=0, description="the answer cannot end before so many")

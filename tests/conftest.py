@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from training.base_models import EMBEDDED_MODEL, BaseModel, resolve_base_model
-from training.registry import AdapterManifest, AdapterRegistry
+from training.registry import AdapterManifest, AdapterRegistry, import_adapter
 
 _SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
@@ -265,3 +265,35 @@ def tiny_adapter(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory)
             torch.nn.init.normal_(weight, std=0.2)
     adapted.save_pretrained(path)
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class InProcessApi:
+    """`tests.in_process.serving` on the tiny model. `model` is the object behind the replica."""
+
+    url: str
+    base: BaseModel
+    adapter: str
+    model: Any
+    args: Any
+
+
+@pytest.fixture(scope="session")
+def tiny_api(
+    tiny_base: BaseModel, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[InProcessApi]:
+    """The API over the tiny model with an adapter and 128 tokens of context, on HTTP in this process."""
+    import torch
+
+    from deployments.config import EngineArgs, ServeArgs
+    from tests.in_process import load_model, serving
+
+    root = tmp_path_factory.mktemp("tiny-api") / "registry"
+    import_adapter(AdapterRegistry(root), tiny_adapter, "tuned", tiny_base, chat_format="chatml", force=True)
+    engine = EngineArgs(max_model_len=128, kv_cache_gib=0.02, num_threads=1, chunks_per_s=10_000)
+    args = ServeArgs(base_model=str(tiny_base.path), registry=str(root), engine=engine)
+    num_threads = torch.get_num_threads()
+    model = load_model(args)
+    with serving(args, model) as url:
+        yield InProcessApi(url, tiny_base, f"{tiny_base.name}:tuned", model, args)
+    torch.set_num_threads(num_threads)
