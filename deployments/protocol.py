@@ -25,13 +25,13 @@ MAX_LOGPROBS = 20
 
 
 class Closed(BaseModel):
-    """A request type: unknown fields, NaN and infinity are refused.
+    """A request type: unknown fields, other types than the field's, NaN and infinity are refused.
 
     An answer names one thing that is wrong. Looking for more of them in two megabytes of mistakes would hold up the
     event loop for seconds: lists are FailFast, and of unknown fields one is looked at.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -67,11 +67,21 @@ class StreamOptions(Closed):
     include_usage: bool = False
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """In the docs too, every field that has a default may be null."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"] and {"type": "null"} not in field.get("anyOf", []):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **about}
+
+
 class GenerationFields(Closed):
     """What both kinds of completion take. A field that is null has its default, as OpenAI has it.
 
     Names, defaults and ranges are OpenAI's; top_k, min_p, repetition_penalty, min_tokens and ignore_eos are vLLM's.
     """
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")

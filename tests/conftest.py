@@ -182,13 +182,15 @@ def serve_config(**changes: Any) -> dict[str, Any]:
     return content
 
 
-def start_server(content: dict[str, Any], folder: Path) -> tuple[subprocess.Popen[bytes], RunningServer]:
+def start_server(
+    content: dict[str, Any], folder: Path, python: str = sys.executable
+) -> tuple[subprocess.Popen[bytes], RunningServer]:
     """Run `corral serve` on a YAML and wait until it is ready."""
     config, log = folder / "serve.yaml", folder / "serve.log"
     config.write_text(yaml.safe_dump(content))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "clients.cli", "serve", str(config)], stdout=output, stderr=subprocess.STDOUT
+            [python, "-m", "clients.cli", "serve", str(config)], stdout=output, stderr=subprocess.STDOUT
         )
     prefix = content["applications"][0]["route_prefix"].rstrip("/")
     url = f"http://127.0.0.1:{content['http_options']['port']}"
