@@ -17,7 +17,7 @@ def test_b_schemathesis_finds_nothing(server: RunningServer, tmp_path: Path) -> 
         f"--config-file={HERE / 'schemathesis.toml'}",
         "run",
         f"{server.url}/openapi.json",
-        "--max-examples=500",
+        "--max-examples=700",
         "--workers=2",
         "--continue-on-failure",
         "--seed=1",
