@@ -1,12 +1,18 @@
 """`corral adapters ...`: the registry from a terminal."""
 
 import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from clients.api import CorralClient
+    from deployments.adapter_admin import AdapterAdmin
+    from deployments.adapter_protocol import Adapter, AdapterVersion
     from training.registry import AdapterManifest, AdapterRegistry
 
 app = typer.Typer(
@@ -15,6 +21,9 @@ app = typer.Typer(
 
 _Registry = Annotated[
     str | None, typer.Option("--registry", metavar="PATH", help="any fsspec path; default: CORRAL_HOME/registry")
+]
+_Url = Annotated[
+    str | None, typer.Option("--url", metavar="URL", help="of a server: its registry, with the key in CORRAL_API_KEY")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)]
@@ -26,17 +35,21 @@ _Alias = Annotated[str, typer.Option("--alias", help="which alias")]
 
 
 @app.command("list")
-def list_(registry: _Registry = None, as_json: _Json = False) -> None:
+def list_(registry: _Registry = None, url: _Url = None, as_json: _Json = False) -> None:
     """Every version of every adapter."""
-    store = _open(registry)
-    manifests = store.list()
-    aliases = {name: store.aliases(name) for name in {manifest.name for manifest in manifests}}
+    if as_json and url is None:  # with all of their manifests
+        store = _open(registry)
+        print(json.dumps([_record(store, manifest) for manifest in store.list()], indent=2))
+        return
+    with _admin(registry, url) as admin:
+        adapters = admin.adapters()
     if as_json:
-        print(json.dumps([_record(manifest, aliases[manifest.name]) for manifest in manifests], indent=2))
-    elif not manifests:
+        versions = [{"name": a.name, **version.model_dump(mode="json")} for a in adapters for version in a.versions]
+        print(json.dumps(versions, indent=2))
+    elif not adapters:
         print("no adapter is registered: train one with 'corral train configs/train/quickstart.yaml'")
     else:
-        _print_table(manifests, aliases)
+        _print_table(adapters)
 
 
 @app.command()
@@ -44,14 +57,14 @@ def show(name: _Reference, registry: _Registry = None, as_json: _Json = False) -
     """One version and where it comes from: the champion, else the newest, or the one that is named."""
     store = _open(registry)
     manifest = _resolve(store, name)
-    record, ancestors = _record(manifest, store.aliases(manifest.name)), store.ancestors(manifest)
+    record, ancestors = _record(store, manifest), store.ancestors(manifest)
     if as_json:
         lineage = [ancestor.model_dump(mode="json") for ancestor in ancestors]
         print(json.dumps({**record, "ancestors": lineage}, indent=2))
         return
     from clients.adapter_report import print_report, show_report
 
-    print_report(show_report(manifest, record["aliases"], ancestors))
+    print_report(show_report(manifest, _labels(record["aliases"], record["canary_percent"]), ancestors))
 
 
 @app.command()
@@ -165,35 +178,71 @@ def import_(
     registry: _Registry = None,
 ) -> None:
     """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl)."""
+    from training.audit import audited, os_user
     from training.base_models import EMBEDDED_MODEL, resolve_base_model
     from training.chat_format import load_chat_format
     from training.registry import import_adapter
 
     model = resolve_base_model(base or EMBEDDED_MODEL)
     format_name = load_chat_format(chat_format, model).name
-    manifest = import_adapter(_open(registry), directory, name, model, chat_format=format_name, force=force)
+    with audited(os_user(), "register", name, source=str(directory)) as record:
+        manifest = import_adapter(_open(registry), directory, name, model, chat_format=format_name, force=force)
+        record |= {"version": manifest.version, "forced": manifest.forced}
     print(f"{manifest.model_id} is registered" + (" (forced)" if manifest.forced else ""))
 
 
 @app.command()
-def promote(name: _Name, version: _Version, alias: _Alias = "champion", registry: _Registry = None) -> None:
+def promote(
+    name: _Name,
+    version: _Version,
+    percent: Annotated[
+        float, typer.Option(min=0, max=100, help="below 100: as a canary, for this share of the champion's traffic")
+    ] = 100,
+    alias: _Alias = "champion",
+    registry: _Registry = None,
+    url: _Url = None,
+) -> None:
     """Point an alias at a version; requests that name no version get the champion."""
-    manifest = _open(registry).promote(name, version, alias)
-    print(f"{manifest.base.name}:{name}@{alias} is version {manifest.version}")
+    with _admin(registry, url) as admin:
+        change = admin.promote(name, version, alias, percent)
+    print(f"{change.base_model}:{name}@{alias} is version {change.version}", end="")
+    print(f", and version {version} for {percent:g} % of its traffic" if change.canary else "")
 
 
 @app.command()
-def rollback(name: _Name, alias: _Alias = "champion", registry: _Registry = None) -> None:
-    """Point an alias at what it pointed at before."""
-    manifest = _open(registry).rollback(name, alias)
-    print(f"{manifest.base.name}:{name}@{alias} is version {manifest.version}")
+def rollback(name: _Name, alias: _Alias = "champion", registry: _Registry = None, url: _Url = None) -> None:
+    """End the canary; where there is none, point an alias at what it pointed at before."""
+    with _admin(registry, url) as admin:
+        change = admin.rollback(name, alias)
+    ended = change.previous_canary
+    print(f"{change.base_model}:{name}@{alias} is version {change.version}", end="")
+    print(f" alone: its canary, version {ended.version}, has ended" if ended else "")
 
 
 @app.command()
-def delete(name: _Name, version: _Version, registry: _Registry = None) -> None:
+def delete(name: _Name, version: _Version, registry: _Registry = None, url: _Url = None) -> None:
     """Remove a version for good; its number is not used again."""
-    _open(registry).delete(name, version)
+    with _admin(registry, url) as admin:
+        admin.delete_version(name, version)
     print(f"{name}@{version} is deleted")
+
+
+@contextmanager
+def _admin(registry: str | None, url: str | None) -> "Iterator[AdapterAdmin | CorralClient]":
+    """A registry, or a server that has one: both list and change it in the same words."""
+    if url is None:
+        from deployments.adapter_admin import AdapterAdmin
+        from training.audit import os_user
+
+        yield AdapterAdmin(_open(registry), os_user())
+        return
+    from clients.api import CorralClient
+    from training.errors import ConfigError
+
+    if registry is not None:
+        raise ConfigError(f"--registry {registry} and --url {url}: give one of them")
+    with CorralClient(url, os.environ.get("CORRAL_API_KEY")) as client:
+        yield client
 
 
 def _open(path: str | None) -> "AdapterRegistry":
@@ -214,31 +263,39 @@ def _resolve(store: "AdapterRegistry", text: str) -> "AdapterManifest":
     return manifest
 
 
-def _record(manifest: "AdapterManifest", aliases: dict[str, int]) -> dict[str, Any]:
-    at_this = sorted(alias for alias, version in aliases.items() if version == manifest.version)
-    return {"model_id": manifest.model_id, "aliases": at_this, **manifest.model_dump(mode="json")}
+def _record(store: "AdapterRegistry", manifest: "AdapterManifest") -> dict[str, Any]:
+    aliases, canary = store.aliases(manifest.name), store.traffic(manifest.name).canary
+    return {
+        "model_id": manifest.model_id,
+        "aliases": sorted(alias for alias, version in aliases.items() if version == manifest.version),
+        "canary_percent": canary.percent if canary is not None and canary.version == manifest.version else None,
+        **manifest.model_dump(mode="json"),
+    }
 
 
-def _print_table(manifests: list["AdapterManifest"], aliases: dict[str, dict[str, int]]) -> None:
+def _print_table(adapters: "Sequence[Adapter]") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table("model", "aliases", "held-out loss", "base's", "created", box=SIMPLE_HEAD, pad_edge=False)
     table.columns[0].no_wrap = True
-    for manifest in manifests:
-        at_this = sorted(alias for alias, version in aliases[manifest.name].items() if version == manifest.version)
+    for version in (version for adapter in adapters for version in adapter.versions):
         table.add_row(
-            manifest.model_id,
-            ", ".join(at_this),
-            _loss(manifest, "eval_loss") + (" (forced)" if manifest.forced else ""),
-            _loss(manifest, "base_eval_loss"),
-            f"{manifest.created:%Y-%m-%d %H:%M} UTC",
+            version.model_id,
+            ", ".join(_labels(version.aliases, version.canary_percent)),
+            _loss(version, "eval_loss") + (" (forced)" if version.forced else ""),
+            _loss(version, "base_eval_loss"),
+            f"{version.created:%Y-%m-%d %H:%M} UTC",
         )
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=160)
     console.print(table)
 
 
-def _loss(manifest: "AdapterManifest", key: str) -> str:
-    return f"{manifest.metrics[key]:.3f}" if key in manifest.metrics else "-"
+def _labels(aliases: Sequence[str], canary_percent: float | None) -> list[str]:
+    return [*aliases, *([] if canary_percent is None else [f"canary {canary_percent:g} %"])]
+
+
+def _loss(version: "AdapterVersion", key: str) -> str:
+    return f"{version.metrics[key]:.3f}" if key in version.metrics else "-"

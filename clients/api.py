@@ -4,20 +4,26 @@ For programs that want no more than text in and text out; whoever needs the whol
 package at the same address. Importing this needs neither torch nor Ray.
 """
 
-import ipaddress
 import json
+import ssl
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from deployments.adapter_protocol import Adapter, AdapterChange, AdapterList, DeletedVersion
+from deployments.origins import is_loopback as is_loopback_host
 from deployments.protocol import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
 from training.chat_format import Message
 from training.errors import CorralError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
 
 
 class ServerError(CorralError):
@@ -56,18 +62,27 @@ class CorralClient:
     Args:
         base_url: where the API is, with or without `/v1` at the end.
         api_key: sent as bearer token, if the server or a proxy in front of it asks for one.
+        ca: for https: the certificates to trust instead of the public authorities', as PEM, such as the server's own.
         timeout_s: the longest silence to bear between two bytes of an answer.
 
     Every method raises ServerError.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        api_key: str | None = None,
+        *,
+        ca: str | Path | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         try:
             self._http = httpx.Client(
                 base_url=self.base_url,
                 headers={"authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
+                verify=_trusting(ca) if ca else True,
                 trust_env=not is_loopback(self.base_url),  # a proxy of the environment does not reach our loopback
             )
         except httpx.InvalidURL as error:
@@ -114,6 +129,33 @@ class CorralClient:
             _raise_for_status(response)
             return ModelList.model_validate_json(response.content).data
 
+    def adapters(self) -> list[Adapter]:
+        """Every adapter with its versions, and where its traffic goes; as all that follow, for keys of scope admin."""
+        return self._call("GET", "/v1/adapters", AdapterList).data
+
+    def adapter(self, name: str) -> Adapter:
+        """One of them."""
+        return self._call("GET", _adapter_path(name), Adapter)
+
+    def promote(self, name: str, version: int, alias: str, percent: float) -> AdapterChange:
+        """Point an alias at a version; below 100 percent as a canary beside the champion."""
+        body = {"version": version, "percent": percent, "alias": alias}
+        return self._call("POST", f"{_adapter_path(name)}/promote", AdapterChange, body)
+
+    def rollback(self, name: str, alias: str) -> AdapterChange:
+        """End the canary, or point an alias at what it pointed at before."""
+        return self._call("POST", f"{_adapter_path(name)}/rollback", AdapterChange, {"alias": alias})
+
+    def delete_version(self, name: str, version: int) -> DeletedVersion:
+        """Remove a version for good."""
+        return self._call("DELETE", f"{_adapter_path(name)}/versions/{version}", DeletedVersion)
+
+    def _call(self, method: str, path: str, answer: type[_Answer], body: dict[str, Any] | None = None) -> _Answer:
+        with self._sending():
+            response = self._http.request(method, path, json=body)
+            _raise_for_status(response)
+            return answer.model_validate_json(response.content)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -142,6 +184,11 @@ class _Sending:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise ServerError(
+                f"the certificate of {self._url} is not trusted ({str(error).partition('failed: ')[2]}): give the one "
+                "to trust with --ca FILE; 'corral certs show' on the server names its own"
+            ) from error
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             raise ServerError(
                 f"no server answers at {self._url}: start one with 'corral serve', or give its URL"
@@ -161,13 +208,21 @@ class _Sending:
 _JSON = {"content-type": "application/json"}
 
 
+def _adapter_path(name: str) -> str:
+    return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _trusting(ca: str | Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:  # ssl.SSLError is one
+        reason = "it holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ServerError(f"--ca {str(ca)!r} cannot be used: {reason}") from error
+
+
 def is_loopback(url: str) -> bool:
     """Whether `url` names this very machine."""
-    host = httpx.URL(url).host
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_host(httpx.URL(url).host)
 
 
 def _body(messages: str | Sequence[Message], model: str, sampling: Sampling, *, stream: bool = False) -> bytes:

@@ -17,7 +17,7 @@ import typer
 from typer._click.exceptions import ClickException
 from typer.core import TyperGroup
 
-from clients import adapters, data, runs
+from clients import adapters, certs, data, keys, runs
 
 _DEFAULT_URL = "http://127.0.0.1:8000"  # clients.api has it too, but is not imported for `--help`
 
@@ -82,8 +82,10 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
+app.add_typer(certs.app, name="certs")
 
 
 @app.callback(invoke_without_command=True)
@@ -185,11 +187,17 @@ def serve(
         Path | None, typer.Argument(metavar="[CONFIG]", help="a serve YAML; default: configs/serve/quickstart.yaml")
     ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="instead of the YAML's")] = None,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="HTTPS, with the certificate of 'corral certs'; made if there is none")
+    ] = False,
 ) -> None:
     """Serve a base and its adapters here until Ctrl-C."""
-    from clients.server import read_serve_config, running, urls, wait_for_signal
+    from clients.server import read_serve_config, running, urls, wait_for_signal, warnings
 
-    with _stopped_by_signal(code=0), running(read_serve_config(config, port), debug=context.obj) as server:
+    content = read_serve_config(config, port, tls=tls)
+    for warning in warnings(content):
+        print(f"warning: {warning}", file=sys.stderr)
+    with _stopped_by_signal(code=0), running(content, debug=context.obj) as server:
         print(urls(server), flush=True)
         wait_for_signal()
 
@@ -199,12 +207,16 @@ def chat(
     prompt: Annotated[str | None, typer.Argument(help="without it: a conversation, or what is piped in")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="a model id; default: the server's base")] = None,
     url: Annotated[str, typer.Option(help="where the server is")] = _DEFAULT_URL,
+    ca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="CORRAL_CA", help="certificate to trust, of a 'corral serve --tls'"),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="default: as many as fit")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answer")] = None,
 ) -> None:
-    """Talk to a server: one question, or a conversation with /clear and /quit."""
+    """Talk to a server: one question, or a conversation with /clear and /quit; CORRAL_API_KEY is its key."""
     from clients.api import CorralClient, Sampling
     from clients.terminal_chat import TerminalChat
 
@@ -215,7 +227,7 @@ def chat(
         sampling["temperature"] = temperature
     if seed is not None:
         sampling["seed"] = seed
-    with CorralClient(url, os.environ.get("CORRAL_API_KEY")) as client:
+    with CorralClient(url, os.environ.get("CORRAL_API_KEY"), ca=ca) as client:
         conversation = TerminalChat(client, model or client.models()[0].id, system, sampling)
         if prompt is None and sys.stdin.isatty():
             conversation.loop()
@@ -265,7 +277,12 @@ def bench(
     seed: Annotated[
         int | None, typer.Option(min=0, help="the same prompts and arrivals again; a prefix cache may know them")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="sent as bearer token")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["CORRAL_API_KEY", "OPENAI_API_KEY"], show_default=False, help="sent as bearer token to URL"
+        ),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="take any certificate of an https server")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds that a request may take")] = 600.0,
     json: Annotated[
@@ -284,7 +301,7 @@ def bench(
     from clients.bench.results import Settings, numbers
     from clients.bench.run import Output, run_bench
     from clients.bench.stream import ChatServer
-    from clients.server import read_serve_config, running
+    from clients.server import own_key, read_serve_config, running
     from training.errors import ConfigError
 
     if url and serve_config:
@@ -314,6 +331,7 @@ def bench(
         with contextlib.ExitStack() as up:
             if content is not None:
                 settings = replace(settings, url=up.enter_context(running(content)).url)
+                api_key = up.enter_context(own_key("corral bench"))
             server = ChatServer(settings.url, api_key, verify=not insecure, timeout_s=timeout)
             results = run_bench(replace(settings, url=server.url), server, Output(json, plot, tuple(compare or ())))
     except KeyboardInterrupt:
@@ -321,6 +339,18 @@ def bench(
     if results.interrupted:
         sys.exit(130)
     results.raise_for_errors()
+
+
+@app.command()
+def usage(
+    since: Annotated[str, typer.Option(metavar="DAYS|DATE", help="days such as 7d, or from a date on, in UTC")] = "7d",
+    by: Annotated[Literal["key", "model", "day"] | None, typer.Option(help="default: key and model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Requests and tokens of each key and model, whether a server runs or not."""
+    from clients import usage
+
+    print(usage.usage(since, by, as_json=as_json))
 
 
 @app.command()

@@ -13,21 +13,20 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
+from clients import doctor_security as security
+from clients.doctor_check import Check
 from clients.server import DEFAULT_HOST, DEFAULT_PORT
 from training.home import corral_home
-
-Status = Literal["ok", "note", "broken"]
 
 _DISTRIBUTION = "llama-corral"
 _LIGHT = ("httpx", "openai", "pydantic", "pyyaml", "rich", "typer")
 _PLATFORM = (
-    "accelerate", "bitsandbytes", "datasets", "fastapi", "filelock", "fsspec", "gradio", "huggingface-hub", "numpy",
-    "peft", "psutil", "ray", "safetensors", "tokenizers", "torch", "transformers", "trl",
+    "accelerate", "bitsandbytes", "cryptography", "datasets", "fastapi", "filelock", "fsspec", "gradio",
+    "huggingface-hub", "numpy", "peft", "psutil", "ray", "safetensors", "tokenizers", "torch", "transformers", "trl",
 )  # fmt: skip
 _MIN_PYTHON = (3, 11)
 _GIB = 2**30
@@ -35,20 +34,11 @@ _MIN_MEMORY = 8 * _GIB  # the quickstart, server and tests stay under it
 _MIN_DISK = 5 * _GIB
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was looked at; `fix` says what to do where it is not ok."""
-
-    name: str
-    status: Status
-    found: str
-    fix: str = ""
-
-
 def examine() -> list[Check]:
     """Look at everything; never raises."""
     checks: list[Callable[[], Check]] = [
-        _python, _packages, _cpu, _gpu, _memory, _home, _disk, _embedded_model, _port, _ray_token,
+        _python, _packages, _cpu, _gpu, _memory, _home, _disk, _embedded_model, _port, security.secret_files,
+        security.ray_token, security.clusters, security.open_ports, security.certificate, security.api_keys,
     ]  # fmt: skip
     results = []
     for check in checks:
@@ -197,20 +187,14 @@ def _port() -> Check:
         return Check(f"port {DEFAULT_PORT}", "ok", "free")
     from clients.api import CorralClient, ServerError
 
+    ca = corral_home() / "certs" / "cert.pem" if security.speaks_tls(DEFAULT_HOST, DEFAULT_PORT) else None
+    url = f"{'https' if ca else 'http'}://{DEFAULT_HOST}:{DEFAULT_PORT}"
     try:
-        with CorralClient(f"http://127.0.0.1:{DEFAULT_PORT}", timeout_s=5) as client:
+        with CorralClient(url, os.environ.get("CORRAL_API_KEY"), ca=ca, timeout_s=5) as client:
             models = client.models()
         return Check(f"port {DEFAULT_PORT}", "ok", f"a Corral server answers there, with {len(models)} models")
-    except ServerError:
+    except ServerError as error:
+        if error.code == "invalid_api_key":
+            return Check(f"port {DEFAULT_PORT}", "ok", "a Corral server answers there, and wants a key")
         fix = "stop the program that listens there, or use corral serve --port 8001"
         return Check(f"port {DEFAULT_PORT}", "broken", "in use by another program", fix)
-
-
-def _ray_token() -> Check:
-    token = Path.home() / ".ray" / "auth_token"
-    if not token.exists():
-        return Check("Ray's token", "ok", f"no {token} yet: Ray writes it at its first start")
-    mode = stat.S_IMODE(token.stat().st_mode)
-    if mode & 0o077:
-        return Check("Ray's token", "broken", f"{token}, mode {mode:04o}: others can read it", f"chmod 600 {token}")
-    return Check("Ray's token", "ok", f"{token}, mode {mode:04o}")

@@ -5,16 +5,20 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
+from training.home import corral_home
 
 if TYPE_CHECKING:
     from deployments.launch import Server
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+RAY_HOST = "0.0.0.0"  # Ray's default where a YAML names none
+WILDCARD_HOSTS = (RAY_HOST, "::")
 
 
 def shipped_config(name: str) -> Path:
@@ -31,20 +35,49 @@ def shipped_config(name: str) -> Path:
     raise ConfigError(f"configs/{name} is neither in {looked}: name a file of your own")
 
 
-def read_serve_config(path: Path | None, port: int | None = None) -> dict[str, Any]:
-    """The serve YAML at `path`, by default the quickstart's, checked, with another port if one is given."""
-    from deployments.config import load_serve_config
+def read_serve_config(path: Path | None, port: int | None = None, *, tls: bool = False) -> dict[str, Any]:
+    """The serve YAML at `path`, by default the quickstart's, checked, with another port if one is given.
+
+    With `tls` it serves HTTPS: with the YAML's certificate, else with the one under CORRAL_HOME, made now if need be.
+    """
+    from deployments.config import check_serve_config, load_serve_config
 
     content = load_serve_config(path or shipped_config("serve/quickstart.yaml"))
     if port is not None:
         content.setdefault("http_options", {})["port"] = port
+    options = content.setdefault("http_options", {})
+    if tls and "ssl_certfile" not in options:
+        from deployments.certificates import certificate_files, create_certificate
+
+        certificate, key = certificate_files()
+        if not certificate.exists():
+            host = options.get("host", RAY_HOST)
+            create_certificate([] if host in WILDCARD_HOSTS else [host])
+        options |= {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
+        check_serve_config(content, "--tls")
     return content
+
+
+def warnings(content: dict[str, Any]) -> list[str]:
+    """What a person who serves this should know before strangers do."""
+    from deployments.config import LOOPBACK_HOSTS
+
+    options = content.get("http_options") or {}
+    host = options.get("host", RAY_HOST)
+    if certfile := options.get("ssl_certfile"):
+        from deployments.certificates import read_certificate
+
+        certificate = read_certificate(Path(certfile))
+        return [f"{certificate.warning}: see 'corral certs'"] if certificate.warning else []
+    if host in LOOPBACK_HOSTS:
+        return []
+    return [f"keys and conversations travel in clear to {host}:{http_address(content)[1]}: add --tls"]
 
 
 def http_address(content: dict[str, Any]) -> tuple[str, int]:
     """Host and port of a serve YAML's content."""
     options = content.get("http_options") or {}
-    return options.get("host", DEFAULT_HOST), options.get("port", DEFAULT_PORT)
+    return options.get("host", RAY_HOST), options.get("port", DEFAULT_PORT)
 
 
 @contextlib.contextmanager
@@ -66,8 +99,35 @@ def running(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server
 def urls(server: "Server", *, stays: bool = True) -> str:
     """Where a server answers, for the person who started it."""
     ui = [f"chat  {server.ui_url}"] if server.ui_url else []
-    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", *(["Ctrl-C stops it"] if stays else [])]
-    return "\n".join(lines)
+    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_who_needs_a_key()}"]
+    if server.certfile and Path(server.certfile).parent == corral_home() / "certs":  # no authority vouches for it
+        lines.append(f"trust {server.certfile}  (corral chat --ca, curl --cacert, SSL_CERT_FILE)")
+    return "\n".join([*lines, *(["Ctrl-C stops it"] if stays else [])])
+
+
+@contextlib.contextmanager
+def own_key(name: str) -> Iterator[str | None]:
+    """A key to the server that this command runs, valid as long as the block lasts; None where nobody needs one."""
+    from deployments.keys import KeyStore
+
+    store = KeyStore()
+    if not store.required:
+        yield None
+        return
+    made, key = store.create(name, ("chat",), expires=datetime.now(UTC) + timedelta(days=1))
+    try:
+        yield key
+    finally:
+        store.revoke(made.id)
+
+
+def _who_needs_a_key() -> str:
+    from deployments.keys import KeyStore
+
+    store = KeyStore()
+    if store.required:
+        return f"required, {store.num_valid} valid: see 'corral keys list'"
+    return "not required on this machine: 'corral keys create' changes that"
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ from deployments.config import ServeArgs, UIArgs
 
 
 def build_app(args: ServeArgs) -> Application:
-    """The OpenAI-compatible API: ingress in front of model replicas."""
+    """The OpenAI-compatible API: ingress in front of model replicas, and the ledger beside them."""
     from deployments.ingress import ChatIngress
+    from deployments.ledger import Ledger
     from deployments.model import LlamaModel
 
-    ingress, model = cast(Deployment, ChatIngress), cast(Deployment, LlamaModel)
-    return ingress.bind(model.bind(args), args)
+    ingress, ledger, model = (cast(Deployment, each) for each in (ChatIngress, Ledger, LlamaModel))
+    return ingress.bind(model.bind(args), ledger.bind(), args)
 
 
 def build_ui(args: UIArgs) -> Application:

@@ -3,6 +3,7 @@
 `auth.py` makes a Caller out of a request's key, `keys.py` keeps the keys, `ledger.py` holds callers to their limits.
 """
 
+import uuid
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -38,6 +39,12 @@ class Caller:
     name: str
     scopes: frozenset[Scope]
     limits: KeyLimits = NO_LIMITS
+
+    def identity(self, user: str | None) -> str:
+        """Whom a canary takes or leaves: the request's user, else the key; what has neither is drawn for itself."""
+        if user is not None:
+            return f"user {user}"
+        return f"key {self.key_id}" if self.key_id is not None else f"request {uuid.uuid4().hex}"
 
 
 ANONYMOUS = Caller(None, "anonymous", frozenset({"chat", "admin"}))

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.errors import ServeConfigError
+from deployments.keys import KeyStore
+from deployments.tls import check_tls_files
 from training.base_models import EMBEDDED_MODEL, Quantization
 
 
@@ -97,12 +99,32 @@ def check_serve_config(content: dict[str, Any], source: str) -> None:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ServeConfigError(f"{source}: {place}: {first['msg']}, given {first['input']!r}") from error
+    _check_https(schema.http_options, source)
     host = schema.http_options.host
-    if host not in LOOPBACK_HOSTS:
+    if host not in LOOPBACK_HOSTS and KeyStore().num_valid == 0:
         raise ServeConfigError(
-            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models: no API keys "
-            "are configured, so bind 127.0.0.1 and put an authenticating proxy or an SSH tunnel in front"
+            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models, as there is no "
+            "valid API key: run 'corral keys create --name NAME', or bind 127.0.0.1"
         )
+
+
+def _check_https(options: Any, source: str) -> None:
+    """Refuse what Ray takes for HTTPS and does not do, and files that cannot be served with."""
+    if options.ssl_ca_certs:
+        raise ServeConfigError(
+            f"{source}: http_options.ssl_ca_certs is {options.ssl_ca_certs!r}, but Ray asks no client for a "
+            "certificate: remove it, and give callers keys"
+        )
+    if options.ssl_keyfile_password:
+        raise ServeConfigError(
+            f"{source}: http_options.ssl_keyfile_password protects nothing beside its key: store the key "
+            "without, mode 0600"
+        )
+    if options.ssl_certfile:
+        try:
+            check_tls_files(options.ssl_certfile, options.ssl_keyfile)
+        except ServeConfigError as error:
+            raise ServeConfigError(f"{source}: http_options: {error}") from error
 
 
 def _check_keys(value: Any, model: type[BaseModel], source: str, place: str) -> None:

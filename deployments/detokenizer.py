@@ -46,6 +46,19 @@ class Vocabulary:
         added = self._added.get(token_id)
         return b"" if added is not None and added.special else self.spelling(token_id)
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Token ids as one text, control tokens written out; bytes that are no UTF-8 are U+FFFD."""
+        spelled = [self.spelling(token_id) for token_id in token_ids]
+        if self.strips_first_space:
+            first = next((i for i, token_id in enumerate(token_ids) if self.text_bytes(token_id)), None)
+            if first is not None:
+                spelled[first] = spelled[first].removeprefix(b" ")
+        return b"".join(spelled).decode(errors="replace")
+
+    def name(self, token_id: int) -> str:
+        """What the vocabulary calls a token, nothing where the model has a row for it and the tokenizer no token."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def _spell(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
         if token is None:  # the model's matrices may have rows that the tokenizer has no token for

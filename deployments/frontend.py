@@ -15,13 +15,16 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
-from deployments.callers import ANONYMOUS
+from deployments.callers import Caller
 from deployments.config import UIArgs
 from deployments.http_app import MAX_BODY_BYTES, BodyLimitMiddleware
+from deployments.keys import KeyStore
 from deployments.protocol import ChatCompletionRequest, Model
 from deployments.ui_chat import Answer, Backend
 from deployments.ui_guard import SameOriginMiddleware, SecurityHeadersMiddleware
+from deployments.ui_login import login_routes
 from deployments.ui_page import CSS, HEAD, build_page, theme
+from deployments.ui_session import Sessions, SessionWall
 
 
 class ServeBackend:
@@ -34,9 +37,9 @@ class ServeBackend:
         """The base and every adapter version."""
         return await cast(Awaitable[list[Model]], self._handle().models.remote())
 
-    def chat(self, request: ChatCompletionRequest) -> Answer:
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> Answer:
         """Pieces of an answer; `cancel()` on what is returned ends the generation on the replica."""
-        return cast(Answer, self._handle().options(stream=True).chat.remote(request, ANONYMOUS))
+        return cast(Answer, self._handle().options(stream=True).chat.remote(request, caller))
 
     def _handle(self) -> DeploymentHandle[Any]:
         return serve.get_app_handle(self.api_app)
@@ -56,25 +59,35 @@ class ChatUI:
         self._args = args
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_asgi_app(ServeBackend(self._args.api_app), self._args.title)
+        return build_asgi_app(ServeBackend(self._args.api_app), KeyStore(), self._args.title)
 
 
-def build_asgi_app(backend: Backend, title: str) -> FastAPI:
-    """The page with everything around it; serves below whatever path it is mounted on."""
+def build_asgi_app(backend: Backend, store: KeyStore, title: str) -> FastAPI:
+    """The page with everything around it, for who logs in with a key; serves below whatever path it is mounted on."""
+    sessions = Sessions(store)
+    page = _gradio_app(build_page(backend, sessions, title))
+    app = FastAPI(openapi_url=None, lifespan=page.router.lifespan_context)
+    app.include_router(login_routes(sessions, title))
+    app.mount("/", SessionWall(page, sessions))
+    app.add_middleware(SameOriginMiddleware)
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(SecurityHeadersMiddleware)
+    return app
+
+
+def _gradio_app(page: gr.Blocks) -> FastAPI:
+    """Gradio's own application, without what it has for other purposes."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(openapi_url=None)
 
     @app.api_route("/gradio_api/upload", methods=["POST", "PUT"])
     async def refuse_upload() -> Response:
         return PlainTextResponse("this page takes no files", 404)
 
-    app.add_middleware(SameOriginMiddleware)
     app.add_middleware(CORSMiddleware)  # no origin is allowed; without it Gradio reflects any
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
-    app.add_middleware(SecurityHeadersMiddleware)
     gr.mount_gradio_app(
         app,
-        build_page(backend, title),
+        page,
         path="/",
         theme=theme(),
         css=CSS,

@@ -2,14 +2,16 @@
 
 Ray Serve can put HAProxy before the API in place of its own proxy, which is written in Python: 5 ms less to the first
 token and a tenth more tokens on two cores. The configuration that it writes, however, also opens a statistics page and
-metrics on all interfaces, and an administration socket to every user. `launch.py` names this program as HAProxy's
-binary; it takes those out, and runs the real one in its own place. Ray starts it anew whenever replicas come or go.
+metrics on all interfaces, an administration socket to every user, and knows nothing of TLS. `private_ray.py` names this
+program as HAProxy's binary; it takes those out, puts in where to listen, and runs the real one in its own place. Ray
+starts it anew whenever replicas come or go.
 """
 
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.errors import NotReady, ServeError, error_response
@@ -17,11 +19,46 @@ from deployments.errors import NotReady, ServeError, error_response
 _STATISTICS = ("frontend prometheus", "listen stats")
 _ADMIN_SOCKET = re.compile(r"^(\s+stats socket .*) mode 666\b", re.MULTILINE)
 _ERROR_FILE = re.compile(r"^(\s+errorfile 50[234]) .*$", re.MULTILINE)
+_FRONTEND = re.compile(r"^frontend http_frontend$", re.MULTILINE)
+_REQUEST_ID = (
+    "    unique-id-format %[uuid]",
+    "    http-request set-header x-request-id %[unique-id] if !{ req.hdr(x-request-id) -m found }",
+    "    http-request set-var(txn.request_id) req.hdr(x-request-id)",
+    "    http-after-response set-header x-request-id %[var(txn.request_id)] if !{ res.hdr(x-request-id) -m found }",
+)
+_BIND = re.compile(r"^([ \t]+)bind .*\n", re.MULTILINE)
+_BIND_VARIABLE = "CORRAL_HAPROXY_BIND"
 _UNAVAILABLE = "the API's replica is not there: send the request again in a second"
 
 
-def restricted(config: str, error_file: Path) -> str:
-    """The configuration without what lets strangers in, and with `error_file` for what HAProxy itself answers.
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """Where clients are answered, over HTTPS where there are files for it; `certfile` may hold a chain."""
+
+    host: str
+    port: int
+    certfile: str | None = None
+    keyfile: str | None = None
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """What tells this program of it; `folder` is readable by its owner alone and gets links to the files."""
+        bind = f"{'*' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        if self.certfile and self.keyfile:
+            linked = folder / "tls.crt"
+            linked.symlink_to(self.certfile)
+            (folder / "tls.crt.key").symlink_to(self.keyfile)  # where HAProxy looks for the key: no file holds both
+            bind += f" ssl crt {linked} ssl-min-ver TLSv1.2 alpn http/1.1"
+        return {_BIND_VARIABLE: bind}
+
+
+def frontend_host() -> str | None:
+    """Where clients reach the HAProxy of this process's Ray, which Ray itself is not told; None where there is none."""
+    bind = os.environ.get(_BIND_VARIABLE)
+    return None if bind is None else bind.split(" ")[0].rpartition(":")[0]
+
+
+def restricted(config: str, error_file: Path, bind: str) -> str:
+    """The configuration without what lets strangers in, listening at `bind` only, its own answers from `error_file`.
 
     Raises:
         ServeError: it is not the configuration that Ray 2.60 writes; nothing is then known of what it opens.
@@ -30,10 +67,30 @@ def restricted(config: str, error_file: Path) -> str:
     kept = [section for section in sections if section.partition("\n")[0].strip() not in _STATISTICS]
     config, num_sockets = _ADMIN_SOCKET.subn(r"\1 mode 600", "".join(kept))
     config, num_errors = _ERROR_FILE.subn(lambda found: f"{found[1]} {error_file}", config)
-    if (len(sections) - len(kept), num_sockets, num_errors) != (len(_STATISTICS), 1, 3):
+    # The replicas speak HTTP, and have to know what the page's address begins with.
+    lines = [f"bind {bind}", *(["http-request set-header x-forwarded-proto https"] if " ssl " in bind else [])]
+    config, num_binds = _BIND.subn(lambda found: "".join(f"{found[1]}{line}\n" for line in lines), config)
+    if (len(sections) - len(kept), num_sockets, num_errors, num_binds) != (len(_STATISTICS), 1, 3, 1):
         raise ServeError(
-            f"the configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open sockets and "
-            f"{num_errors} error files, not 2, 1 and 3 as Ray 2.60 writes it: set RAY_SERVE_ENABLE_HA_PROXY=0"
+            f"the configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open sockets, "
+            f"{num_errors} error files and {num_binds} addresses, not 2, 1, 3 and 1 as Ray 2.60 writes it: "
+            "set RAY_SERVE_ENABLE_HA_PROXY=0"
+        )
+    return config
+
+
+def with_request_ids(config: str) -> str:
+    """The configuration with an `x-request-id` on every answer: the client's, else one that the replica is told too.
+
+    Replicas put it on their own answers; what HAProxy says by itself gets it here.
+
+    Raises:
+        ServeError: the configuration has no such frontend as Ray 2.60 writes.
+    """
+    config, num_frontends = _FRONTEND.subn(lambda found: "\n".join([found[0], *_REQUEST_ID]), config)
+    if num_frontends != 1:
+        raise ServeError(
+            f"the configuration has {num_frontends} HTTP frontends, not 1: set RAY_SERVE_ENABLE_HA_PROXY=0"
         )
     return config
 
@@ -59,7 +116,8 @@ def main() -> None:
     path = Path(sys.argv[sys.argv.index("-f") + 1])
     error_file, restricted_path = path.with_name("unavailable.http"), path.with_name("restricted.cfg")
     error_file.write_bytes(unavailable().encode())
-    restricted_path.write_text(restricted(path.read_text(), error_file))
+    config = restricted(path.read_text(), error_file, os.environ[_BIND_VARIABLE])
+    restricted_path.write_text(with_request_ids(config))
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this program
     binary = get_haproxy_binary()
     os.execv(binary, [binary, *(str(restricted_path) if arg == str(path) else arg for arg in sys.argv[1:])])

@@ -10,21 +10,33 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.errors import BodyTooLarge, error_body, error_response
+from deployments.auth import ChatCaller
+from deployments.docs_page import add_docs
+from deployments.errors import BodyTooLarge, RateLimited, error_body, error_response
+from deployments.protocol import ErrorResponse
 from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
+_HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 
 logger = logging.getLogger("ray.serve")
 
 
 def create_api() -> FastAPI:
-    """An application without routes."""
-    api = FastAPI(title="Corral", description="Llama chat models and their adapters, OpenAI-compatible.")
+    """An application whose only routes are its own documentation's."""
+    api = FastAPI(
+        title="Corral",
+        description="Llama chat models and their adapters, OpenAI-compatible.",
+        openapi_url=None,  # its own routes would ask nobody for a key
+        # Also keeps FastAPI from announcing 422 in its own shape, which is never answered.
+        responses={"default": {"model": ErrorResponse, "description": "Any other error."}},
+    )
+    api.add_api_route("/openapi.json", _openapi, include_in_schema=False)
+    add_docs(api)
     api.add_exception_handler(CorralError, _answer_corral_error)
     api.add_exception_handler(RequestValidationError, _answer_validation_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
@@ -76,9 +88,21 @@ class BodyLimitMiddleware:
         await JSONResponse(body.model_dump(), status)(scope, receive, send)
 
 
+async def _openapi(request: Request, caller: ChatCaller) -> JSONResponse:
+    schema = request.app.openapi()
+    servers = [{"url": prefix(request)}] if prefix(request) else []
+    return JSONResponse({**schema, "servers": servers} if servers else schema)
+
+
+def prefix(request: HTTPConnection) -> str:
+    """Where Ray Serve has mounted the application, such as `/ui`; nothing for `/`."""
+    return str(request.scope.get("root_path", "")).rstrip("/")
+
+
 async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
     status, body = error_response(error)
-    return JSONResponse(body.model_dump(), status, {"retry-after": "1"} if status == 503 else None)
+    headers = error.headers if isinstance(error, RateLimited) else _HEADERS.get(status)
+    return JSONResponse(body.model_dump(), status, headers)
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:

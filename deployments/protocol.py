@@ -1,6 +1,7 @@
 """OpenAI's wire types as Corral speaks them: pydantic only, closed, shared by the ingress and its callers."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -36,10 +37,11 @@ class Closed(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_unknown_field(cls, body: Any) -> Any:
-        if not isinstance(body, dict) or body.keys() <= cls.model_fields.keys():
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(body, dict) or body.keys() <= known:
             return body
-        first = next(field for field in body if field not in cls.model_fields)
-        return {field: value for field, value in body.items() if field in cls.model_fields or field == first}
+        first = next(field for field in body if field not in known)
+        return {field: value for field, value in body.items() if field in known or field == first}
 
 
 class TextPart(Closed):
@@ -61,10 +63,42 @@ class ChatMessage(Closed):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages as the chat formats take them; roles are checked there."""
+    return [Message(message.role, message.text()) for message in messages]  # type: ignore[arg-type]
+
+
 class StreamOptions(Closed):
     """`stream_options` of a request."""
 
     include_usage: bool = False
+
+
+class JsonSchemaFormat(Closed):
+    """`response_format.json_schema`: what the answer's JSON must be like."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="accepted and not used")
+    description: str | None = Field(None, description="accepted and not used")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema 2020-12; what is not supported is refused")
+    strict: bool | None = Field(None, description="true: every object must say additionalProperties: false")
+
+
+class ResponseFormat(Closed):
+    """`response_format`: any text, some JSON object, or JSON of a schema. Answers are held to it with or without
+    `strict`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(
+        None, description="for type json_schema, and only there", validate_default=True
+    )
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schema_where_it_belongs(cls, schema: JsonSchemaFormat | None, info: ValidationInfo) -> JsonSchemaFormat | None:
+        kind = info.data.get("type")
+        if kind is not None and (schema is not None) != (kind == "json_schema"):
+            raise ValueError(f"type {kind} {'needs' if schema is None else 'does not take'} it")
+        return schema
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -99,7 +133,7 @@ class GenerationFields(Closed):
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted and not used")
+    user: str | None = Field(None, description="whose request it is: a canary takes all of a user's requests or none")
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -161,6 +195,7 @@ class ChatCompletionRequest(GenerationFields):
     min_tokens: int = Field(0, ge=0, description="the answer cannot end before so many")
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report; needs logprobs: true")
+    response_format: ResponseFormat | None = Field(None, description="default: any text")
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -192,8 +227,8 @@ class ChatCompletionRequest(GenerationFields):
         return None
 
     def dialog(self) -> list[Message]:
-        """The messages as the chat formats take them; roles are checked there."""
-        return [Message(message.role, message.text()) for message in self.messages]  # type: ignore[arg-type]
+        """The messages as the chat formats take them."""
+        return dialog(self.messages)
 
 
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
@@ -411,7 +446,10 @@ class Model(BaseModel):
     parent: str | None = Field(None, description="the base, for an adapter")
     root: str = Field(description="what the base was loaded from, or the adapter's name")
     version: int | None = None
-    aliases: list[str] = []
+    aliases: list[str] = Field([], description="that point at this version")
+    canary_percent: float | None = Field(
+        None, description="its share of the champion's traffic, where it is the canary"
+    )
     max_model_len: int
 
 

@@ -10,8 +10,10 @@ from deployments.detokenizer import Vocabulary
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
 from deployments.generation import GenerationRequest
-from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest
+from deployments.grammars import grammar_of
+from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest, dialog
 from deployments.text_prompts import TextEncoder
+from deployments.tokenize_protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from training.base_models import BaseModel
 from training.chat_format import ChatFormat, load_chat_format
 from training.registry import AdapterManifest
@@ -20,9 +22,9 @@ from training.registry import AdapterManifest
 class RequestRenderer:
     """Renders requests for one base model and its adapters.
 
-    Every method raises:
-        RequestValidationError: a token id is not in the vocabulary, or a text holds what the model has no token for.
-        ContextLengthExceeded: prompt and answer are longer than `max_model_len` tokens.
+    Every method raises RequestValidationError where a token id is not in the vocabulary, or a text holds what the model
+    has no token for; `chat` and `completion` raise ContextLengthExceeded where prompt and answer are longer than
+    `max_model_len` tokens.
     """
 
     def __init__(
@@ -30,24 +32,34 @@ class RequestRenderer:
     ) -> None:
         self._base = base
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._base_format = load_chat_format(chat_format, base, tokenizer)
         self._formats: dict[str, ChatFormat] = {self._base_format.name: self._base_format}
         self._text_encoder = TextEncoder(tokenizer, vocabulary)
         self._vocab_size = int(base.llama_config()["vocab_size"])
         self._max_model_len = max_model_len
 
-    def chat(self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str) -> GenerationRequest:
+    def chat(
+        self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str, tpm: int | None = None
+    ) -> GenerationRequest:
         """A dialog in the adapter's own chat format.
+
+        Args:
+            tpm: the caller's limit of tokens a minute; an answer whose length was not asked for stays within it.
 
         Raises:
             ChatFormatError: the dialog has no rendering.
+            ResponseFormatRefused: the schema is not supported.
         """
+        grammar = grammar_of(body.response_format)
         chat_format = self._chat_format(adapter)
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
         max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
+        if tpm is not None and body.asked_tokens is None:
+            max_tokens = max(1, body.min_tokens, min(max_tokens, (tpm - num_tokens) // body.n))
         sampling = self._sampling(body, max_tokens, chat_format)
-        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n)
+        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar)
 
     def completion(
         self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str
@@ -63,6 +75,27 @@ class RequestRenderer:
             part_id = f"{request_id}-{len(generations)}"
             generations.append(GenerationRequest(part_id, prompt_token_ids, sampling, adapter, body.n))
         return generations
+
+    def tokenize(self, body: TokenizeRequest, adapter: AdapterManifest | None) -> TokenizeResponse:
+        """The token ids that `chat` or `completion` would make of the same input, however many they are.
+
+        Raises:
+            ChatFormatError: the dialog has no rendering.
+        """
+        if body.messages is not None:
+            token_ids = self._chat_format(adapter).render_prompt(dialog(body.messages))
+        else:
+            token_ids = self._token_ids("prompt", body.prompt or "")
+            if body.add_special_tokens is False:
+                token_ids = token_ids[len(self._text_encoder.prefix) :]
+        names = [self._vocabulary.name(token_id) for token_id in token_ids] if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(token_ids), max_model_len=self._max_model_len, tokens=token_ids, token_strs=names
+        )
+
+    def detokenize(self, body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text that token ids stand for."""
+        return DetokenizeResponse(prompt=self._vocabulary.text(self._token_ids("tokens", body.tokens)))
 
     def _chat_format(self, adapter: AdapterManifest | None) -> ChatFormat:
         if adapter is None:

@@ -15,13 +15,17 @@ import gradio as gr
 from pydantic import ValidationError
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException
+from starlette.requests import HTTPConnection
 
+from deployments.callers import Caller
 from deployments.protocol import ChatCompletionRequest, ChatMessage, Model
+from deployments.ui_session import Sessions
 from training.errors import CorralError
 from training.registry import parse_model_id
 
 _SHOW_INTERVAL_S = 0.05  # the page is redrawn at most this often
 _MODELS_TIMEOUT_S = 15.0
+_ACCOUNT = '<form method="post" action="logout"><span>{}</span> <button>Log out</button></form>'
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,16 +48,17 @@ class Backend(Protocol):
     async def models(self) -> list[Model]:
         """The base first, then every adapter version, newest first."""
 
-    def chat(self, request: ChatCompletionRequest) -> Answer:
-        """Ask; errors come with the first piece or later ones."""
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> Answer:
+        """Ask in the name of `caller`; errors come with the first piece or later ones."""
 
 
 class Conversations:
     """The page's events. `settings` is always model, system prompt, then the five sliders from the top; Gradio puts
     in `event` and `request` by their types."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, sessions: Sessions) -> None:
         self._backend = backend
+        self._sessions = sessions
         self._running: dict[str, Answer] = {}  # browser session -> its answer's stream
 
     async def send(
@@ -122,6 +127,13 @@ class Conversations:
             gr.Info(html.escape(f"{chosen} is not served any more: {values[0]} is chosen instead"))
         return gr.Dropdown(choices=choices, value=chosen if chosen in values else values[0])
 
+    async def account(self, request: gr.Request) -> Any:
+        """Whose key it is, and the way out; nothing where nobody needs a key."""
+        caller = await self._sessions.caller(_http(request))
+        return (
+            gr.skip() if caller.key_id is None else gr.Markdown(_ACCOUNT.format(html.escape(caller.name)), visible=True)
+        )
+
     async def _ask(
         self,
         earlier: list[Turn],
@@ -139,7 +151,8 @@ class Conversations:
         answer, shown_at = "", 0.0
         stream: Answer | None = None
         try:
-            stream = self._running[session] = self._backend.chat(_completion_request(asked, *settings))
+            caller = await self._sessions.caller(_http(request))
+            stream = self._running[session] = self._backend.chat(_completion_request(asked, *settings), caller)
             async for piece in stream:
                 answer += piece
                 if answer.strip() and time.monotonic() - shown_at >= _SHOW_INTERVAL_S:
@@ -258,6 +271,12 @@ def _index(index: int | Sequence[int]) -> int:
 def _last_question(history: list[Turn], index: int | Sequence[int]) -> int:
     """Where the user's last message at or before `index` is."""
     return max(i for i in range(_index(index) + 1) if history[i]["role"] == "user")
+
+
+def _http(request: gr.Request) -> HTTPConnection:
+    """The HTTP request that brought the event."""
+    assert request.request is not None
+    return request.request
 
 
 def _session(request: gr.Request) -> str:

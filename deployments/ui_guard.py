@@ -7,11 +7,12 @@ through does not run, and an image or link preload that got through asks no othe
 import base64
 import hashlib
 import re
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments.origins import is_foreign
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.DOTALL)
@@ -26,10 +27,8 @@ class SameOriginMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            origin = headers.get("origin")
-            foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
-            if foreign and (scope["method"] not in _SAFE_METHODS or "cookie" in headers):
-                response = PlainTextResponse(f"requests from pages of {origin} are refused: open this page itself", 403)
+            if is_foreign(headers) and (scope["method"] not in _SAFE_METHODS or "cookie" in headers):
+                response = PlainTextResponse("requests of other hosts' pages are refused: open this page itself", 403)
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -5,6 +5,7 @@ from typing import Any
 import gradio as gr
 
 from deployments.ui_chat import Backend, Conversations
+from deployments.ui_session import Sessions
 
 _EXAMPLES = [
     ("Say hello", "Hello! How are you doing today?"),
@@ -27,6 +28,9 @@ main.fillable { padding: 16px 24px !important; max-width: 1400px !important; }
 #title h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 #title p { margin: 0; color: var(--body-text-color-subdued); font-size: .875rem; }
 #clear { height: 34px; }
+#account form { display: flex; justify-content: flex-end; align-items: center; gap: 10px; font-size: .875rem; }
+#account span { color: var(--body-text-color-subdued); overflow: hidden; text-overflow: ellipsis; max-width: 12rem; }
+#account button { text-decoration: underline; white-space: nowrap; }
 #columns { gap: 20px; }
 #chat { height: calc(100dvh - 178px) !important; min-height: 320px; border-radius: 14px; }
 #chat, #message, #settings > .block, #settings > .form { border: 1px solid var(--border-color-primary) !important; }
@@ -59,13 +63,14 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build_page(backend: Backend, title: str) -> gr.Blocks:
-    """The page; answers come from `backend`."""
-    on = Conversations(backend)
+def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
+    """The page; answers come from `backend`, in the name of whoever is logged in."""
+    on = Conversations(backend, sessions)
     page: gr.Blocks
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# {title}\nChat with the base model and its fine-tuned adapters.", elem_id="title")
+            account = gr.Markdown(visible=False, sanitize_html=False, elem_id="account")  # gr.HTML wants eval
             clear = gr.Button("Clear", variant="secondary", size="sm", scale=0, min_width=90, elem_id="clear")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=3, min_width=340):
@@ -123,6 +128,7 @@ def build_page(backend: Backend, title: str) -> gr.Blocks:
         gr.on([clear.click, chat.clear], on.clear, None, [chat, message], **at_once)
         refresh.click(on.refresh, model, model, **refreshes)
         page.load(on.refresh, model, model, **refreshes)
+        page.load(on.account, None, account, **at_once)
         page.unload(on.leave)
     page.queue(max_size=_MAX_WAITING, api_open=False)
     page._queue.sleep_when_free = _QUEUE_POLL_S  # no public name for it

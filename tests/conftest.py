@@ -288,14 +288,15 @@ def tiny_api(
     import torch
 
     from deployments.config import EngineArgs, ServeArgs
-    from tests.in_process import load_model, serving
+    from deployments.model import LlamaModel
+    from tests.in_process import behind, serving
 
     root = tmp_path_factory.mktemp("tiny-api") / "registry"
     import_adapter(AdapterRegistry(root), tiny_adapter, "tuned", tiny_base, chat_format="chatml", force=True)
     engine = EngineArgs(max_model_len=128, kv_cache_gib=0.02, num_threads=1, chunks_per_s=10_000)
     args = ServeArgs(base_model=str(tiny_base.path), registry=str(root), engine=engine)
     num_threads = torch.get_num_threads()
-    model = load_model(args)
+    model = behind(LlamaModel, args)
     with serving(args, model) as url:
         yield InProcessApi(url, tiny_base, f"{tiny_base.name}:tuned", model, args)
     torch.set_num_threads(num_threads)

@@ -56,7 +56,7 @@ def test_help_takes_under_half_a_second_of_cpu() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("demo", "train", "serve", "chat", "doctor", "adapters"):
+    for command in ("demo", "train", "serve", "chat", "doctor", "adapters", "certs"):
         assert corral(command, "--help").exit_code == 0
         assert command in corral("--help").stdout
     for command in ("list", "show", "import", "promote", "rollback", "delete"):
@@ -244,11 +244,6 @@ def test_doctor_says_what_is_broken_and_what_to_do(tmp_path: Path, monkeypatch: 
 
     home.chmod(0o700)
     assert {check.name: check for check in examine()}["CORRAL_HOME"].status == "ok"
-    token = tmp_path / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.touch(mode=0o644)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert {check.name: check for check in examine()}["Ray's token"].fix == f"chmod 600 {token}"
 
 
 def test_doctor_counts_what_is_broken() -> None:

@@ -413,3 +413,24 @@ def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel, bac
         agreed += tokens[0] == int(reference[i].argmax())
     assert 0 < torch.stack(distances).mean() <= 1.2 * torch.stack(their_distances).mean()
     assert agreed / len(ours) > 0.9
+
+
+def test_a4_stats_tell_what_runs_and_what_was_cached(engine: Engine) -> None:
+    before = engine.stats()
+    assert (before.num_running, before.num_waiting, before.kv_cache_usage) == (0, 0, 0.0)
+    assert before.num_loaded_adapters == len(RANKS)
+    prompt = [7] * 100
+    answers = Answers()
+    answers.add(engine, EngineRequest("first", prompt, greedy(), None))
+    assert engine.stats().num_waiting == 1
+    engine.step()
+    during = engine.stats()
+    assert (during.num_running, during.num_waiting) == (1, 0)
+    assert 0 < during.kv_cache_usage < 1
+    drain(engine)
+    answers.add(engine, EngineRequest("second", prompt, greedy(), None))
+    drain(engine)
+    after = engine.stats()
+    assert after.prefix_cache_queries - before.prefix_cache_queries == 2 * len(prompt)
+    assert after.prefix_cache_hits - before.prefix_cache_hits == answers.cached["second"] > 50
+    assert after.kv_cache_usage == 0.0

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from deployments.config import EngineArgs, ServeArgs
 from deployments.engine.request import Delta
 from deployments.generation import GenerationRequest
-from tests.in_process import build_api
+from tests.in_process import running_api
 from training.base_models import BaseModel
 
 
@@ -34,7 +34,8 @@ class AnswersAtOnce:
 def on_api(base: BaseModel, use: Callable[[FastAPI], Awaitable[Any]]) -> Any:
     async def run() -> Any:
         args = ServeArgs(base_model=str(base.path), engine=EngineArgs(max_model_len=4096))
-        return await use(await build_api(args, AnswersAtOnce()))
+        async with running_api(args, AnswersAtOnce()) as api:
+            return await use(api)
 
     return asyncio.run(run())
 

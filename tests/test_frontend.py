@@ -22,8 +22,10 @@ from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+from deployments.callers import ANONYMOUS, Caller, KeyLimits
 from deployments.errors import EngineFault
 from deployments.frontend import build_asgi_app
+from deployments.keys import KeyStore
 from deployments.protocol import ChatCompletionRequest, Model
 from deployments.ui_chat import model_choices
 from tests.conftest import RunningServer, free_port
@@ -84,14 +86,16 @@ class ScriptedBackend:
     api_app: str = "scripted"
     script: list[str | Exception] = field(default_factory=list)
     asked: list[ChatCompletionRequest] = field(default_factory=list)
+    callers: list[Caller] = field(default_factory=list)
     answers: list[ScriptedAnswer] = field(default_factory=list)
     adapters: list[Model] = field(default_factory=list)
 
     async def models(self) -> list[Model]:
         return [Model(id="base", root="base", max_model_len=100), *self.adapters]
 
-    def chat(self, request: ChatCompletionRequest) -> ScriptedAnswer:
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> ScriptedAnswer:
         self.asked.append(request)
+        self.callers.append(caller)
         self.answers.append(ScriptedAnswer(list(self.script)))
         return self.answers[-1]
 
@@ -209,9 +213,15 @@ def backend() -> ScriptedBackend:
 
 
 @pytest.fixture(scope="module")
-def scripted_url(backend: ScriptedBackend) -> Iterator[str]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> KeyStore:
+    """The scripted page's keys, none at first."""
+    return KeyStore(tmp_path_factory.mktemp("home") / "keys.json")
+
+
+@pytest.fixture(scope="module")
+def scripted_url(backend: ScriptedBackend, store: KeyStore) -> Iterator[str]:
     """The page under a path prefix, as Ray Serve mounts it."""
-    page = build_asgi_app(backend, "Corral")
+    page = build_asgi_app(backend, store, "Corral")
     app = Starlette(routes=[Mount("/llm/ui", page)], lifespan=page.router.lifespan_context)
     config = uvicorn.Config(app, port=free_port(), log_level="warning")
     server = uvicorn.Server(config)
@@ -241,6 +251,7 @@ def scripted_page(browser: "Browser", scripted_url: str) -> ChatPage:
 def scripted(scripted_page: ChatPage, backend: ScriptedBackend) -> ChatPage:
     scripted_page.clear()
     backend.asked.clear()
+    backend.callers.clear()
     backend.answers.clear()
     backend.script = ["one ", "two ", "three"]
     return scripted_page
@@ -377,6 +388,7 @@ def test_request_carries_system_prompt_sliders_and_text_unchanged(scripted: Chat
     scripted.page.fill("#system textarea", "")
     scripted.send("and more")
     first, second, third = backend.asked
+    assert backend.callers == [ANONYMOUS] * 3
     assert first.model == "base"
     assert (first.max_tokens, first.temperature, first.top_p, first.top_k) == (1024, 1.0, 0.95, 50)
     assert first.repetition_penalty == 1.2
@@ -493,6 +505,53 @@ def test_c7_page_serves_no_files_takes_no_uploads_and_no_foreign_pages(scripted_
         own = {"origin": scripted_url.removesuffix("/llm/ui/"), "cookie": "a=b"}
         assert client.post("gradio_api/queue/join", json={}, headers=own).status_code == 422
         assert client.get("monitoring").status_code == 403
+
+
+@needs_browser
+def test_c1_log_in_chat_and_log_out(
+    browser: "Browser", scripted_url: str, store: KeyStore, backend: ScriptedBackend
+) -> None:
+    made, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))
+    tab = browser.new_context().new_page()
+    try:
+        tab.goto(scripted_url.rstrip("/"))
+        assert tab.url == f"{scripted_url}login"
+        tab.fill("#key", key[:-1])
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector("[role=alert]")
+        assert key[:-1] not in tab.content()
+        tab.fill("#key", key)
+        tab.keyboard.press("Enter")
+        tab.wait_for_url(scripted_url)
+        page = ChatPage(tab, scripted_url)
+        backend.script, backend.callers[:] = ["hello"], []
+        page.send("hi")
+        assert page.said("bot") == ["hello"]
+        assert backend.callers == [store.caller(made.id)]
+        assert "laptop" in tab.inner_text("#account")
+        assert key not in tab.evaluate("document.cookie + JSON.stringify({...localStorage, ...sessionStorage})")
+        assert page.elsewhere == []
+
+        tab.click("#account button")
+        tab.wait_for_url(f"{scripted_url}login")
+        tab.goto(scripted_url)
+        assert tab.url == f"{scripted_url}login"
+
+        tab.fill("#key", key)
+        tab.keyboard.press("Enter")
+        tab.wait_for_url(scripted_url)
+        page.wait(lambda: tab.locator("#model input").input_value() != "", "the models in the picker")
+        store.revoke(made.id)
+        page.box.fill("precious words")
+        page.box.press("Enter")
+        assert "'laptop' was revoked" in page.toast()
+        assert page.box.input_value() == "precious words"
+        assert len(backend.callers) == 1
+        tab.reload()
+        assert tab.url == f"{scripted_url}login"
+    finally:
+        tab.context.close()
+        store.path.unlink()
 
 
 def test_picker_names_what_each_adapter_resolves_to() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("training", "deployments", "clients")
-HEAVY = {"torch", "ray", "transformers", "gradio", "datasets", "peft", "trl", "bitsandbytes"}
+HEAVY = {"torch", "ray", "transformers", "gradio", "datasets", "peft", "trl", "bitsandbytes", "cryptography"}
 # What serving may know of training.
-SHARED = {"errors", "home", "chat_format", "registry", "base_models"}
+SHARED = {"audit", "errors", "home", "ray_token", "chat_format", "registry", "base_models"}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> Iterator[str]:
@@ -60,7 +60,9 @@ def test_clients_import_nothing_heavy_at_module_top() -> None:
         assert not HEAVY & {name.split(".")[0] for name in imports(path, everywhere=False)}, path
 
 
-@pytest.mark.parametrize("module", ["clients", "clients.api", "clients.cli", "clients.demo", "clients.doctor"])
+@pytest.mark.parametrize(
+    "module", ["clients", "clients.api", "clients.certs", "clients.cli", "clients.demo", "clients.doctor"]
+)
 def test_importing_a_client_pulls_in_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

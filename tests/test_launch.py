@@ -1,6 +1,7 @@
 """A served YAML as a whole: replicas come and go with the load, and a taken port is said in one line (D16)."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -94,6 +95,7 @@ def test_d16_a_taken_port_is_named_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert str(port) in done.stderr
+    assert f"(pid {os.getpid()})" in done.stderr
     assert "--port" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -263,7 +263,7 @@ def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseModel, t
     for _ in range(3):
         registry.register(tiny_adapter, draft(tiny_base))
     assert registry.resolve("ranch").version == 3
-    assert registry.promote("ranch", 1).version == 1
+    assert registry.promote("ranch", 1).manifest.version == 1
     assert registry.resolve("ranch").version == 1
     registry.promote("ranch", 2)
     registry.promote("ranch", 2)
@@ -271,7 +271,7 @@ def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseModel, t
     assert registry.aliases("ranch") == {"champion": 2, "canary": 3}
     assert registry.resolve("ranch", "canary").version == 3
 
-    assert registry.rollback("ranch").version == 1
+    assert registry.rollback("ranch").manifest.version == 1
     assert registry.resolve("ranch", "champion").version == 1
     with pytest.raises(RegistryError, match="pointed at nothing before version 1"):
         registry.rollback("ranch")
@@ -642,7 +642,7 @@ def test_object_store_keeps_the_same_rules_D12(
     assert bucket.list() == [first, second]
     bucket.promote("ranch", 1)
     bucket.promote("ranch", 2)
-    assert bucket.rollback("ranch") == bucket.resolve("ranch") == first
+    assert bucket.rollback("ranch").manifest == bucket.resolve("ranch") == first
     bucket.delete("ranch", 2)
     with pytest.raises(AdapterNotFound):
         bucket.fetch(second)

@@ -139,6 +139,7 @@ def test_a_second_turn_computes_only_its_new_tokens() -> None:
     scheduler.add(second)
     assert ran(scheduler) == [(second, 12, 16)]
     assert second.num_cached_tokens == 12
+    assert (scheduler.prefix_cache_queries, scheduler.prefix_cache_hits) == (10 + 16, 12)
 
 
 def test_the_last_token_of_a_cached_prompt_is_computed_all_the_same() -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from training.audit import audited, os_user
 from training.config import TrainConfig, load_config, resolved
 from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
@@ -67,8 +68,12 @@ def register(
         environment=result.environment,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
-    registry = AdapterRegistry()
-    return registry.register(result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement)
+    with audited(os_user(), "register", config.adapter, run_name=result.run_name) as record:
+        manifest = AdapterRegistry().register(
+            result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement
+        )
+        record |= {"version": manifest.version, "forced": manifest.forced}
+    return manifest
 
 
 def _ref(parent: AdapterManifest) -> ParentRef:

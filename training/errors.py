@@ -10,6 +10,7 @@
     ├── ExportError            an adapter that cannot be written as a model of its own
     └── RegistryError          the adapter registry
         ├── AdapterNotFound    no such adapter, version or alias
+        ├── RegistryConflict   a change that aliases or canaries stand against
         └── AdapterRefused     an adapter that must not be registered or loaded
 
 `str(error)` is one line: what was wrong, what was given, what to do next. The serving side derives its
@@ -63,6 +64,10 @@ class RegistryError(CorralError):
 
 class AdapterNotFound(RegistryError):
     """No such adapter, version or alias."""
+
+
+class RegistryConflict(RegistryError):
+    """What was asked does not go with where aliases and canaries point."""
 
 
 class AdapterRefused(RegistryError):

@@ -1,7 +1,7 @@
 """The adapter registry: immutable versions of LoRA adapters, and aliases that point at them.
 
     ROOT/NAME/versions/000002/  adapter_config.json, adapter_model.safetensors, manifest.json
-    ROOT/NAME/aliases/champion.json
+    ROOT/NAME/aliases/champion.json, ROOT/NAME/canary.json (training.aliases)
     ROOT/NAME/claims/000002     empty, stays for good: the number of a deleted version names nothing else
 
 Training publishes here, serving and the command line read here; ROOT is any fsspec path. A writer claims the
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import AwareDatetime, ValidationError
+from pydantic import ValidationError
 
 from training.adapter_copies import verified_copy, verify
 from training.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, LoraShape, read_adapter
@@ -35,13 +35,13 @@ from training.adapter_manifest import (
     Method,
     ModelId,
     ParentRef,
-    Record,
     SampleAnswer,
     check_base,
     parse_model_id,
 )
+from training.aliases import CHAMPION, Aliases, Canary, Change, Traffic, first_error
 from training.base_models import BaseModel, Quantization
-from training.errors import AdapterNotFound, AdapterRefused, RegistryError
+from training.errors import AdapterNotFound, AdapterRefused, RegistryConflict, RegistryError
 from training.gate import check_evaluated, objection
 from training.home import corral_home
 from training.storage import TEMPORARY_PREFIX, Storage
@@ -53,6 +53,8 @@ __all__ = [
     "AdapterManifest",
     "AdapterRegistry",
     "BaseRef",
+    "Canary",
+    "Change",
     "DatasetRef",
     "Environment",
     "FileRef",
@@ -60,17 +62,15 @@ __all__ = [
     "ModelId",
     "ParentRef",
     "SampleAnswer",
+    "Traffic",
     "check_base",
     "import_adapter",
     "parse_model_id",
 ]
 
-CHAMPION = "champion"
-
 _PUBLISHED = re.compile(r"([^/]+)/versions/(\d{6,9})/manifest\.json")
 _NUMBERED = re.compile(r"[^/]+/(?:claims|versions)/(\d{6,9})(?:/.*)?")
 _STALE_S = 24 * 3600  # after this, what a dead writer left behind is removed
-_MAX_HISTORY = 50
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,6 @@ class AdapterDraft:
     samples: Sequence[SampleAnswer] = ()
 
 
-class _Alias(Record):
-    version: int
-    previous: list[int]  # oldest first
-    updated: AwareDatetime
-
-
 class AdapterRegistry:
     """A registry at `root`, by default in `CORRAL_HOME`; made by the first `register`.
 
@@ -122,6 +116,7 @@ class AdapterRegistry:
 
     def __init__(self, root: str | Path | None = None) -> None:
         self._storage = Storage(corral_home() / "registry" if root is None else root)
+        self._aliases = Aliases(self._storage)
 
     def register(
         self, source_dir: Path, draft: AdapterDraft, *, force: bool = False, min_improvement: float = 0.0
@@ -156,18 +151,27 @@ class AdapterRegistry:
                 self._give_up(draft.name, version)
                 raise
 
-    def resolve(self, name: str, ref: str | None = None) -> AdapterManifest:
-        """The version that `ref` (a number or an alias) means; without one the champion, else the newest."""
+    def resolve(self, name: str, ref: str | None = None, identity: str | None = None) -> AdapterManifest:
+        """The version that `ref` (a number or an alias) means; without one the champion, else the newest.
+
+        Args:
+            identity: who asks. With one, a canary takes its share of what is asked of the champion; without, none.
+        """
+        _check_name(name)
         if ref is not None and not ADAPTER_NAME.fullmatch(ref):
             raise AdapterNotFound(f"adapter {name!r:.80} has no {ref!r:.80}: that is neither a version nor an alias")
         if ref is not None and ref.isdecimal():
             return self.manifest(name, int(ref))
-        versions, aliases = self.versions(name), self.aliases(name)
-        if ref is None:
-            return self.manifest(name, aliases.get(CHAMPION, versions[-1]))
-        if ref not in aliases:
-            raise AdapterNotFound(f"adapter {name!r} has no alias {ref!r}: {_choice(ref, sorted(aliases))}")
-        return self.manifest(name, aliases[ref])
+        traffic = self.traffic(name, ref or CHAMPION)
+        if traffic.version is None:
+            newest = self.versions(name)[-1]
+            if ref is None:
+                return self.manifest(name, newest)
+            raise AdapterNotFound(f"adapter {name!r} has no alias {ref!r}: {_choice(ref, self._aliases.names(name))}")
+        if identity is not None and traffic.canary is not None and traffic.canary.takes(name, identity):
+            with suppress(AdapterNotFound):  # deleted by a Corral that knows of no canaries
+                return self.manifest(name, traffic.canary.version)
+        return self.manifest(name, traffic.version)
 
     def names(self) -> list[str]:
         """Every adapter with at least one version."""
@@ -192,7 +196,7 @@ class AdapterRegistry:
             manifest = AdapterManifest.model_validate_json(text)
         except ValidationError as error:
             raise RegistryError(
-                f"the manifest of {name}@{version} is damaged ({_first(error)}): restore it, or delete the version"
+                f"the manifest of {name}@{version} is damaged ({first_error(error)}): restore it, or delete the version"
             ) from error
         if (manifest.name, manifest.version) != (name, version):
             raise RegistryError(
@@ -223,57 +227,98 @@ class AdapterRegistry:
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of `name` and the versions they point at."""
         _check_name(name)
-        with self._storage.guard(f"read the aliases of {name!r}"):
-            files = [path.rsplit("/", 1)[1] for path in self._storage.find(f"{name}/aliases")]
-        found = {}
-        for alias in (file.removesuffix(".json") for file in files if file.endswith(".json")):
-            if ADAPTER_NAME.fullmatch(alias) and (state := self._alias(name, alias)):
-                found[alias] = state.version
-        return found
+        states = {alias: self._aliases.read(name, alias) for alias in self._aliases.names(name)}
+        return {alias: state.version for alias, state in states.items() if state is not None}
 
-    def promote(self, name: str, version: int, alias: str = CHAMPION) -> AdapterManifest:
-        """Point `alias` at `version`, from now on and for every reader."""
+    def traffic(self, name: str, alias: str = CHAMPION) -> Traffic:
+        """Where requests for `alias` go now; only the champion can have a canary."""
+        _check_name(name)
+        state = self._aliases.read(name, alias)
+        if state is None:
+            return Traffic(None)
+        return Traffic(state.version, self._aliases.canary(name, state) if alias == CHAMPION else None)
+
+    def promote(self, name: str, version: int, alias: str = CHAMPION, percent: float = 100) -> Change:
+        """Point `alias` at `version`, from now on and for every reader.
+
+        With `percent` below 100 the champion stays, and `version` becomes its canary for that share of the traffic;
+        a second call changes the share, one with 100 finishes it.
+
+        Raises:
+            RegistryConflict: a canary was asked for of the champion itself, where there is none, or of another alias.
+        """
         _check_alias(alias)
-        manifest = self.manifest(name, version)
+        if not 0 < percent <= 100:
+            raise RegistryError(f"{percent:g} percent are not accepted: give more than 0 and at most 100")
+        if percent < 100 and alias != CHAMPION:
+            raise RegistryError(
+                f"alias {alias!r} cannot have a canary, only {CHAMPION!r} can: leave the percentage out"
+            )
+        self.manifest(name, version)  # before there is a lock file
         with self._changing(name, f"promote {name}@{version}"):
             manifest = self.manifest(name, version)  # a delete may have come first
-            state = self._alias(name, alias)
-            if state is None or state.version != version:
-                previous = [*state.previous, state.version] if state else []
-                self._write_alias(name, alias, version, previous)
-        return manifest
+            before, state = self.traffic(name, alias), self._aliases.read(name, alias)
+            if percent < 100:
+                if state is None:
+                    raise RegistryConflict(
+                        f"adapter {name!r} has no champion, so its newest version gets everything: "
+                        "promote the version that is to keep the rest first"
+                    )
+                if state.version == version:
+                    raise RegistryConflict(f"{name}@{version} is the champion: name another version for a canary")
+                self._aliases.start_canary(name, state, version, percent)
+            elif state is None or state.version != version:
+                self._aliases.point(name, alias, version, [*state.previous, state.version] if state else [])
+            elif before.canary is not None:
+                self._aliases.end_canary(name)
+            return Change(alias, manifest, before, self.traffic(name, alias))
 
-    def rollback(self, name: str, alias: str = CHAMPION) -> AdapterManifest:
-        """Point `alias` at what it pointed at before, leaving out versions deleted since."""
+    def rollback(self, name: str, alias: str = CHAMPION) -> Change:
+        """End the canary; where there is none, point `alias` at what it pointed at before.
+
+        Versions deleted since are left out.
+
+        Raises:
+            RegistryConflict: there is nothing to go back to.
+        """
         _check_alias(alias)
         known = self.versions(name)
         with self._changing(name, f"roll back {name}@{alias}"):
-            state = self._alias(name, alias)
+            before, state = self.traffic(name, alias), self._aliases.read(name, alias)
             if state is None:
-                choice = _choice(alias, sorted(self.aliases(name)))
+                choice = _choice(alias, self._aliases.names(name))
                 raise AdapterNotFound(f"adapter {name!r} has no alias {alias!r}: {choice}")
-            earlier = [version for version in state.previous if version in known and version != state.version]
-            if not earlier:
-                raise RegistryError(
-                    f"alias {alias!r} of {name!r} pointed at nothing before version {state.version}: "
-                    "promote a version instead"
-                )
-            manifest = self.manifest(name, earlier[-1])
-            self._write_alias(name, alias, earlier[-1], earlier[:-1])
-        return manifest
+            if before.canary is not None:
+                manifest = self.manifest(name, state.version)
+                self._aliases.end_canary(name)
+            else:
+                earlier = [version for version in state.previous if version in known and version != state.version]
+                if not earlier:
+                    raise RegistryConflict(
+                        f"alias {alias!r} of {name!r} pointed at nothing before version {state.version}: "
+                        "promote a version instead"
+                    )
+                manifest = self.manifest(name, earlier[-1])
+                self._aliases.point(name, alias, earlier[-1], earlier[:-1])
+            return Change(alias, manifest, before, self.traffic(name, alias))
 
     def delete(self, name: str, version: int) -> None:
         """Remove a version for good; its number is not used again.
 
         Raises:
-            RegistryError: an alias points at it.
+            RegistryConflict: an alias points at it, or it is the champion's canary.
         """
         self._check_version(name, version)
         with self._changing(name, f"delete {name}@{version}"):
             holding = sorted(alias for alias, held in self.aliases(name).items() if held == version)
             if holding:
-                raise RegistryError(
+                raise RegistryConflict(
                     f"{name}@{version} is what alias {holding[0]!r} points at: promote another version to it first"
+                )
+            canary = self.traffic(name).canary
+            if canary is not None and canary.version == version:
+                raise RegistryConflict(
+                    f"{name}@{version} is the canary for {canary.percent:g} % of the traffic: roll back first"
                 )
             self._storage.create(_claim_path(name, version))
             self._storage.remove(f"{_folder(name, version)}/{MANIFEST_FILE}")
@@ -380,19 +425,6 @@ class AdapterRegistry:
             except FileNotFoundError:
                 return None
 
-    def _alias(self, name: str, alias: str) -> _Alias | None:
-        text = self._read(f"{name}/aliases/{alias}.json")
-        try:
-            return None if text is None else _Alias.model_validate_json(text)
-        except ValidationError as error:
-            raise RegistryError(
-                f"alias {alias!r} of {name!r} is damaged ({_first(error)}): promote a version to write it anew"
-            ) from error
-
-    def _write_alias(self, name: str, alias: str, version: int, previous: Sequence[int]) -> None:
-        state = _Alias(version=version, previous=[*previous][-_MAX_HISTORY:], updated=datetime.now(UTC))
-        self._storage.write(f"{name}/aliases/{alias}.json", state.model_dump_json().encode())
-
     @contextmanager
     def _changing(self, name: str, action: str) -> Iterator[None]:
         with self._storage.guard(action), self._storage.exclusive(f"{name}/.lock"):
@@ -468,8 +500,3 @@ def _choice(wanted: str, known: Sequence[str]) -> str:
     if near := difflib.get_close_matches(wanted, known, 1, 0.5):
         return f"did you mean {near[0]!r}?"
     return f"known are {', '.join(known[:10])}" if known else "there is none yet"
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}"

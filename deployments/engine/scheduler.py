@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.engine.constraint import Constraint
 from deployments.engine.kv_cache import BlockPool, extend_block_keys
 from deployments.engine.request import SamplingParams
 
@@ -22,6 +23,7 @@ class Sequence:
         token_ids: prompt and answer so far; tokens are appended, never changed.
         adapter: key of an adapter's version, None for the base.
         generator: what its tokens are drawn with.
+        constraint: what its answer is held to, at the place after `token_ids`.
         waits_for: an answer to the same prompt, whose KV this one shares as soon as it is computed.
         num_computed: leading tokens whose KV is in the blocks of `block_table`.
         num_cached_tokens: tokens of the prompt that did not have to be computed when the sequence first ran.
@@ -36,6 +38,7 @@ class Sequence:
     sampling: SamplingParams
     adapter: str | None
     generator: Any = None
+    constraint: Constraint | None = None
     adapter_slot: int = -1
     waits_for: "Sequence | None" = None
     num_computed: int = 0
@@ -79,7 +82,9 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; only these hold blocks
-        self.num_preemptions = 0  # since the start
+        self.num_preemptions = 0  # since the start, as the next two
+        self.prefix_cache_queries = 0  # tokens of prompts that came to run
+        self.prefix_cache_hits = 0  # of these, tokens that were cached
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence that grows to `num_tokens` can ever run."""
@@ -183,6 +188,8 @@ class Scheduler:
         sequence.num_computed = len(sequence.block_table) * size
         if not sequence.num_preemptions:
             sequence.num_cached_tokens = sequence.num_computed
+            self.prefix_cache_queries += sequence.num_prompt_tokens
+            self.prefix_cache_hits += sequence.num_cached_tokens
         return True
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:

@@ -1,0 +1,47 @@
+"""The token of a Ray that we start (C3): made before Ray could write it for everybody, and never turned off."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from training.ray_token import ask_for_a_token
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / ".ray" / "auth_token"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_c3_the_token_is_its_owners_alone_and_the_environment_cannot_turn_it_off(token: Path) -> None:
+    before = os.umask(0)
+    try:
+        ask_for_a_token()
+    finally:
+        os.umask(before)
+    assert mode(token) == 0o600
+    assert len(bytes.fromhex(token.read_text())) == 32
+    assert "RAY_AUTH_MODE" not in os.environ  # then Ray's default for a local cluster is the token
+
+
+def test_c3_a_token_that_is_there_is_kept_and_closed_to_others(token: Path) -> None:
+    token.parent.mkdir()
+    token.write_text("a-token")
+    token.chmod(0o644)
+    ask_for_a_token()
+    assert (token.read_text(), mode(token)) == ("a-token", 0o600)
+
+
+def test_a_token_of_the_environment_needs_no_file(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
+    ask_for_a_token()
+    assert not token.exists()
