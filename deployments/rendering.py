@@ -122,7 +122,9 @@ class RequestRenderer:
         if room < needed:
             wanted = f" and {needed} for the answer" if needed > 1 or asked else ""
             raise ContextLengthExceeded(
-                f"the context is {self._max_model_len} tokens, and {taken}{wanted}: shorten it or lower max_tokens",
+                # clients know this error by OpenAI's words
+                f"this model's maximum context length is {self._max_model_len} tokens, and {taken}{wanted}: shorten it "
+                "or lower max_tokens",
                 where if room < 1 or asked is None else "max_tokens",
             )
         return min(room, body.max_tokens or room) if asked is None else asked

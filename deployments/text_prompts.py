@@ -8,6 +8,8 @@ from itertools import compress, takewhile, zip_longest
 from tokenizers import Tokenizer
 
 from deployments.detokenizer import Vocabulary
+from training.base_models import encode_text
+from training.chat_format import has_lone_surrogate
 
 
 class TextEncoder:
@@ -26,9 +28,12 @@ class TextEncoder:
         """Token ids of a text.
 
         Raises:
-            ValueError: the model has no token for one of its characters, which would vanish without a word.
+            ValueError: it is no valid Unicode, or the model has no token for one of its characters, which would vanish
+                without a word.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if has_lone_surrogate(text):
+            raise ValueError("it holds half a UTF-16 surrogate pair: give valid Unicode text")
+        ids = encode_text(self._tokenizer, text)
         encoded = b"".join(map(self._vocabulary.spelling, ids))
         wanted = text.encode()
         if self._vocabulary.strips_first_space:  # SentencePiece has one sign for a space and U+2581

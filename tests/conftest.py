@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from training.base_models import EMBEDDED_MODEL, BaseModel, resolve_base_model
-from training.registry import AdapterManifest, AdapterRegistry
+from training.registry import AdapterManifest, AdapterRegistry, import_adapter
 
 _SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
@@ -182,13 +182,15 @@ def serve_config(**changes: Any) -> dict[str, Any]:
     return content
 
 
-def start_server(content: dict[str, Any], folder: Path) -> tuple[subprocess.Popen[bytes], RunningServer]:
+def start_server(
+    content: dict[str, Any], folder: Path, python: str = sys.executable
+) -> tuple[subprocess.Popen[bytes], RunningServer]:
     """Run `corral serve` on a YAML and wait until it is ready."""
     config, log = folder / "serve.yaml", folder / "serve.log"
     config.write_text(yaml.safe_dump(content))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "clients.cli", "serve", str(config)], stdout=output, stderr=subprocess.STDOUT
+            [python, "-m", "clients.cli", "serve", str(config)], stdout=output, stderr=subprocess.STDOUT
         )
     prefix = content["applications"][0]["route_prefix"].rstrip("/")
     url = f"http://127.0.0.1:{content['http_options']['port']}"
@@ -265,3 +267,36 @@ def tiny_adapter(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory)
             torch.nn.init.normal_(weight, std=0.2)
     adapted.save_pretrained(path)
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class InProcessApi:
+    """`tests.in_process.serving` on the tiny model. `model` is the object behind the replica."""
+
+    url: str
+    base: BaseModel
+    adapter: str
+    model: Any
+    args: Any
+
+
+@pytest.fixture(scope="session")
+def tiny_api(
+    tiny_base: BaseModel, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[InProcessApi]:
+    """The API over the tiny model with an adapter and 128 tokens of context, on HTTP in this process."""
+    import torch
+
+    from deployments.config import EngineArgs, ServeArgs
+    from deployments.model import LlamaModel
+    from tests.in_process import behind, serving
+
+    root = tmp_path_factory.mktemp("tiny-api") / "registry"
+    import_adapter(AdapterRegistry(root), tiny_adapter, "tuned", tiny_base, chat_format="chatml", force=True)
+    engine = EngineArgs(max_model_len=128, kv_cache_gib=0.02, num_threads=1, chunks_per_s=10_000)
+    args = ServeArgs(base_model=str(tiny_base.path), registry=str(root), engine=engine)
+    num_threads = torch.get_num_threads()
+    model = behind(LlamaModel, args)
+    with serving(args, model) as url:
+        yield InProcessApi(url, tiny_base, f"{tiny_base.name}:tuned", model, args)
+    torch.set_num_threads(num_threads)

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-import ray.serve.context as serve_context
 
 from deployments.config import EngineArgs, ServeArgs
-from tests.in_process import load_model, serving
+from deployments.model import LlamaModel
+from tests.in_process import behind, serving
 from tests.test_cli import assert_one_line_error, corral
 from training.aliases import draw
 from training.audit import os_user
@@ -46,11 +46,10 @@ def served(
     root = tmp_path_factory.mktemp("admin") / "registry"
     engine = EngineArgs(max_model_len=512, kv_cache_gib=0.05, num_threads=1, chunks_per_s=10_000)
     args = ServeArgs(base_model=str(tiny_base.path), registry=str(root), engine=engine)
-    num_threads, context = torch.get_num_threads(), serve_context._INTERNAL_REPLICA_CONTEXT
-    model = load_model(args)
+    num_threads = torch.get_num_threads()
+    model = behind(LlamaModel, args)
     with serving(args, model) as url:
         yield url, AdapterRegistry(root), model
-    serve_context._INTERNAL_REPLICA_CONTEXT = context  # another module's server may be running
     torch.set_num_threads(num_threads)
 
 

@@ -247,6 +247,8 @@ def _with(**fields: Any) -> Callable[[dict[str, Any], bytes], tuple[dict[str, An
         (_with(data_offsets=[1 << 60, 1 << 61]), "place"),
         (_with(more=1), "does not know"),
         (lambda header, data: ({**header, Q_A: []}, data), "does not know"),
+        (lambda header, data: ({**header, "__metadata__": []}, data), "metadata"),
+        (lambda header, data: ({**header, "__metadata__": {"format": 1}}, data), "metadata"),
     ],
 )
 def test_hostile_tensor_entries_are_refused_with_the_reason_C5(

@@ -97,6 +97,14 @@ def test_a_character_without_a_token_is_named_and_refused(renderer: RequestRende
     assert "U+0004" in error["msg"] or "U+50000" in error["msg"]
 
 
+def test_b8_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> None:
+    for text in ("\ud800", "a\udfff b"):
+        with pytest.raises(RequestValidationError) as refused:
+            renderer.completion(completion(prompt=text), None, "r")
+        (error,) = refused.value.errors()
+        assert "surrogate" in error["msg"]
+
+
 @pytest.mark.parametrize(
     ("fields", "where"),
     [

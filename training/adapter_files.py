@@ -173,7 +173,9 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
         if length > _MAX_HEADER_BYTES:
             _refuse(path, f"has a header of {length} bytes, at most {_MAX_HEADER_BYTES} are read")
         header = _read_json(path, file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(path, f"has metadata {_short(metadata)} where the format knows only texts by name")
     entries = {name: _tensor_entry(path, name, fields, 8 + length) for name, fields in header.items()}
     position = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

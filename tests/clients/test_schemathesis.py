@@ -1,0 +1,35 @@
+"""schemathesis over /openapi.json on the running server: 2,000 examples or more, no 500, every answer as documented."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import RunningServer
+
+HERE = Path(__file__).parent
+
+
+def test_b_schemathesis_finds_nothing(server: RunningServer, tmp_path: Path) -> None:
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        f"--config-file={HERE / 'schemathesis.toml'}",
+        "run",
+        f"{server.url}/openapi.json",
+        "--max-examples=700",
+        "--workers=2",
+        "--continue-on-failure",
+        "--seed=1",
+        "--no-color",
+    ]
+    hooks = {"SCHEMATHESIS_HOOKS": "tests.clients.schemathesis_hooks", "SERVED_MODEL": server.base_model}
+    done = subprocess.run(
+        command, env=os.environ | hooks, capture_output=True, text=True, timeout=900, cwd=HERE.parents[1]
+    )
+    (tmp_path / "schemathesis.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    counted = re.search(r"(\d[\d,]*) generated", done.stdout)
+    assert counted is not None, done.stdout[-2000:]
+    print(f"\nschemathesis: {counted[1]} examples")
+    assert int(counted[1].replace(",", "")) >= 2000
