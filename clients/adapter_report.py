@@ -114,8 +114,9 @@ def _facts(manifest: "AdapterManifest") -> Table:
         training.append(f"seed {manifest.config['seed']}")
     facts["training"] = ", ".join(filter(None, training)) or "not recorded"
     if "eval_loss" in metrics and "base_eval_loss" in metrics:
-        facts["held-out loss"] = (
-            f"{metrics['eval_loss']:.4f} nats, the base's {metrics['base_eval_loss']:.4f}"
+        compared = ", the reference's" if _prefers(manifest) else " nats, the base's"
+        facts[_loss_name(manifest)] = (
+            f"{metrics['eval_loss']:.4f}{compared} {metrics['base_eval_loss']:.4f}"
             + (f", over {metrics['eval_tokens']:,.0f} tokens" if "eval_tokens" in metrics else "")
             + (", computed from the published file" if manifest.evaluated_sha256 else "")
         )
@@ -162,7 +163,16 @@ def _lineage(manifest: "AdapterManifest", ancestors: Sequence["AdapterManifest"]
 
 
 def _loss(manifest: "AdapterManifest") -> str:
-    return f"held-out loss {manifest.metrics['eval_loss']:.4f}" if "eval_loss" in manifest.metrics else ""
+    return f"{_loss_name(manifest)} {manifest.metrics['eval_loss']:.4f}" if "eval_loss" in manifest.metrics else ""
+
+
+def _loss_name(manifest: "AdapterManifest") -> str:
+    """Preference losses are no cross entropy: they say nothing beside one."""
+    return f"held-out {manifest.method.upper()} loss" if manifest.method and _prefers(manifest) else "held-out loss"
+
+
+def _prefers(manifest: "AdapterManifest") -> bool:
+    return manifest.method in ("dpo", "kto")
 
 
 def _sources(manifest: "AdapterManifest") -> str:

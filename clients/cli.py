@@ -17,7 +17,7 @@ import typer
 from typer._click.exceptions import ClickException
 from typer.core import TyperGroup
 
-from clients import adapters, certs, data, runs
+from clients import adapters, certs, data, keys, runs
 
 _DEFAULT_URL = "http://127.0.0.1:8000"  # clients.api has it too, but is not imported for `--help`
 
@@ -82,6 +82,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
 app.add_typer(certs.app, name="certs")
@@ -215,7 +216,7 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answer")] = None,
 ) -> None:
-    """Talk to a server: one question, or a conversation with /clear and /quit."""
+    """Talk to a server: one question, or a conversation with /clear and /quit; CORRAL_API_KEY is its key."""
     from clients.api import CorralClient, Sampling
     from clients.terminal_chat import TerminalChat
 
@@ -276,7 +277,12 @@ def bench(
     seed: Annotated[
         int | None, typer.Option(min=0, help="the same prompts and arrivals again; a prefix cache may know them")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="sent as bearer token")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["CORRAL_API_KEY", "OPENAI_API_KEY"], show_default=False, help="sent as bearer token to URL"
+        ),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="take any certificate of an https server")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds that a request may take")] = 600.0,
     json: Annotated[
@@ -295,7 +301,7 @@ def bench(
     from clients.bench.results import Settings, numbers
     from clients.bench.run import Output, run_bench
     from clients.bench.stream import ChatServer
-    from clients.server import read_serve_config, running
+    from clients.server import own_key, read_serve_config, running
     from training.errors import ConfigError
 
     if url and serve_config:
@@ -325,6 +331,7 @@ def bench(
         with contextlib.ExitStack() as up:
             if content is not None:
                 settings = replace(settings, url=up.enter_context(running(content)).url)
+                api_key = up.enter_context(own_key("corral bench"))
             server = ChatServer(settings.url, api_key, verify=not insecure, timeout_s=timeout)
             results = run_bench(replace(settings, url=server.url), server, Output(json, plot, tuple(compare or ())))
     except KeyboardInterrupt:

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clients.server import http_address, read_serve_config, running, shipped_config, urls, wait_for_signal, waiting
+from clients.server import (
+    http_address,
+    own_key,
+    read_serve_config,
+    running,
+    shipped_config,
+    urls,
+    wait_for_signal,
+    waiting,
+)
 from training.errors import CorralError
 
 if TYPE_CHECKING:
@@ -63,7 +72,7 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
     manifest = trained_adapter(debug)
     with running(content, debug=debug) as server:
         base, adapter = manifest.base.name, manifest.model_id
-        with openai_client(server.url) as client:
+        with own_key("corral demo") as key, openai_client(server.url, key) as client:
             with waiting("asking both models …"):
                 shown = questions[:NUM_SHOWN]
                 answers = [(q.question, ask(client, base, q.question), ask(client, adapter, q.question)) for q in shown]
@@ -114,12 +123,12 @@ def train(config: Path, debug: bool = False) -> None:
         )
 
 
-def openai_client(url: str) -> "OpenAI":
-    """OpenAI's client for a server on this machine."""
+def openai_client(url: str, api_key: str | None = None) -> "OpenAI":
+    """OpenAI's client for a server on this machine; it cannot do without a key, though the server may."""
     from openai import DefaultHttpxClient, OpenAI
 
     # A proxy of the environment does not reach our loopback.
-    return OpenAI(base_url=f"{url}/v1", api_key="none", http_client=DefaultHttpxClient(trust_env=False))
+    return OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", http_client=DefaultHttpxClient(trust_env=False))
 
 
 def ask(client: "OpenAI", model: str, question: str) -> str:

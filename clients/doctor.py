@@ -38,7 +38,7 @@ def examine() -> list[Check]:
     """Look at everything; never raises."""
     checks: list[Callable[[], Check]] = [
         _python, _packages, _cpu, _gpu, _memory, _home, _disk, _embedded_model, _port, security.secret_files,
-        security.ray_token, security.clusters, security.open_ports, security.certificate,
+        security.ray_token, security.clusters, security.open_ports, security.certificate, security.api_keys,
     ]  # fmt: skip
     results = []
     for check in checks:
@@ -187,10 +187,14 @@ def _port() -> Check:
         return Check(f"port {DEFAULT_PORT}", "ok", "free")
     from clients.api import CorralClient, ServerError
 
+    ca = corral_home() / "certs" / "cert.pem" if security.speaks_tls(DEFAULT_HOST, DEFAULT_PORT) else None
+    url = f"{'https' if ca else 'http'}://{DEFAULT_HOST}:{DEFAULT_PORT}"
     try:
-        with CorralClient(f"http://127.0.0.1:{DEFAULT_PORT}", timeout_s=5) as client:
+        with CorralClient(url, os.environ.get("CORRAL_API_KEY"), ca=ca, timeout_s=5) as client:
             models = client.models()
         return Check(f"port {DEFAULT_PORT}", "ok", f"a Corral server answers there, with {len(models)} models")
-    except ServerError:
+    except ServerError as error:
+        if error.code == "invalid_api_key":
+            return Check(f"port {DEFAULT_PORT}", "ok", "a Corral server answers there, and wants a key")
         fix = "stop the program that listens there, or use corral serve --port 8001"
         return Check(f"port {DEFAULT_PORT}", "broken", "in use by another program", fix)

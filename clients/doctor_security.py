@@ -1,6 +1,6 @@
 """What `corral doctor` looks at for safety: who can read secrets here, and what answers strangers.
 
-It sees the processes of this user (of everybody, as root) and asks none of them for more than whether it speaks TLS.
+It sees the processes of this user (of everybody, as root) and asks those that serve HTTP whether they do it in clear.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import ssl
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _RAY = ("gcs_server", "raylet", "dashboard.py", *_HTTP)
 _HEAD = "gcs_server"
 _START = "RAY_AUTH_MODE=token ray start --head --dashboard-host 127.0.0.1"
 _PROBE_S = 2.0
+_MAX_SHOWN = 3  # addresses of one program
+_EXPIRY_WARNING = timedelta(days=7)
 
 
 def secret_files() -> Check:
@@ -70,13 +73,17 @@ def open_ports() -> Check:
     beyond = [listener for listener in listeners() if not listener.is_loopback]
     if not beyond:
         return Check("open ports", "ok", "Ray and Serve listen on this machine's loopback addresses only")
-    found = ", ".join(f"{listener.name} {listener.address}" for listener in beyond)
-    plain = [
-        listener for listener in beyond if listener.name in _HTTP and not speaks_tls(listener.reachable, listener.port)
-    ]
+    ports: dict[str, list[str]] = {}
+    for listener in beyond:
+        worker = listener.name.startswith("ray::") and listener.name not in _HTTP
+        ports.setdefault("Ray's workers" if worker else listener.name, []).append(listener.address)
+    found = "; ".join(f"{name} {_some(addresses)}" for name, addresses in ports.items())
+    http = [listener for listener in beyond if listener.name in _HTTP]
+    plain = [str(listener.port) for listener in http if speaks_plain_http(listener.reachable, listener.port)]
     if plain:
-        ports = ", ".join(str(listener.port) for listener in plain)
-        return Check("open ports", "note", found, f"keys travel in clear to port {ports}: corral serve --tls")
+        return Check(
+            "open ports", "note", found, f"keys travel in clear to port {', '.join(plain)}: corral serve --tls"
+        )
     return Check("open ports", "note", found, f"let a firewall keep strangers out; a cluster's head: {_START}")
 
 
@@ -95,6 +102,20 @@ def certificate() -> Check:
         fix = f"move cert.pem and key.pem out of {file.parent}, then: corral certs create"
         return Check("certificate", status, told.warning, fix)
     return Check("certificate", "ok", f"{file}, until {told.not_after:%Y-%m-%d}, for {', '.join(told.hosts)}")
+
+
+def api_keys() -> Check:
+    """Keys that are about to end; and whether strangers need one at all."""
+    from deployments.keys import KeyStore
+
+    keys = [key for key in KeyStore().list() if key.status == "valid"]
+    soon = datetime.now(UTC) + _EXPIRY_WARNING
+    ending = [f"{key.name!r} on {key.expires:%Y-%m-%d}" for key in keys if key.expires and key.expires <= soon]
+    if ending:
+        return Check("API keys", "note", f"ending within a week: {', '.join(ending)}", "corral keys create --name NAME")
+    if not KeyStore().required:
+        return Check("API keys", "ok", "none: everybody on this machine may use a server here, nobody else")
+    return Check("API keys", "ok", f"{len(keys)} valid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +172,17 @@ def speaks_tls(host: str, port: int) -> bool:
         return False
 
 
+def speaks_plain_http(host: str, port: int) -> bool:
+    """Whether who listens there answers HTTP without TLS."""
+    import httpx
+
+    try:
+        httpx.get(f"http://{f'[{host}]' if ':' in host else host}:{port}/-/healthz", timeout=_PROBE_S, trust_env=False)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
 def _processes() -> Iterator[tuple[Any, str]]:
     """Processes of Ray and Serve with a short name each."""
     import psutil
@@ -163,6 +195,10 @@ def _processes() -> Iterator[tuple[Any, str]]:
                 if name in _RAY or name.startswith("ray::"):
                     yield process, name
                     break
+
+
+def _some(addresses: list[str]) -> str:
+    return ", ".join(addresses) if len(addresses) <= _MAX_SHOWN else f"{len(addresses)} ports"
 
 
 def _environment(process: Any) -> dict[str, str]:

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -98,11 +99,35 @@ def running(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server
 def urls(server: "Server", *, stays: bool = True) -> str:
     """Where a server answers, for the person who started it."""
     ui = [f"chat  {server.ui_url}"] if server.ui_url else []
-    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}"]
+    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_who_needs_a_key()}"]
     if server.certfile and Path(server.certfile).parent == corral_home() / "certs":  # no authority vouches for it
         lines.append(f"trust {server.certfile}  (corral chat --ca, curl --cacert, SSL_CERT_FILE)")
-    lines += ["Ctrl-C stops it"] if stays else []
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["Ctrl-C stops it"] if stays else [])])
+
+
+@contextlib.contextmanager
+def own_key(name: str) -> Iterator[str | None]:
+    """A key to the server that this command runs, valid as long as the block lasts; None where nobody needs one."""
+    from deployments.keys import KeyStore
+
+    store = KeyStore()
+    if not store.required:
+        yield None
+        return
+    made, key = store.create(name, ("chat",), expires=datetime.now(UTC) + timedelta(days=1))
+    try:
+        yield key
+    finally:
+        store.revoke(made.id)
+
+
+def _who_needs_a_key() -> str:
+    from deployments.keys import KeyStore
+
+    store = KeyStore()
+    if store.required:
+        return f"required, {store.num_valid} valid: see 'corral keys list'"
+    return "not required on this machine: 'corral keys create' changes that"
 
 
 @contextlib.contextmanager

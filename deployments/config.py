@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.errors import ServeConfigError
+from deployments.keys import KeyStore
 from deployments.tls import check_tls_files
 from training.base_models import EMBEDDED_MODEL, Quantization
 
@@ -100,10 +101,10 @@ def check_serve_config(content: dict[str, Any], source: str) -> None:
         raise ServeConfigError(f"{source}: {place}: {first['msg']}, given {first['input']!r}") from error
     _check_https(schema.http_options, source)
     host = schema.http_options.host
-    if host not in LOOPBACK_HOSTS:
+    if host not in LOOPBACK_HOSTS and KeyStore().num_valid == 0:
         raise ServeConfigError(
-            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models: no API keys "
-            "are configured, so bind 127.0.0.1 and put an authenticating proxy or an SSH tunnel in front"
+            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models, as there is no "
+            "valid API key: run 'corral keys create --name NAME', or bind 127.0.0.1"
         )
 
 

@@ -9,6 +9,7 @@ CorralError                        (training.errors; each message is written for
     ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
     ├── CertificateError           a certificate that cannot be made or read; never crosses HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
+    ├── ResponseFormatRefused 400
     ├── InvalidKey        401      invalid_api_key
     ├── MissingScope      403      missing_scope
     ├── OriginRefused     403      origin_refused
@@ -54,6 +55,10 @@ class CertificateError(ServeError):
 
 class ContextLengthExceeded(ServeError):
     """Prompt and answer do not fit the context."""
+
+
+class ResponseFormatRefused(ServeError):
+    """An answer cannot be held to this `response_format`."""
 
 
 class InvalidKey(ServeError):
@@ -102,6 +107,7 @@ class NotReady(ServeError):
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ChatFormatError, 400, None),
     (ContextLengthExceeded, 400, "context_length_exceeded"),
+    (ResponseFormatRefused, 400, None),
     (InvalidKey, 401, "invalid_api_key"),
     (MissingScope, 403, "missing_scope"),
     (OriginRefused, 403, "origin_refused"),

@@ -8,13 +8,17 @@ from training.registry import AdapterManifest
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt to continue `n` times, and exactly which adapter version does it (None: the base)."""
+    """A prompt to continue `n` times, and exactly which adapter version does it (None: the base).
+
+    Answers are of `grammar`, which `grammars.py` wrote and compiles; None leaves them free.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterManifest | None
     n: int = 1
+    grammar: str | None = None
 
     @property
     def most_tokens(self) -> int:

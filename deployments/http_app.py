@@ -5,8 +5,9 @@ A limit on the body's size, and every error in OpenAI's shape. The routes are `i
 """
 
 import logging
+from typing import Annotated
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Header
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
@@ -21,6 +22,8 @@ from training.errors import CorralError
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
+
+RequestId = Annotated[str | None, Header(alias="x-request-id", include_in_schema=False)]  # none without Ray's proxies
 
 logger = logging.getLogger("ray.serve")
 

@@ -38,7 +38,8 @@ from deployments.config import ServeArgs
 from deployments.detokenizer import Vocabulary
 from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, ModelNotFound, NotReady, error_response
-from deployments.http_app import create_api
+from deployments.grammars import GrammarCompiler
+from deployments.http_app import RequestId, create_api
 from deployments.http_booking import BookingMiddleware, CurrentBooking
 from deployments.ledger_client import LedgerClient
 from deployments.metrics import CONTENT_TYPE, engine_metrics
@@ -99,6 +100,7 @@ class ChatIngress:
         tokenizer = load_tokenizer(self._base)
         self._vocabulary = Vocabulary(tokenizer)
         self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, self._max_model_len)
+        self._grammars = GrammarCompiler(self._base, tokenizer, self._vocabulary)
         self._started = int(time.time())
 
     async def __del__(self) -> None:
@@ -113,7 +115,7 @@ class ChatIngress:
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._resolve(body.model, caller.identity(body.user))
         booking.model = self._model_id(manifest)
-        answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
+        answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
         shape = ChatShape(answer_id, booking.model, self._vocabulary, with_logprobs=body.logprobs)
         return await self._respond(shape, [answers], body, caller, booking)
 
@@ -164,24 +166,31 @@ class ChatIngress:
         return await asyncio.to_thread(self._admin(caller).adapter, name)
 
     @api.post("/v1/adapters/{name}/promote", responses=_CHANGES)
-    async def promote_adapter(self, name: str, body: PromoteRequest, caller: AdminCaller) -> AdapterChange:
+    async def promote_adapter(
+        self, name: str, body: PromoteRequest, caller: AdminCaller, request_id: RequestId = None
+    ) -> AdapterChange:
         """Let an alias point at a version, on every replica at once; below 100 percent, as the champion's canary."""
-        return await asyncio.to_thread(self._admin(caller).promote, name, body.version, body.alias, body.percent)
+        admin = self._admin(caller, request_id)
+        return await asyncio.to_thread(admin.promote, name, body.version, body.alias, body.percent)
 
     @api.post("/v1/adapters/{name}/rollback", responses=_CHANGES)
     async def roll_back_adapter(
-        self, name: str, caller: AdminCaller, body: RollbackRequest | None = None
+        self, name: str, caller: AdminCaller, body: RollbackRequest | None = None, request_id: RequestId = None
     ) -> AdapterChange:
         """End the canary, or let an alias point at what it pointed at before."""
         alias = (body or RollbackRequest()).alias
-        return await asyncio.to_thread(self._admin(caller).rollback, name, alias)
+        return await asyncio.to_thread(self._admin(caller, request_id).rollback, name, alias)
 
     @api.delete("/v1/adapters/{name}/versions/{version}", responses=_CHANGES)
     async def delete_adapter_version(
-        self, name: str, version: Annotated[int, Path(ge=1, lt=10**9)], caller: AdminCaller
+        self,
+        name: str,
+        version: Annotated[int, Path(ge=1, lt=10**9)],
+        caller: AdminCaller,
+        request_id: RequestId = None,
     ) -> DeletedVersion:
         """Remove a version that no alias points at. Answers that are being made with it go on to their end."""
-        return await asyncio.to_thread(self._admin(caller).delete_version, name, version)
+        return await asyncio.to_thread(self._admin(caller, request_id).delete_version, name, version)
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -213,7 +222,7 @@ class ChatIngress:
             manifest = await self._resolve(body.model, caller.identity(body.user))
             booking.model = self._model_id(manifest)
             answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-            answers = await asyncio.to_thread(self._chat_answers, body, manifest, answer_id, caller.limits.tpm)
+            answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
             async with aclosing(self._admitted([answers], caller, booking)) as batches:
                 async for pieces in batches:
                     yield "".join(piece.text for piece in pieces)
@@ -250,8 +259,9 @@ class ChatIngress:
             max_model_len=self._max_model_len,
         )
 
-    def _admin(self, caller: Caller) -> AdapterAdmin:
-        return AdapterAdmin(self._registry, {"key_id": caller.key_id, "name": caller.name})
+    def _admin(self, caller: Caller, request_id: str | None = None) -> AdapterAdmin:
+        actor = {"key_id": caller.key_id, "name": caller.name, "request_id": request_id}
+        return AdapterAdmin(self._registry, actor)
 
     async def _resolve(self, model: str, identity: str | None = None) -> AdapterManifest | None:
         """The adapter version that a model id means to this identity, None for the base."""
@@ -273,10 +283,13 @@ class ChatIngress:
     def _model_id(self, manifest: AdapterManifest | None) -> str:
         return self._base.name if manifest is None else manifest.model_id
 
-    def _chat_answers(
+    async def _chat_answers(
         self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str, tpm: int | None
     ) -> Answers:
-        return Answers(self._renderer.chat(body, manifest, answer_id, tpm), self._vocabulary, body.stop_strings)
+        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, answer_id, tpm)
+        if generation.grammar is not None:
+            await self._grammars.compile(generation.grammar)  # to refuse it here; the replica has its own
+        return Answers(generation, self._vocabulary, body.stop_strings)
 
     def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
         generations = self._renderer.completion(body, manifest, answer_id)

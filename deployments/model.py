@@ -16,12 +16,14 @@ from ray import serve
 from safetensors.torch import load_file
 
 from deployments.config import ServeArgs
+from deployments.detokenizer import Vocabulary
 from deployments.engine.engine import Engine, OnDeltas
 from deployments.engine.lora import LoraWeights
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, NotReady
 from deployments.generation import GenerationRequest
+from deployments.grammars import GrammarCompiler
 from deployments.postbox import Postbox
 from training.base_models import load_quantized, load_tokenizer, resolve_base_model
 from training.errors import AdapterRefused
@@ -60,7 +62,9 @@ class LlamaModel:
             deliver=self._deliver,
         )
         self._chunks_per_s = args.engine.chunks_per_s or _CHUNKS_PER_S_AND_CPU * (os.cpu_count() or 1)
-        self._probe_token = load_tokenizer(self._base).encode("a").ids[0]
+        tokenizer = load_tokenizer(self._base)
+        self._probe_token = tokenizer.encode("a").ids[0]
+        self._grammars = GrammarCompiler(self._base, tokenizer, Vocabulary(tokenizer))
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
         self._thread.start()
@@ -71,6 +75,7 @@ class LlamaModel:
         Raises:
             AdapterRefused: the adapter's files are not what the manifest says, fit another base, or give NaN.
             AdapterNotFound: the version was deleted meanwhile.
+            ResponseFormatRefused: the grammar does not compile.
             EngineFault: the engine failed on this request.
         """
         self._loop = asyncio.get_running_loop()  # the same for all requests
@@ -127,6 +132,7 @@ class LlamaModel:
 
     async def _add(self, request: GenerationRequest, on_deltas: OnDeltas) -> str | None:
         """Queue the request, with its adapter loaded; returns the adapter's key."""
+        constraint = None if request.grammar is None else await self._grammars.compile(request.grammar)
         key = None
         while True:
             if request.adapter is not None:
@@ -135,7 +141,9 @@ class LlamaModel:
                 await self._ensure_loaded(key, request.adapter)
             try:
                 self._engine.add_request(
-                    EngineRequest(request.request_id, request.prompt_token_ids, request.sampling, key, request.n),
+                    EngineRequest(
+                        request.request_id, request.prompt_token_ids, request.sampling, key, request.n, constraint
+                    ),
                     on_deltas,
                 )
                 return key

@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deployments.haproxy import Frontend
+from training.ray_token import ask_for_a_token
 
 # What Ray Serve's throughput mode sets (handles over gRPC, a replica's code on its main loop, no log line for each
 # request; worth a seventh of the tokens at 32 streams), and what suits a machine that does other things too.
@@ -50,6 +50,7 @@ def private_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> Iterat
     with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         haproxy = _haproxy_settings(frontend, Path(folder))
         os.environ.update(haproxy)
+        # Serve's replicas take pickled calls from each other on all interfaces: without a token, anybody's code.
         ask_for_a_token()
         import ray
         from ray._private import ray_constants
@@ -73,26 +74,6 @@ def private_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> Iterat
             yield bool(haproxy)
         finally:
             ray.shutdown()
-
-
-def ask_for_a_token() -> None:
-    """Have Ray refuse callers without the token in ~/.ray/auth_token, which is made here if it is not there.
-
-    Serve's replicas take pickled calls from each other on all interfaces: without a token, anybody's code.
-    """
-    os.environ.pop("RAY_AUTH_MODE", None)  # then a new local Ray turns tokens on
-    token = Path.home() / ".ray" / "auth_token"
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    token.parent.mkdir(mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileExistsError), open(token, "x", opener=_owner_only) as file:
-        file.write(secrets.token_hex(32))  # 256 bits, as Ray's own, which everybody could read
-    with contextlib.suppress(OSError):
-        token.chmod(0o600)
-
-
-def _owner_only(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _haproxy_settings(frontend: Frontend, folder: Path) -> dict[str, str]:

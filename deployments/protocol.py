@@ -61,6 +61,33 @@ class StreamOptions(Closed):
     include_usage: bool = False
 
 
+class JsonSchemaFormat(Closed):
+    """`response_format.json_schema`: what the answer's JSON must be like."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="accepted and not used")
+    description: str | None = Field(None, description="accepted and not used")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema 2020-12; what is not supported is refused")
+    strict: bool | None = Field(None, description="true: every object must say additionalProperties: false")
+
+
+class ResponseFormat(Closed):
+    """`response_format`: any text, some JSON object, or JSON of a schema. Answers are held to it with or without
+    `strict`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(
+        None, description="for type json_schema, and only there", validate_default=True
+    )
+
+    @field_validator("json_schema")
+    @classmethod
+    def _schema_where_it_belongs(cls, schema: JsonSchemaFormat | None, info: ValidationInfo) -> JsonSchemaFormat | None:
+        kind = info.data.get("type")
+        if kind is not None and (schema is not None) != (kind == "json_schema"):
+            raise ValueError(f"type {kind} {'needs' if schema is None else 'does not take'} it")
+        return schema
+
+
 class GenerationFields(Closed):
     """What both kinds of completion take. A field that is null has its default, as OpenAI has it.
 
@@ -145,6 +172,7 @@ class ChatCompletionRequest(GenerationFields):
     min_tokens: int = Field(0, ge=0, description="the answer cannot end before so many")
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report; needs logprobs: true")
+    response_format: ResponseFormat | None = Field(None, description="default: any text")
 
     @field_validator("max_completion_tokens")
     @classmethod

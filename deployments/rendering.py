@@ -10,6 +10,7 @@ from deployments.detokenizer import Vocabulary
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
 from deployments.generation import GenerationRequest
+from deployments.grammars import grammar_of
 from deployments.protocol import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest, dialog
 from deployments.text_prompts import TextEncoder
 from deployments.tokenize_protocol import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
@@ -48,7 +49,9 @@ class RequestRenderer:
 
         Raises:
             ChatFormatError: the dialog has no rendering.
+            ResponseFormatRefused: the schema is not supported.
         """
+        grammar = grammar_of(body.response_format)
         chat_format = self._chat_format(adapter)
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
@@ -56,7 +59,7 @@ class RequestRenderer:
         if tpm is not None and body.asked_tokens is None:
             max_tokens = max(1, body.min_tokens, min(max_tokens, (tpm - num_tokens) // body.n))
         sampling = self._sampling(body, max_tokens, chat_format)
-        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n)
+        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar)
 
     def completion(
         self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str

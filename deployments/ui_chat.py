@@ -152,7 +152,7 @@ class Conversations:
         stream: Answer | None = None
         try:
             caller = await self._sessions.caller(_http(request))
-            stream = self._running[session] = self._backend.chat(_completion_request(asked, *settings), caller)
+            stream = self._running[session] = self._backend.chat(_completion_request(session, asked, *settings), caller)
             async for piece in stream:
                 answer += piece
                 if answer.strip() and time.monotonic() - shown_at >= _SHOW_INTERVAL_S:
@@ -224,6 +224,7 @@ def text_of(turn: Turn) -> str:
 
 
 def _completion_request(
+    session: str,
     turns: list[Turn],
     model: str | None,
     system: str,
@@ -246,6 +247,7 @@ def _completion_request(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
         stream=True,
+        user=session,  # a canary answers all of a page's questions or none
     )
 
 

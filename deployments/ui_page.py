@@ -28,9 +28,9 @@ main.fillable { padding: 16px 24px !important; max-width: 1400px !important; }
 #title h1 { font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 #title p { margin: 0; color: var(--body-text-color-subdued); font-size: .875rem; }
 #clear { height: 34px; }
-#account form { display: flex; align-items: center; gap: 10px; white-space: nowrap; font-size: .875rem; }
+#account form { display: flex; justify-content: flex-end; align-items: center; gap: 10px; font-size: .875rem; }
 #account span { color: var(--body-text-color-subdued); overflow: hidden; text-overflow: ellipsis; max-width: 12rem; }
-#account button { text-decoration: underline; }
+#account button { text-decoration: underline; white-space: nowrap; }
 #columns { gap: 20px; }
 #chat { height: calc(100dvh - 178px) !important; min-height: 320px; border-radius: 14px; }
 #chat, #message, #settings > .block, #settings > .form { border: 1px solid var(--border-color-primary) !important; }

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_args
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,10 +17,13 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.context import _set_internal_replica_context
 from ray.serve.schema import ReplicaRank
 
+from deployments.auth import ChatCaller
+from deployments.callers import ANONYMOUS
 from deployments.config import ServeArgs
 from deployments.engine.request import Delta
 from deployments.generation import GenerationRequest
 from deployments.ingress import ChatIngress
+from deployments.ledger import Ledger
 from deployments.model import LlamaModel
 from tests.conftest import free_port
 
@@ -71,6 +74,17 @@ class _Replies:
         self._closing = asyncio.ensure_future(self._replies.aclose())
 
 
+class LedgerHandle:
+    """The same for a ledger."""
+
+    def __init__(self) -> None:
+        replica: Any = cast(serve.Deployment, Ledger).func_or_class
+        self._ledger = replica()
+
+    def __getattr__(self, name: str) -> _Method:
+        return _Method(getattr(self._ledger, name))
+
+
 def load_model(args: ServeArgs) -> Any:
     """The class behind a replica, with its engine running."""
     replica: Any = cast(serve.Deployment, LlamaModel).func_or_class
@@ -81,7 +95,7 @@ async def build_api(args: ServeArgs, model: Model) -> FastAPI:
     """The ASGI application of an ingress replica; one in a process at a time."""
     replica: Any = cast(serve.Deployment, ChatIngress).func_or_class
     ingress = replica.__new__(replica)
-    await ingress.__init__(ModelHandle(model), args)
+    await ingress.__init__(ModelHandle(model), LedgerHandle(), args)
     _set_internal_replica_context(  # where the routes find their `self`
         replica_id=ReplicaID("test", DeploymentID("ChatIngress", "corral")),
         servable_object=ingress,
@@ -89,6 +103,8 @@ async def build_api(args: ServeArgs, model: Model) -> FastAPI:
         rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
         world_size=1,
     )
+    # Without keys it is Ray Serve that knows whether only this machine can reach the server.
+    ingress.app.dependency_overrides[get_args(ChatCaller)[1].dependency] = lambda: ANONYMOUS
     return cast(FastAPI, ingress.app)
 
 

@@ -211,7 +211,10 @@ def test_the_command_line_says_the_same_of_a_server_and_of_its_registry(api: Api
     assert_one_line_error(corral("adapters", "promote", "ranch", "1", "--percent", "101", *where), 2, "equal to 100")
     actors = [entry["actor"] for entry in api.audit()]
     assert len(actors) >= 6
-    assert all(actor == ({"key_id": None, "name": "anonymous"} if remote else os_user()) for actor in actors)
+    assert all(
+        actor == ({"key_id": None, "name": "anonymous", "request_id": None} if remote else os_user())
+        for actor in actors
+    )
 
 
 def test_the_command_line_shows_a_canary_and_wants_one_registry(api: Api) -> None:
@@ -225,13 +228,14 @@ def test_the_command_line_shows_a_canary_and_wants_one_registry(api: Api) -> Non
 
 
 def test_c8_every_change_is_a_line_of_the_audit_log(api: Api) -> None:
-    api.http.post("/v1/adapters/ranch/promote", json={"version": 3, "percent": 10})
+    body, request_id = {"version": 3, "percent": 10}, {"x-request-id": "mine"}
+    api.http.post("/v1/adapters/ranch/promote", json=body, headers=request_id)
     api.http.post("/v1/adapters/ranch/rollback")
     api.http.delete("/v1/adapters/ranch/versions/2")
     api.http.delete("/v1/adapters/ranch/versions/3")
     api.http.get("/v1/adapters")
     promoted, rolled_back, refused, deleted = api.audit()
-    assert promoted["actor"] == {"key_id": None, "name": "anonymous"}
+    assert promoted["actor"] == {"key_id": None, "name": "anonymous", "request_id": "mine"}
     assert (promoted["action"], promoted["target"], promoted["outcome"]) == ("promote", "ranch", "done")
     assert (promoted["before"], promoted["after"]) == ({"version": 2}, {"version": 2, "canary": 3, "percent": 10})
     assert (rolled_back["before"], rolled_back["after"]) == (promoted["after"], promoted["before"])

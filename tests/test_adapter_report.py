@@ -58,7 +58,7 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseModel) -> No
     shown = adapters(lineage, "show", "ranch@2").stdout
     for words in (
         "dpo, 9,000 tokens, 1:15 min, seed 7",
-        "1.2500 nats, the base's 2.5000, over 1,200 tokens, computed from the published file",
+        "1.2500, the reference's 2.5000, over 1,200 tokens, computed from the published file",
         "0.1.0, commit abc123",
         "torch 2.13.0",
         "2 x H100",
@@ -68,7 +68,8 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseModel) -> No
     ):
         assert words in shown
     tree = shown[shown.index(tiny_base.source) :]
-    assert 0 < tree.index("ranch@1  sft") < tree.index("ranch@2  dpo")
+    assert 0 < tree.index("ranch@1  sft, held-out loss") < tree.index("ranch@2  dpo, held-out DPO loss 1.2500")
+    assert "1.2500 nats, the base's 2.5000, over 1,200 tokens" in adapters(lineage, "show", "ranch@1").stdout
     whole = json.loads(adapters(lineage, "show", "ranch@2", "--json").stdout)
     assert [(older["version"], older["method"]) for older in whole["ancestors"]] == [(1, "sft")]
     assert whole["parent"]["version"] == 1

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.data_config import DataConfig
 from training.errors import ConfigError, TrainingError
-from training.fit import FitResult, _tighten_token, fit, fresh_run_name, open_run
+from training.fit import FitResult, fit, fresh_run_name, open_run
 from training.run_dir import RunDir
 from training.worker import _is_whole
 
@@ -159,14 +158,3 @@ def test_d14_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
 
 def test_run_names_differ() -> None:
     assert len({fresh_run_name("a") for _ in range(20)}) == 20
-
-
-def test_ray_token_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    _tighten_token()  # none there
-    token = tmp_path / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.write_text("secret")
-    token.chmod(0o644)
-    _tighten_token()
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600

@@ -399,6 +399,7 @@ def test_request_carries_system_prompt_sliders_and_text_unchanged(scripted: Chat
         ("user", "more"),
     ]
     assert [m.role for m in third.messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert first.user == second.user == third.user is not None  # a canary keeps a page
 
 
 @needs_browser

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("training", "deployments", "clients")
 HEAVY = {"torch", "ray", "transformers", "gradio", "datasets", "peft", "trl", "bitsandbytes", "cryptography"}
 # What serving may know of training.
-SHARED = {"audit", "errors", "home", "chat_format", "registry", "base_models"}
+SHARED = {"audit", "errors", "home", "ray_token", "chat_format", "registry", "base_models"}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> Iterator[str]:

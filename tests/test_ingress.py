@@ -5,18 +5,27 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel as PydanticModel
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import RunningServer
 from training.base_models import BaseModel, load_tokenizer
 from training.chat_format import load_chat_format
 from training.registry import AdapterManifest, AdapterRegistry, import_adapter
+
+
+class City(PydanticModel):
+    name: str = Field(max_length=12)
+    country: Literal["France", "Spain"]
+    millions: int = Field(ge=0, le=40)
+
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -180,6 +189,23 @@ def test_a1_null_is_the_default_and_every_other_field_is_accepted(server: Runnin
     assert post(server, body(server, **odd)).status_code == 200
 
 
+def test_a1_answers_are_of_a_schema_whole_parsed_and_streamed(server: RunningServer, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = body(server, max_tokens=60)
+    parsed = client.chat.completions.parse(response_format=City, **asked).choices[0]
+    assert parsed.finish_reason == "stop"
+    assert isinstance(parsed.message.parsed, City)
+    some = post(server, asked | {"response_format": {"type": "json_object"}}).json()["choices"][0]
+    assert some["message"]["content"].startswith("{")
+    if some["finish_reason"] == "stop":
+        assert isinstance(json.loads(some["message"]["content"]), dict)
+    with client.chat.completions.stream(response_format=City, **asked) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.message.content == parsed.message.content
+    assert final.message.parsed == parsed.message.parsed
+    answers = client.chat.completions.parse(response_format=City, **asked | {"n": 3, "seed": 1, "temperature": 1.5})
+    assert all(isinstance(choice.message.parsed, City) for choice in answers.choices)
+
+
 def test_a8_cached_tokens_tell_what_a_second_turn_did_not_compute(server: RunningServer) -> None:
     question = [{"role": "user", "content": f"{time.time()} " + "Tell me about horses and cattle. " * 20}]
     first = post(server, body(server, messages=question)).json()
@@ -224,6 +250,13 @@ def test_a4_probes_and_typed_docs(server: RunningServer) -> None:
 
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}
 USER = {"role": "user", "content": "hi"}
+
+
+def json_schema(schema: Any, **fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, **fields}}}
+
+
+SCHEMA = "response_format.json_schema.schema"
 REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
     ("B1 malformed", '{"model": ', 400, None, "not JSON"),
     ("B1 wrong type", {"model": 1}, 400, "model", "string"),
@@ -251,6 +284,14 @@ REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
     ("B2 stream_options", {"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
     ("B2 stop", {"stop": ["x"] * 17}, 400, "stop", "16"),
     ("B2 stop", {"stop": [""]}, 400, "stop", "1 to 256"),
+    ("B2 format", {"response_format": {"type": "xml"}}, 400, "response_format.type", "json_schema"),
+    ("B2 no schema", {"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "needs it"),
+    ("B2 schema name", json_schema({}, name="a b"), 400, "response_format.json_schema.name", "pattern"),
+    ("B2 strict", json_schema({"type": "object"}, strict=True), 400, SCHEMA, "additionalProperties: false"),
+    ("B9 keyword", json_schema({"items": {"not": {}}}), 400, f"{SCHEMA}.items.not", "not supported"),
+    ("B9 nothing", json_schema({"$ref": "#"}), 400, SCHEMA, "no JSON can be of it"),
+    ("B9 regex", json_schema({"pattern": "(?=a)"}), 400, SCHEMA, "look-ahead"),
+    ("B9 enum", json_schema({"enum": list(range(100_000))}), 400, SCHEMA, "65536"),
     ("B4 empty", {"messages": []}, 400, "messages", "empty"),
     ("B4 two systems", {"messages": [{"role": "system", "content": "a"}] * 2 + [USER]}, 400, "messages.1", "system"),
     ("B4 last assistant", {"messages": [USER, {"role": "assistant", "content": "a"}]}, 400, "messages.1", "user"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from deployments.detokenizer import Vocabulary
@@ -195,3 +196,14 @@ def test_prompts_may_be_texts_or_token_ids_one_or_many(renderer: RequestRenderer
         generations = renderer.completion(completion(prompt=prompt), None, "r")
         assert [generation.prompt_token_ids for generation in generations] == expected
         assert len({generation.request_id for generation in generations}) == len(expected)
+
+
+def test_a1_a_response_format_becomes_a_grammar_of_chats_only(renderer: RequestRenderer) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "é"}, "strict": True}}
+    held = renderer.chat(chat(response_format=schema), None, "r")
+    assert held.grammar is not None
+    assert json.dumps({"const": "é"})[:-1] in held.grammar
+    assert renderer.chat(chat(response_format={"type": "text"}), None, "r").grammar is None
+    assert renderer.chat(chat(response_format=None), None, "r").grammar is None
+    with pytest.raises(ValidationError, match="response_format"):
+        completion(response_format={"type": "json_object"})

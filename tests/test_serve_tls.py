@@ -1,8 +1,7 @@
-"""`corral serve --tls` on a real server (C3): HTTPS and nothing else, by HAProxy and by Ray's own proxy; and that its
-Ray keeps to itself (D16), whatever the environment says.
+"""`corral serve --tls` on a real server (C3): HTTPS and nothing else, by HAProxy on all interfaces with a key, and by
+Ray's own proxy on loopback without; and that its Ray keeps to itself (D16), whatever the environment says.
 """
 
-import contextlib
 import os
 import socket
 import ssl
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import httpx
@@ -22,7 +20,8 @@ import pytest
 import yaml
 
 from clients.api import CorralClient
-from clients.doctor_security import Listener, listeners
+from clients.doctor_security import Listener, listeners, speaks_plain_http
+from deployments.keys import KeyStore
 from tests.conftest import serve_config, stop_server
 from training.base_models import BaseModel
 
@@ -34,6 +33,7 @@ class SecureServer:
     url: str
     config: Path
     certificate: Path
+    key: str | None
     process: subprocess.Popen[bytes]
     log: Path
     cluster: socket.socket
@@ -42,16 +42,27 @@ class SecureServer:
     def trusted(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=self.certificate)
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", verify=self.trusted, trust_env=False, timeout=60, follow_redirects=True)
+    def browser(self) -> httpx.Client:
+        """Logged in to the page, where that takes a key."""
+        browser = httpx.Client(
+            base_url=self.url, verify=self.trusted, trust_env=False, timeout=60, headers={"accept": "text/html"}
+        )
+        if self.key:
+            response = browser.post("/ui/login", data={"key": self.key}, headers={"origin": self.url})
+            assert response.status_code == 303, response.text
+            assert "; Secure" in response.headers["set-cookie"]
+        return browser
 
 
-@pytest.fixture(scope="module", params=["haproxy", "ray"])
+@pytest.fixture(scope="module", params=["0.0.0.0", "127.0.0.1"])
 def secure(
     request: pytest.FixtureRequest, tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SecureServer]:
-    folder = tmp_path_factory.mktemp("tls")
+    folder, host = tmp_path_factory.mktemp("tls"), request.param
+    (folder / "home").mkdir(mode=0o700)
+    key = KeyStore(folder / "home" / "keys.json").create("test", ("chat",))[1] if host == "0.0.0.0" else None
     content = serve_config()
+    content["http_options"]["host"] = host
     content["applications"][0]["args"] = {"base_model": str(tiny_base.path), "engine": {"max_model_len": 512}}
     config, log = folder / "serve.yaml", folder / "serve.log"
     config.write_text(yaml.safe_dump(content))
@@ -60,7 +71,7 @@ def secure(
             "CORRAL_HOME": str(folder / "home"),
             "RAY_ADDRESS": f"127.0.0.1:{cluster.getsockname()[1]}",
             "RAY_AUTH_MODE": "disabled",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1" if request.param == "haproxy" else "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1" if host == "0.0.0.0" else "0",
         }
         command = [sys.executable, "-m", "clients.cli", "serve", str(config), "--tls"]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, umask=0)
@@ -68,15 +79,13 @@ def secure(
         deadline = time.monotonic() + 240
         while f"API   {url}/v1" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.3)
-        yield SecureServer(url, config, folder / "home" / "certs" / "cert.pem", process, log, cluster)
+        yield SecureServer(url, config, folder / "home" / "certs" / "cert.pem", key, process, log, cluster)
         assert process.poll() is None, log.read_text()[-4000:]
         assert stop_server(process) == 0, log.read_text()[-4000:]
 
 
 def test_c3_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure: SecureServer) -> None:
-    assert secure.get("/readyz").status_code == 200
-    assert secure.get("/ui/").status_code == 200
-    with CorralClient(secure.url, ca=secure.certificate) as client:
+    with CorralClient(secure.url, secure.key, ca=secure.certificate) as client:
         (base,) = client.models()
         whole = client.chat("hi", model=base.id, temperature=0, max_tokens=8)
         assert "".join(client.stream("hi", model=base.id, temperature=0, max_tokens=8)) == whole
@@ -85,7 +94,18 @@ def test_c3_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure:
 
 
 def test_c3_the_page_knows_that_it_is_on_https(secure: SecureServer) -> None:
-    assert secure.get("/ui/config").json()["root"] == f"{secure.url}/ui"  # else the browser blocks its own requests
+    with secure.browser() as browser:
+        assert browser.get("/ui/").status_code == 200
+        root = browser.get("/ui/config").json()["root"]
+    assert root == f"{secure.url}/ui"  # else the browser blocks the page's own requests
+
+
+def test_c1_without_the_key_nobody_gets_in_over_tls_either(secure: SecureServer) -> None:
+    with httpx.Client(base_url=secure.url, verify=secure.trusted, trust_env=False, timeout=60) as stranger:
+        expected = 401 if secure.key else 200
+        assert stranger.get("/v1/models").status_code == expected
+        assert stranger.get("/ui/config").status_code == expected
+        assert stranger.get("/readyz").status_code == 200
 
 
 def test_c3_it_said_how_to_trust_it_and_the_key_is_its_owners_alone(secure: SecureServer) -> None:
@@ -121,19 +141,21 @@ def test_c3_tls_1_2_is_spoken(secure: SecureServer) -> None:
         assert context.wrap_socket(plain, server_hostname="127.0.0.1").version() == "TLSv1.2"
 
 
-def of(process: subprocess.Popen[bytes]) -> list[Any]:
-    """A process and all that it started."""
-    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+def beyond_this_machine(process: subprocess.Popen[bytes]) -> list[Listener]:
+    """What a process and all that it started listen on, other than loopback addresses."""
+    own = {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
+    return [listener for listener in listeners() if listener.pid in own and not listener.is_loopback]
 
 
 def test_c3_beyond_this_machine_only_replicas_listen_and_they_ask_for_the_token(secure: SecureServer) -> None:
-    own = {process.pid for process in of(secure.process)}
-    beyond = [listener for listener in listeners() if listener.pid in own and not listener.is_loopback]
-    assert beyond  # of these Ray leaves no choice
-    assert {listener.name.partition(":")[0] for listener in beyond} == {"ray"}
-    assert all(listener.name.startswith("ray::ServeReplica") for listener in beyond)
-    for listener in beyond:
-        assert refuses_calls_without_token(listener), listener
+    beyond = beyond_this_machine(secure.process)
+    haproxy = [listener for listener in beyond if listener.name == "haproxy"]
+    assert {listener.address for listener in haproxy} == ({f"*:{httpx.URL(secure.url).port}"} if secure.key else set())
+    replicas = [listener for listener in beyond if listener not in haproxy]
+    assert replicas  # of these Ray leaves no choice
+    for replica in replicas:
+        assert replica.name.startswith("ray::ServeReplica")
+        assert refuses_calls_without_token(replica), replica
 
 
 def refuses_calls_without_token(listener: Listener) -> bool:
@@ -144,13 +166,9 @@ def refuses_calls_without_token(listener: Listener) -> bool:
     return bool(refused.value.code() is grpc.StatusCode.UNAUTHENTICATED)
 
 
-def test_c3_no_other_socket_answers_plain_http_to_strangers(secure: SecureServer) -> None:
-    own = {process.pid for process in of(secure.process)}
-    for listener in listeners():
-        if listener.pid in own and not listener.is_loopback:
-            with contextlib.suppress(httpx.TransportError):
-                status = httpx.get(f"http://127.0.0.1:{listener.port}/v1/models", trust_env=False).status_code
-                pytest.fail(f"{listener} answers {status}")
+def test_c3_no_socket_answers_plain_http_to_strangers(secure: SecureServer) -> None:
+    answering = [found for found in beyond_this_machine(secure.process) if speaks_plain_http("127.0.0.1", found.port)]
+    assert answering == []
 
 
 def test_d16_a_cluster_that_the_environment_names_is_never_joined(secure: SecureServer) -> None:
@@ -161,7 +179,9 @@ def test_d16_a_cluster_that_the_environment_names_is_never_joined(secure: Secure
 
 def test_d16_a_second_server_on_the_port_is_told_who_has_it(secure: SecureServer) -> None:
     command = [sys.executable, "-m", "clients.cli", "serve", str(secure.config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    home = {"CORRAL_HOME": str(secure.certificate.parent.parent)}
+    done = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=60, check=False)
+    assert ("in clear" in done.stderr) is (secure.key is not None)  # all interfaces, and no --tls this time
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert f"another corral (pid {secure.process.pid})" in done.stderr

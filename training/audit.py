@@ -18,7 +18,7 @@ from training.home import corral_home
 
 AUDIT_FILE = "audit.jsonl"
 
-logger = logging.getLogger("ray.serve.audit")  # where replicas log to
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def audited(actor: Mapping[str, Any], action: str, target: str, **details: Any) 
     """Do something and record how it ended; without a log to write to, it is not done.
 
     Args:
-        actor: who asks: `os_user()`, or the id and name of a key.
+        actor: who asks: `os_user()`, or the id and name of a key, and the request's id.
         action: such as `promote`.
         target: what it is done to.
 
@@ -69,7 +69,6 @@ def os_user() -> dict[str, str]:
 
 def _append(log: int, entry: dict[str, Any]) -> None:
     line = json.dumps(entry, default=str)
-    logger.info("audit %s", line)
     try:
         os.write(log, f"{line}\n".encode())  # one write: lines of several writers do not mix
     except OSError as error:  # it is done; all that is left is to say so

@@ -125,6 +125,7 @@ class TrainConfig(_Section):
     gate: GateConfig = GateConfig()
 
     num_workers: int | list[int] = 1  # [1, 4]: as many as there are at the moment, between the two
+    fsdp: bool = False  # each worker holds its part of the 4-bit base only, and gathers a layer when it needs it
     use_gpu: bool | Literal["auto"] = "auto"
     resources_per_worker: dict[str, float] | None = None  # None: an equal share of the CPUs, and a GPU where used
     max_failures: int = Field(default=1, ge=0)  # times a run goes on from its last checkpoint after a worker died
@@ -168,6 +169,14 @@ class TrainConfig(_Section):
         for key in ("packing", "group_by_length", "neftune_noise_alpha", "loraplus_lr_ratio"):
             if self.method != "sft" and getattr(self, key):
                 raise ValueError(f"{key} is of method sft, and method is {self.method}: leave it out")
+        if self.fsdp and self.min_workers < 2:
+            raise ValueError(
+                f"fsdp shares the base among workers, and num_workers is {self.num_workers}: use 2 or more"
+            )
+        if self.fsdp and self.method != "sft":
+            raise ValueError(f"fsdp is of method sft, and method is {self.method}: leave it out")
+        if self.fsdp and self.lora.init_lora_weights == "loftq":
+            raise ValueError("fsdp leaves no worker the whole base, which lora.init_lora_weights 'loftq' compares with")
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
                 raise ValueError(f"{key} needs held-out losses during training: set eval_steps")

@@ -23,6 +23,7 @@ from training.gate import GateReport
 from training.row_store import IGNORED_LABEL, TokenizedRow
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
+_NO_LABEL: TokenizedRow = {"input_ids": [0], "labels": [IGNORED_LABEL]}
 
 
 def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[TokenizedRow]) -> GateReport:
@@ -89,7 +90,12 @@ def held_out_loss(model: PeftModel | LlamaForCausalLM, rows: Sequence[TokenizedR
     assert isinstance(causal_lm, LlamaForCausalLM)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
-    for batch in _batches(rows[rank::world_size]):
+    batches = [*_batches(rows[rank::world_size])]
+    if world_size > 1:
+        most = torch.tensor(len(batches), device=causal_lm.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        batches += [[_NO_LABEL]] * (int(most) - len(batches))  # a sharded base takes all ranks at every forward
+    for batch in batches:
         input_ids = _padded([row["input_ids"] for row in batch], 0, causal_lm.device)
         labels = _padded([row["labels"] for row in batch], IGNORED_LABEL, causal_lm.device)[:, 1:]
         # Padding is on the right, where causal attention does not look: no mask is needed.

@@ -25,6 +25,7 @@ from training.inputs import RunInputs, read_inputs
 from training.parent import copy_parent, resolve_parent
 from training.plan import make_plan
 from training.progress import Progress, read_progress, show_progress, write_progress
+from training.ray_token import ask_for_a_token
 from training.registry import AdapterManifest
 from training.report import write_report
 from training.run_dir import RunDir
@@ -34,8 +35,8 @@ from training.trackers import check_trackers
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
-    "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to", "resources_per_worker",
-    "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
+    "fsdp", "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to",
+    "resources_per_worker", "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
 # Of a Ray on this machine alone; every process that it starts inherits them.
 _PRIVATE_RAY = {
@@ -217,11 +218,11 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
             else:
                 for name, value in _PRIVATE_RAY.items():
                     os.environ.setdefault(name, value)
+                ask_for_a_token()
                 ray.init(address="local", include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
         raise TrainingError(f"{where} cannot be reached: {one_line(error)}") from error
-    _tighten_token()
     try:
         yield
     finally:
@@ -232,12 +233,6 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
 def ray_is_running_here() -> bool:
     """Whether the caller has connected this program to Ray already."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
-
-
-def _tighten_token() -> None:
-    token = Path.home() / ".ray" / "auth_token"  # Ray writes it for everybody to read
-    with contextlib.suppress(OSError):
-        token.chmod(0o600)
 
 
 def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:

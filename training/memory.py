@@ -39,11 +39,11 @@ class MemoryEstimate:
 
     Attributes:
         phase: that moment.
-        base_4bit: NF4 weights with their scales.
+        base_4bit: NF4 weights with their scales; with `fsdp` this worker's part, and two layers that are whole.
         base_other: embeddings, lm_head and norms in the compute dtype.
         adapter: LoRA weights in float32.
         optimizer: AdamW's moments, where they are not paged.
-        gradients: of the adapter, and the buckets of data parallelism.
+        gradients: of the adapter.
         activations: what the forward pass leaves for the backward pass.
         workspace: what single operators need: a dequantized weight, tiles of logits, gradients of activations.
         paged: moments that may lie on the host; not in any sum.
@@ -83,6 +83,7 @@ class TrainStep:
     Attributes:
         max_length: tokens of the longest sequence.
         labelled_share: part of the tokens that has a loss.
+        num_shards: workers that share the 4-bit base; 1 where each has the whole.
         evaluates: held-out rows are evaluated between or after the steps.
         on_gpu: on a CPU PEFT casts every adapter's input by itself, dropout keeps its factors as numbers, and short
             documents keep their attention scores.
@@ -94,7 +95,7 @@ class TrainStep:
     gradient_checkpointing: bool
     max_length: int
     gradient_accumulation_steps: int = 1
-    num_workers: int = 1
+    num_shards: int = 1
     compute_dtype: ComputeDtype = "bfloat16"
     on_gpu: bool = True
     labelled_share: float = 1.0
@@ -119,7 +120,7 @@ class TrainStep:
             gradient_checkpointing=config.gradient_checkpointing is True,
             max_length=max_length,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            num_workers=config.max_workers,
+            num_shards=config.min_workers if config.fsdp else 1,
             compute_dtype=compute_dtype,
             on_gpu=on_gpu,
             labelled_share=labelled_share,
@@ -158,9 +159,12 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     labelled = round(tokens * step.labelled_share)
     num_trainable = shape.num_trainable(lora)
     nf4_bytes = _NF4_DOUBLE_QUANT_BYTES if step.quantization.double_quant else _NF4_BYTES
+    base_4bit = shape.num_linear_parameters * nf4_bytes
+    if step.num_shards > 1:  # the layer that runs and the one on its way, see `training.sharding`
+        base_4bit = base_4bit / step.num_shards + 2 * base_4bit / shape.num_layers
     states = num_trainable * _OPTIMIZER_BYTES[step.optim]
     paged = step.optim.startswith("paged") and step.on_gpu  # without a GPU they are ordinary ones
-    gradients = 4 * num_trainable * (2 if step.num_workers > 1 else 1)
+    gradients = 4 * num_trainable  # data parallelism exchanges them where they lie
 
     layer = tokens * _layer_bytes_per_token(shape, step)
     adapter_copies = 0 if c == 4 else c * num_trainable
@@ -193,7 +197,7 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     at_peak = moments[phase]
     return MemoryEstimate(
         phase=phase,
-        base_4bit=int(shape.num_linear_parameters * nf4_bytes),
+        base_4bit=int(base_4bit),
         base_other=shape.num_other_parameters * c,
         adapter=4 * num_trainable,
         optimizer=0 if paged else states,

@@ -17,6 +17,7 @@ import yaml
 from training.base_models import ComputeDtype, compute_dtype_on
 from training.batch_size import decide, example_lengths
 from training.config import TrainConfig, check_this_machine, gpus_here, resolved, wants_gpu
+from training.flops import TimeEstimate, estimate_time, training_flops
 from training.inputs import RunInputs, read_inputs
 from training.llama_shape import LlamaShape
 from training.memory import MemoryEstimate, TrainStep, estimate
@@ -33,6 +34,7 @@ class Plan:
         largest_micro_batch: tokens of the longest examples that may meet in one forward pass.
         resources_per_worker: None where the cluster decides when the run starts.
         memory: of one worker, at its peak.
+        time: on GPUs that are named in it; None for a run without GPUs.
         device_memory: bytes of this machine's first GPU, or of its memory; None where the run goes to a cluster.
     """
 
@@ -51,7 +53,9 @@ class Plan:
     num_workers: int | list[int]
     resources_per_worker: dict[str, float] | None
     compute_dtype: ComputeDtype
+    fsdp: bool
     memory: MemoryEstimate
+    time: TimeEstimate | None
     device_memory: int | None
 
     @property
@@ -79,7 +83,9 @@ class Plan:
             "adapter": f"{self.num_trainable:,} trainable parameters, {self.num_trainable / self.num_parameters:.2%}",
             "rows": rows,
             "steps": f"{self.num_steps:,} ({epochs:.3g} epochs), each of {step}",
-            "workers": f"{first}{workers}, each {each}; computing in {self.compute_dtype}",
+            "workers": f"{first}{workers}, each {each}; computing in {self.compute_dtype}"
+            + ("; the 4-bit base is shared among them" if self.fsdp else ""),
+            **({"time": str(self.time)} if self.time else {}),
             "memory": f"{_gib(self.memory.total_bytes)} a worker at its peak{self._room()}",
         }
         text = [f"{name:<8} {value}" for name, value in lines.items()]
@@ -116,6 +122,16 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
         gradient_accumulation_steps=max(1, step_size // (per_device * config.max_workers)),
         labelled_share=report.trained_share,
     )
+    num_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    tokens_per_step = float(lengths.sum()) / steps_per_epoch
+    flops = training_flops(
+        shape,
+        config.lora,
+        num_steps * tokens_per_step,
+        float(np.mean(inputs.train_rows.lengths)),
+        labelled_share=report.trained_share,
+        checkpointing=step.gradient_checkpointing,
+    )
     duplicates = report.num_duplicates if report.deduplicated else 0
     return Plan(
         base=inputs.base.name,
@@ -125,15 +141,17 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
         num_held_out=len(inputs.held_out_rows),
         num_left_out=report.num_skipped + report.num_too_long + duplicates + report.num_leaked,
         num_examples=len(lengths),
-        num_steps=config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch),
+        num_steps=num_steps,
         steps_per_epoch=steps_per_epoch,
         step_size=step_size,
-        tokens_per_step=float(lengths.sum()) / steps_per_epoch,
+        tokens_per_step=tokens_per_step,
         largest_micro_batch=largest,
         num_workers=config.num_workers,
         resources_per_worker=config.resources_per_worker or (None if on_cluster else _share_here(config, on_gpu)),
         compute_dtype=dtype,
+        fsdp=config.fsdp,
         memory=estimate(llama_config, step, per_device),
+        time=estimate_time(flops, config.max_workers) if on_gpu else None,
         device_memory=device_memory,
     )
 

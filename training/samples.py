@@ -23,17 +23,23 @@ class Sample:
     adapter: str
 
 
-def sample_answers(model: PeftModel, inputs: RunInputs, num_prompts: int) -> list[Sample]:
-    """Answers to the first question of up to `num_prompts` held-out conversations, spread over them."""
+def sample_answers(
+    model: PeftModel, inputs: RunInputs, num_prompts: int, *, with_all_ranks: bool = False
+) -> list[Sample]:
+    """Answers to the first question of up to `num_prompts` held-out conversations, spread over them.
+
+    Args:
+        with_all_ranks: every rank calls this and stops with the last one; a sharded base needs it.
+    """
     conversations = [c for c in inputs.held_out_samples if any(m.role == "assistant" for m in c.messages)]
     chosen = conversations[:: max(1, len(conversations) // max(1, num_prompts))][:num_prompts]
     if not chosen:
         return []
     firsts = [next(i for i, m in enumerate(c.messages) if m.role == "assistant") for c in chosen]
     dialogs = [conversation.messages[:first] for conversation, first in zip(chosen, firsts, strict=True)]
-    adapter = generate_answers(model, inputs, dialogs)
+    adapter = generate_answers(model, inputs, dialogs, with_all_ranks=with_all_ranks)
     with model.disable_adapter():
-        base = generate_answers(model, inputs, dialogs)
+        base = generate_answers(model, inputs, dialogs, with_all_ranks=with_all_ranks)
     return [
         Sample(conversation.messages[first - 1].content, conversation.messages[first].content, b, a)
         for conversation, first, b, a in zip(chosen, firsts, base, adapter, strict=True)
@@ -42,7 +48,12 @@ def sample_answers(model: PeftModel, inputs: RunInputs, num_prompts: int) -> lis
 
 @torch.no_grad()
 def generate_answers(
-    model: PeftModel, inputs: RunInputs, dialogs: Sequence[Sequence[Message]], max_tokens: int = _MAX_TOKENS
+    model: PeftModel,
+    inputs: RunInputs,
+    dialogs: Sequence[Sequence[Message]],
+    max_tokens: int = _MAX_TOKENS,
+    *,
+    with_all_ranks: bool = False,
 ) -> list[str]:
     """Greedy answers to `dialogs`, in one batch."""
     prompts = [inputs.chat_format.render_prompt(dialog) for dialog in dialogs]
@@ -55,6 +66,7 @@ def generate_answers(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_tokens,
+        synced_gpus=with_all_ranks,
         do_sample=False,
         temperature=None,
         top_p=None,

@@ -29,6 +29,7 @@ from training.inputs import RunInputs, read_inputs
 from training.qlora import start_adapter
 from training.row_store import TokenizedRow
 from training.samples import Sample, sample_answers
+from training.sharding import leave_to_ranks, load_sharded
 from training.trainer import DocumentTrainer, neftune, training_forward
 from training.watch import Run, Watch
 
@@ -40,7 +41,7 @@ class SftResult:
     Attributes:
         metrics: train_loss, train_s, num_steps, num_train_tokens; with held-out rows also eval_loss, base_eval_loss
             (mean over eval_tokens assistant tokens, in nats), both of the adapter as it was saved.
-        samples: on rank 0 only.
+        samples: on rank 0, with `fsdp` on all.
         compute_dtype: what the base was computed in.
         adapter_sha256: of the weights file that was evaluated; None without held-out rows.
         changes: whether the adapter changes any output, as far as held-out rows tell.
@@ -78,8 +79,10 @@ def train(
     config = _decided(config, inputs, device)
     run.on_phase(f"loading {inputs.base.name} in 4 bit")
     set_seed(config.seed)
-    base = load_quantized(inputs.base, config.quantization, device)
+    base = (load_sharded if config.fsdp else load_quantized)(inputs.base, config.quantization, device)
     model = start_adapter(base, config.lora, inputs.base.path, parent_dir)
+    if config.fsdp:
+        leave_to_ranks(model)
     held_out = _held_out(config, inputs, model)
     before = {"parent_eval_loss": held_out.metrics(model)["eval_loss"]} if held_out and parent_dir else {}
 
@@ -89,9 +92,9 @@ def train(
     model.eval()
     model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
     samples: list[Sample] = []
-    if run.rank == 0 and config.sample_prompts:
+    if config.sample_prompts and (run.rank == 0 or config.fsdp):
         run.on_phase("sample answers of base and adapter")
-        samples = sample_answers(model, inputs, config.sample_prompts)
+        samples = sample_answers(model, inputs, config.sample_prompts, with_all_ranks=config.fsdp)
 
     compute_dtype = compute_dtype_on(device, config.quantization)
     if held_out is None:
@@ -107,6 +110,8 @@ def _fit(
 ) -> dict[str, float]:
     """The steps; leaves the weights to publish in `model`."""
     trainer = _trainer(config, inputs, model, watch, scratch_dir)
+    if trainer.accelerator.ddp_handler:
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise each gradient is held twice
     if resume_from:
         watch.resume(resume_from)
     started = time.monotonic()

@@ -111,6 +111,7 @@ class DocumentTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=[*callbacks])
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
+        self.accelerator.device_placement = False  # of a sharded base only a part is here to be moved
         self.num_label_tokens = 0  # trained in the last step, over all workers
         self._rows, self._batches, self._loraplus_lr_ratio = rows, batches, loraplus_lr_ratio
         self._micro_batch = 0

@@ -14,11 +14,12 @@ from itertools import islice
 import torch
 from transformers import LlamaForCausalLM
 
+from deployments.engine.constraint import PackedMask
 from deployments.engine.kv_cache import BlockPool
 from deployments.engine.llama import ForwardBatch, load_llama
 from deployments.engine.lora import NO_ADAPTER, AdapterSlots, LoraWeights
 from deployments.engine.request import Delta, EngineRequest, FinishReason, TokenLogprob
-from deployments.engine.sampling import SamplingRow, random_stream, sample, token_logprobs
+from deployments.engine.sampling import SamplingRow, forbid, random_stream, sample, token_logprobs
 from deployments.engine.scheduler import Chunk, Scheduler, Sequence
 from deployments.engine.stats import EngineStats
 
@@ -172,6 +173,7 @@ class Engine:
                     sampling=sampling if i == 0 else replace(sampling, prompt_logprobs=None),
                     adapter=request.adapter,
                     generator=random_stream(sampling, i),
+                    constraint=request.constraint.copy() if request.constraint else None,
                     waits_for=sequences[0] if i else None,
                 )
             )
@@ -260,6 +262,8 @@ class Engine:
         return [(sequence, self._first_delta(sequence, deltas[id(sequence)])) for sequence in complete]
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> dict[int, Delta]:
+        masks, ended = _constrained(sequences)
+        forbid(logits, masks)
         rows = [SamplingRow(s.sampling, s.token_ids, s.num_prompt_tokens, s.generator) for s in sequences]
         tokens = sample(logits, rows)
         asked = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None and tokens[i] >= 0]
@@ -271,7 +275,7 @@ class Engine:
             )
         self.last_token_at = time.monotonic()
         return {
-            id(sequence): self._advance(sequence, token, logprobs.get(i))
+            id(sequence): ended.get(i) or self._advance(sequence, token, logprobs.get(i))
             for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
         }
 
@@ -288,6 +292,14 @@ class Engine:
         sequence.token_ids.append(token)
         num_new = len(sequence.token_ids) - sequence.num_prompt_tokens
         reason: FinishReason | None = "length" if num_new >= sampling.max_tokens else None
+        if sequence.constraint is not None:
+            try:
+                sequence.constraint.accept(token)
+            except Exception:
+                logger.exception("request %s: its constraint failed", sequence.request_id)
+                return Delta([], "error", sequence.index)
+            if sequence.constraint.complete:
+                reason = "stop"
         return Delta([token], reason, sequence.index, (logprob,) if logprob is not None else ())
 
     def _first_delta(self, sequence: Sequence, delta: Delta) -> Delta:
@@ -327,6 +339,27 @@ class Engine:
         if not alive:
             del self._requests[sequence.request_id], self._callbacks[sequence.request_id]
             self._prompt_logprobs.pop(sequence.request_id, None)
+
+
+def _constrained(sequences: list[Sequence]) -> tuple[dict[int, PackedMask], dict[int, Delta]]:
+    """What the constraints allow next, and the answers that end here: complete, or with a constraint that failed."""
+    masks: dict[int, PackedMask] = {}
+    ended: dict[int, Delta] = {}
+    for i, sequence in enumerate(sequences):
+        if sequence.constraint is None:
+            continue
+        stop_token_ids = () if sequence.sampling.ignore_eos else sequence.sampling.stop_token_ids
+        try:
+            mask = sequence.constraint.allowed(stop_token_ids)
+        except Exception:
+            logger.exception("request %s: its constraint failed", sequence.request_id)
+            ended[i] = Delta([], "error", sequence.index)
+            continue
+        if mask is None:
+            ended[i] = Delta([], "stop", sequence.index)
+        else:
+            masks[i] = mask
+    return masks, ended
 
 
 def _forward_batch(chunks: list[Chunk], block_size: int) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:

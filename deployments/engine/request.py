@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from deployments.engine.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "error"]
 MAX_LOGPROBS = 20
@@ -52,7 +55,7 @@ class SamplingParams:
 class EngineRequest:
     """A prompt to continue `n` times. `adapter` is the key of a loaded adapter, None for the base.
 
-    Answer `i` of a seeded request draws from the stream of `seed + i`.
+    Answer `i` of a seeded request draws from the stream of `seed + i`, and follows its own copy of `constraint`.
     """
 
     request_id: str
@@ -60,13 +63,15 @@ class EngineRequest:
     sampling: SamplingParams
     adapter: str | None = None
     n: int = 1
+    constraint: "Constraint | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token, its log-probability under the model, and the likeliest tokens at its place, likeliest first.
 
-    Taken from the logits as the model gives them, before penalties, bias and temperature, as OpenAI and vLLM do.
+    Taken from the logits as the model gives them, before penalties, bias and temperature, as OpenAI and vLLM do; under
+    a constraint among the tokens that it allows, as vLLM does.
     """
 
     token_id: int

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from deployments.engine.constraint import PackedMask
 from deployments.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
 
 Floats = npt.NDArray[np.float32]
@@ -54,6 +55,19 @@ def random_stream(params: SamplingParams, index: int = 0) -> torch.Generator | N
     return generator
 
 
+def forbid(logits: torch.Tensor, masks: dict[int, PackedMask]) -> None:
+    """Make the logits of all tokens that a row's mask does not allow -infinity, in place.
+
+    Args:
+        logits: [n, vocab_size], any device; rows without a mask are not touched.
+        masks: by row.
+    """
+    if masks:
+        bits = np.unpackbits(np.stack(list(masks.values())), axis=1, count=logits.shape[-1], bitorder="little")
+        for row, allowed in zip(masks, torch.from_numpy(bits.view(np.bool_)).to(logits.device), strict=True):
+            logits[row] += torch.where(allowed, 0.0, -math.inf)  # a sum: NaN stays NaN and is found
+
+
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """Pick the next token of every row.
 
@@ -84,7 +98,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprob]:
     """Log-probability of token i in row i of `logits` ([n, vocab_size], raw) and the `nums_top[i]` likeliest there.
 
-    At most MAX_LOGPROBS are reported.
+    At most MAX_LOGPROBS are reported, and none that is impossible.
     """
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
@@ -94,7 +108,11 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], nums_top: Seq
     values, top_ids = logits.topk(min(MAX_LOGPROBS, logits.shape[-1]))
     tops = zip((-values).tolist(), top_ids.tolist(), logprobs.gather(1, top_ids).tolist(), strict=True)
     return [
-        TokenLogprob(token, logprob, tuple((i, at_i) for _, i, at_i in sorted(zip(*top, strict=True))[:num_top]))
+        TokenLogprob(
+            token,
+            logprob,
+            tuple((i, at_i) for least, i, at_i in sorted(zip(*top, strict=True))[:num_top] if least < math.inf),
+        )
         for token, logprob, num_top, top in zip(token_ids, chosen, nums_top, tops, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from deployments.engine.constraint import Constraint
 from deployments.engine.kv_cache import BlockPool, extend_block_keys
 from deployments.engine.request import SamplingParams
 
@@ -22,6 +23,7 @@ class Sequence:
         token_ids: prompt and answer so far; tokens are appended, never changed.
         adapter: key of an adapter's version, None for the base.
         generator: what its tokens are drawn with.
+        constraint: what its answer is held to, at the place after `token_ids`.
         waits_for: an answer to the same prompt, whose KV this one shares as soon as it is computed.
         num_computed: leading tokens whose KV is in the blocks of `block_table`.
         num_cached_tokens: tokens of the prompt that did not have to be computed when the sequence first ran.
@@ -36,6 +38,7 @@ class Sequence:
     sampling: SamplingParams
     adapter: str | None
     generator: Any = None
+    constraint: Constraint | None = None
     adapter_slot: int = -1
     waits_for: "Sequence | None" = None
     num_computed: int = 0

@@ -1,4 +1,4 @@
-"""The token of a Ray of our own (C3): made before Ray could write it for everybody, and never turned off."""
+"""The token of a Ray that we start (C3): made before Ray could write it for everybody, and never turned off."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.private_ray import ask_for_a_token
+from training.ray_token import ask_for_a_token
 
 
 @pytest.fixture
