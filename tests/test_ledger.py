@@ -118,7 +118,7 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
     answers = [server.post(key, max_tokens=n).json()["usage"] for n in (1, 2, 3)]
     assert server.post(key, temperature=3).status_code == 400  # names no model yet
     assert server.post(key, messages=[]).status_code == 400
-    wait_for(lambda: usage_of("alice").requests == 4, 2)
+    wait_for(lambda: usage_of("alice").requests == 4, 5)
     row = usage_of("alice")
     assert (row.model, row.errors) == (server.base, 1)
     assert row.prompt_tokens == sum(answer["prompt_tokens"] for answer in answers)
