@@ -2,6 +2,7 @@
 Ray's own proxy on loopback without; and that its Ray keeps to itself (D16), whatever the environment says.
 """
 
+import contextlib
 import os
 import socket
 import ssl
@@ -94,7 +95,7 @@ def test_c3_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure:
 
 
 def test_c3_the_page_knows_that_it_is_on_https(secure: SecureServer) -> None:
-    with secure.browser() as browser:
+    with contextlib.closing(secure.browser()) as browser:
         assert browser.get("/ui/").status_code == 200
         root = browser.get("/ui/config").json()["root"]
     assert root == f"{secure.url}/ui"  # else the browser blocks the page's own requests
