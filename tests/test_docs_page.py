@@ -1,11 +1,9 @@
 """A4 and C6: /docs shows every route, in a browser that may load nothing from another host."""
 
 from collections.abc import Iterator
-from typing import Any, cast
 
 import httpx
 import pytest
-import ray.serve.context as serve_context
 
 from deployments.config import ServeArgs
 from tests.in_process import serving
@@ -16,10 +14,8 @@ from training.base_models import BaseModel
 @pytest.fixture(scope="module")
 def url(tiny_base: BaseModel) -> Iterator[str]:
     """The API without a model behind it."""
-    context = serve_context._INTERNAL_REPLICA_CONTEXT
-    with serving(ServeArgs(base_model=str(tiny_base.path)), cast(Any, None)) as url:
+    with serving(ServeArgs(base_model=str(tiny_base.path)), None) as url:
         yield url
-    serve_context._INTERNAL_REPLICA_CONTEXT = context
 
 
 def test_a4_every_body_and_error_is_typed(url: str) -> None:
