@@ -1,5 +1,7 @@
 """Wire types of `/tokenize` and `/detokenize`, with vLLM's names."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field, model_validator
 
 from deployments.protocol import ChatMessage, Closed, TokenIds
@@ -10,7 +12,7 @@ class TokenizeRequest(Closed):
 
     model: str | None = Field(None, description="default: the base; an adapter's dialogs are in its own chat format")
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(
         None,
         description="begin a prompt with the model's BOS token, if it has one (default: true); "
