@@ -133,6 +133,7 @@ dist.destroy_process_group()
 def two_workers(folder: Path, device: str) -> list[dict[str, Any]]:
     """What the two found, by rank."""
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    common["OMP_NUM_THREADS"] = "1"  # bitsandbytes' own threads, too, would only wait for each other
     command = [sys.executable, "-W", "ignore", "-c", _WORKER, str(folder), device]
     workers = [subprocess.Popen(command, cwd=PROJECT, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
     try:

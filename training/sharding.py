@@ -12,6 +12,7 @@ that nobody interprets are gathered bit for bit as they were quantized.
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,8 @@ def load_sharded(base: BaseModel, quantization: Quantization, device: torch.devi
         model.model.layers.append(layer)
     _GatheredInTurn(parts)
     forbid_packed_cpu_kernel(model)  # it would repack weights that are there for a moment only
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def leave_to_ranks(model: torch.nn.Module) -> None:
@@ -190,9 +192,9 @@ class _Weights:
     """The tensors of a folder's safetensors by name, read when they are asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
             self._files.update(dict.fromkeys(file.keys(), file))
 
     def __getitem__(self, name: str) -> torch.Tensor:
