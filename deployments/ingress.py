@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Annotated, Any, cast
 
 from fastapi import Path, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -75,6 +75,11 @@ _CHANGES: dict[int | str, dict[str, Any]] = _TOKENS | {
     409: {"model": ErrorResponse, "description": "An alias or a canary stands against it."}
 }
 _ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
+
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."},
+    503: _ERRORS[503],
+}
 
 
 def _ledger() -> LedgerClient:
@@ -206,7 +211,7 @@ class ChatIngress:
             raise NotReady("no model replica is ready: wait, or see the status of the Serve application") from error
         return {"status": "ready"}
 
-    @api.get("/metrics", response_class=PlainTextResponse, responses={503: _ERRORS[503]})
+    @api.get("/metrics", response_class=Response, responses=_METRICS)
     async def metrics(self, caller: ChatCaller) -> Response:
         """Requests over all replicas of the API, and the state of every model replica, for Prometheus."""
         requests, engines = await asyncio.gather(self.ledger.metrics(), self._engine_metrics())

@@ -251,7 +251,7 @@ class AdapterRegistry:
         if not 0 < percent <= 100:
             raise RegistryError(f"{percent:g} percent are not accepted: give more than 0 and at most 100")
         if percent < 100 and alias != CHAMPION:
-            raise RegistryError(
+            raise RegistryConflict(
                 f"alias {alias!r} cannot have a canary, only {CHAMPION!r} can: leave the percentage out"
             )
         self.manifest(name, version)  # before there is a lock file

@@ -17,7 +17,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         return
     if isinstance(body["model"], str):
         body["model"] = os.environ["SERVED_MODEL"]
-    for field in ("max_tokens", "max_completion_tokens"):
+    lengths = ("max_tokens", "max_completion_tokens") if "completions" in case.path else ()
+    for field in lengths:
         asked = body.get(field)
         if asked is None or (type(asked) is int and asked > 2):
             body[field] = 2

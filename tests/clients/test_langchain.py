@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 from tests.conftest import RunningServer
 
@@ -54,6 +55,17 @@ def test_a2_the_completion_class(server: RunningServer) -> None:
         max_retries=0,  # type: ignore[arg-type]
     )
     assert model.invoke("One, two,") == "".join(model.stream("One, two,"))
+
+
+class City(BaseModel):
+    name: str
+    is_capital: bool
+
+
+def test_a1_structured_output(server: RunningServer) -> None:
+    model = chat(server, max_tokens=64).with_structured_output(City, method="json_schema")
+    city = model.invoke("Is Paris a capital? Answer in JSON.")
+    assert isinstance(city, City)
 
 
 def test_b_a_refusal_names_its_reason(server: RunningServer) -> None:

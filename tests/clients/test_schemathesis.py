@@ -4,21 +4,34 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from deployments.keys import KeyStore
 from tests.conftest import RunningServer
 
 HERE = Path(__file__).parent
 
 
-def test_b_schemathesis_finds_nothing(server: RunningServer, tmp_path: Path) -> None:
+@pytest.fixture
+def key(server: RunningServer) -> Iterator[str]:
+    """With which everything may be asked; without it nothing is to be answered (C1)."""
+    store = KeyStore()
+    _, key = store.create("schemathesis", ("admin",))
+    yield key
+    store.path.unlink()
+
+
+def test_b_c1_schemathesis_finds_nothing(server: RunningServer, key: str, tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         f"--config-file={HERE / 'schemathesis.toml'}",
         "run",
         f"{server.url}/openapi.json",
-        "--max-examples=700",
-        "--workers=2",
+        f"--header=Authorization: Bearer {key}",
+        "--max-examples=250",
         "--continue-on-failure",
         "--seed=1",
         "--no-color",
