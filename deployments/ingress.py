@@ -7,6 +7,7 @@ byte of an answer. The UI calls `chat` and `models` by handle and gets the same 
 
 import asyncio
 import difflib
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -97,6 +98,7 @@ class ChatIngress:
     """One replica of the API. Holds tokenizer and chat formats, no weights."""
 
     def __init__(self, model: DeploymentHandle[Any], ledger: DeploymentHandle[Any], args: ServeArgs) -> None:
+        sys.setswitchinterval(0.001)  # threads that render long prompts hand the interpreter back sooner than in 5 ms
         self._model = model
         self.ledger = LedgerClient(ledger)
         self._base = resolve_base_model(args.base_model, args.base_revision)

@@ -129,4 +129,4 @@ def test_a_long_prompt_does_not_hold_up_the_event_loop(
 
     blocks = on_api(tiny_base, measure)
     print(f"\n{name}: the event loop was held up for {min(blocks):.1f} ms (median {statistics.median(blocks):.1f})")
-    assert min(blocks) < 50  # on a busy machine; encoding it takes half a second or more
+    assert min(blocks) < 10  # 5 on a quiet machine; encoding it takes half a second or more
