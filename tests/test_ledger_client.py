@@ -15,10 +15,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from ray import serve
-from ray.serve import context
-from ray.serve._private.common import DeploymentID, ReplicaID
-from ray.serve._private.config import DeploymentConfig
-from ray.serve.schema import ReplicaRank
 from starlette.exceptions import HTTPException
 
 from deployments.auth import ChatCaller
@@ -150,11 +146,12 @@ class Api:
 def run(tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a test's coroutine with an Api of its own."""
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path))
-    monkeypatch.setattr(context, "_INTERNAL_REPLICA_CONTEXT", None)  # and again afterwards
 
     def run(scenario: Callable[[Api], Coroutine[Any, Any, None]], replica: Replica | None = None) -> None:
         async def main() -> None:
             api = await build(tiny_base, replica or Replica())
+            context = SimpleNamespace(servable_object=api.ingress)  # where the routes find their `self`
+            monkeypatch.setattr(serve, "get_replica_context", lambda: context)
             await asyncio.wait_for(scenario(api), 60)
 
         asyncio.run(main())
@@ -176,13 +173,6 @@ async def build(base: BaseModel, replica: Replica) -> Api:
     wrapped: Any = cast(serve.Deployment, ChatIngress).func_or_class
     ingress = wrapped.__new__(wrapped)
     await ingress.__init__(model, ledger, ServeArgs(base_model=str(base.path)))
-    context._set_internal_replica_context(  # where routes find their `self`
-        replica_id=ReplicaID("test", DeploymentID("ChatIngress", "corral")),
-        servable_object=ingress,
-        _deployment_config=DeploymentConfig(),
-        rank=ReplicaRank(rank=0, node_rank=0, local_rank=0),
-        world_size=1,
-    )
     api = Api(ingress, ingress.app, replica, ledger, base.name)
     ingress.app.dependency_overrides[get_args(ChatCaller)[1].dependency] = lambda: api.caller
     return api

@@ -71,12 +71,13 @@ def test_state_is_decided_from_files_and_the_drivers_process(
 
 
 def test_a_driver_elsewhere_that_wrote_nothing_for_long_is_interrupted(tmp_path: Path) -> None:
-    long_ago = {**HERE, "host": "elsewhere", "started": NOW - 7200, "ended": None}
-    write_run(tmp_path, "b", driver=long_ago, progress={"phase": "training", "time": NOW - 10})
+    now = time.time()
+    long_ago = {**HERE, "host": "elsewhere", "started": now - 7200, "ended": None}
+    write_run(tmp_path, "b", driver=long_ago, progress={"phase": "training", "time": now - 10})
     assert read_run(str(tmp_path), "b").state == "running"
-    write_run(tmp_path, "a", driver=long_ago, progress={"phase": "training", "time": NOW - 3600})
+    write_run(tmp_path, "a", driver=long_ago, progress={"phase": "training", "time": now - 3600})
     run = read_run(str(tmp_path), "a")
-    assert (run.state, run.started, run.ended) == ("interrupted", NOW - 7200, NOW - 3600)
+    assert (run.state, run.started, run.ended) == ("interrupted", now - 7200, now - 3600)
     assert corral_runs("stop", "a", "--storage", str(tmp_path)) == "run a has ended already: interrupted\n"
 
 
@@ -131,7 +132,7 @@ def test_stop_touches_no_process_but_the_driver(tmp_path: Path) -> None:
     try:
         reused = {**HERE, "pid": other.pid, "started": NOW - 1000, "ended": None}  # the driver of then had this pid
         write_run(tmp_path, "gone", driver=reused)
-        write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere", "started": NOW})
+        write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere", "started": time.time()})
         write_run(tmp_path, "over", driver={**HERE, "pid": other.pid, "started": time.time() + 5, "ended": NOW})
         for name, reason in (("gone", "interrupted"), ("elsewhere", "on elsewhere"), ("over", "stopped")):
             with pytest.raises(RunError, match=reason):
