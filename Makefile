@@ -62,5 +62,5 @@ $(CLIENTS_READY): $(READY)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) .schemathesis .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
