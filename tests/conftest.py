@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from training.base_models import EMBEDDED_MODEL, BaseModel, resolve_base_model
-from training.registry import AdapterManifest, AdapterRegistry, import_adapter
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, import_adapter
 
 _SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
@@ -267,6 +267,15 @@ def tiny_adapter(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory)
             torch.nn.init.normal_(weight, std=0.2)
     adapted.save_pretrained(path)
     return path
+
+
+def register_three(registry: AdapterRegistry, base: BaseModel, adapter: Path) -> None:
+    """Three versions of `ranch`, the second of them the champion, after the first."""
+    metrics = {"eval_loss": 1.0, "base_eval_loss": 2.0}
+    for _ in range(3):
+        registry.register(adapter, AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=metrics))
+    registry.promote("ranch", 1)
+    registry.promote("ranch", 2)
 
 
 @dataclass(frozen=True, slots=True)

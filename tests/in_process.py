@@ -41,10 +41,10 @@ class _Method:
 
     def remote(self, *arguments: Any) -> Any:
         reply = self._call(*arguments)
-        return _Replies(reply) if isinstance(reply, AsyncGenerator) else asyncio.ensure_future(reply)
+        return Replies(reply) if isinstance(reply, AsyncGenerator) else asyncio.ensure_future(reply)
 
 
-class _Replies:
+class Replies:
     """Ray's response generator: iterates, and `cancel` ends what makes the items."""
 
     def __init__(self, replies: AsyncGenerator[Any, None]) -> None:

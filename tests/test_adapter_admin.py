@@ -11,6 +11,7 @@ import pytest
 
 from deployments.config import EngineArgs, ServeArgs
 from deployments.model import LlamaModel
+from tests.conftest import register_three
 from tests.in_process import behind, serving
 from tests.test_cli import assert_one_line_error, corral
 from training.aliases import draw
@@ -66,13 +67,7 @@ def api(
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
     for name in registry.names():
         registry._storage.remove_folder(name)
-    metrics = {"eval_loss": 1.0, "base_eval_loss": 2.0}
-    for _ in range(3):
-        registry.register(
-            tiny_adapter, AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml", metrics=metrics)
-        )
-    registry.promote("ranch", 1)
-    registry.promote("ranch", 2)
+    register_three(registry, tiny_base, tiny_adapter)
     with httpx.Client(base_url=url, timeout=60) as http:
         yield Api(http, registry, tiny_base.name, model, tmp_path / "home")
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import register_three
 from training.aliases import Canary, draw
 from training.base_models import BaseModel
 from training.errors import RegistryConflict, RegistryError
@@ -24,13 +25,7 @@ def registry(
     """Three versions of `ranch`, the second of them the champion."""
     root = str(tmp_path / "registry") if request.param == "disk" else f"memory://{tmp_path.name}/registry"
     registry = AdapterRegistry(root)
-    metrics = {"eval_loss": 1.0, "base_eval_loss": 2.0}
-    for _ in range(3):
-        registry.register(
-            tiny_adapter, AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml", metrics=metrics)
-        )
-    registry.promote("ranch", 1)
-    registry.promote("ranch", 2)
+    register_three(registry, tiny_base, tiny_adapter)
     yield registry
     if request.param != "disk":
         fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)

@@ -28,6 +28,7 @@ from deployments.ingress import ChatIngress
 from deployments.ledger import Ledger
 from deployments.protocol import ChatCompletionRequest
 from deployments.usage import read_usage, usage_path
+from tests.in_process import Replies
 from tests.test_metrics import series
 from tests.test_usage import LONG_AGO
 from training.base_models import BaseModel
@@ -56,20 +57,6 @@ class Replica:
                 yield [Delta([28], "length" if i + 1 == length else None, index) for index in range(request.n)]
         finally:
             self.num_open -= 1
-
-
-class Replies:
-    """What Ray gives for a stream: iterates, and `cancel` ends what makes the items."""
-
-    def __init__(self, replies: Any) -> None:
-        self._replies = replies
-        self._closing: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> Any:
-        return self._replies
-
-    def cancel(self) -> None:
-        self._closing = asyncio.ensure_future(self._replies.aclose())
 
 
 class LedgerHandle:

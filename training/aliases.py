@@ -113,7 +113,7 @@ class Aliases:
         Raises:
             RegistryError: its file is damaged.
         """
-        text = self._read(f"{name}/aliases/{alias}.json")
+        text = self._storage.read_if_there(f"{name}/aliases/{alias}.json")
         try:
             return None if text is None else AliasState.model_validate_json(text)
         except ValidationError as error:
@@ -130,7 +130,7 @@ class Aliases:
 
     def canary(self, name: str, champion: AliasState) -> Canary | None:
         """The canary beside this state of the champion's alias; a damaged file is logged and is none."""
-        text = self._read(f"{name}/canary.json")
+        text = self._storage.read_if_there(f"{name}/canary.json")
         try:
             canary = None if text is None else Canary.model_validate_json(text)
         except ValidationError as error:
@@ -146,13 +146,6 @@ class Aliases:
     def end_canary(self, name: str) -> None:
         """The champion gets everything again."""
         self._storage.remove(f"{name}/canary.json")
-
-    def _read(self, path: str) -> bytes | None:
-        with self._storage.guard(f"read {path}"):
-            try:
-                return self._storage.read(path)
-            except FileNotFoundError:
-                return None
 
 
 def first_error(error: ValidationError) -> str:

@@ -188,7 +188,7 @@ class AdapterRegistry:
     def manifest(self, name: str, version: int) -> AdapterManifest:
         """The manifest of one version."""
         _check_name(name)
-        text = self._read(f"{_folder(name, version)}/{MANIFEST_FILE}")
+        text = self._storage.read_if_there(f"{_folder(name, version)}/{MANIFEST_FILE}")
         if text is None:
             known = ", ".join(map(str, self.versions(name)))
             raise AdapterNotFound(f"adapter {name!r} has no version {version}: it has {known}")
@@ -417,13 +417,6 @@ class AdapterRegistry:
         known = self.versions(name)
         if version not in known:
             raise AdapterNotFound(f"adapter {name!r} has no version {version}: it has {', '.join(map(str, known))}")
-
-    def _read(self, path: str) -> bytes | None:
-        with self._storage.guard(f"read {path}"):
-            try:
-                return self._storage.read(path)
-            except FileNotFoundError:
-                return None
 
     @contextmanager
     def _changing(self, name: str, action: str) -> Iterator[None]:

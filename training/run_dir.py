@@ -45,11 +45,8 @@ class RunDir:
 
     def read_text(self, file: str) -> str | None:
         """The file's text; None if it is not there."""
-        with self._storage.guard(f"read {file}"):
-            try:
-                return self._storage.read(file).decode()
-            except FileNotFoundError:
-                return None
+        content = self._storage.read_if_there(file)
+        return None if content is None else content.decode()
 
     def write_text(self, file: str, text: str) -> None:
         """Put `text` in place of the file, at once."""

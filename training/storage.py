@@ -88,6 +88,14 @@ class Storage:
         data: bytes = self._fs.cat_file(self._at(path))
         return data
 
+    def read_if_there(self, path: str) -> bytes | None:
+        """The file's bytes, None if it is not there; a failure of disk or network is one line, as `guard` has it."""
+        with self.guard(f"read {path}"):
+            try:
+                return self.read(path)
+            except FileNotFoundError:
+                return None
+
     def age_s(self, path: str) -> float:
         """Seconds since the file was written."""
         if self._is_local:

@@ -295,7 +295,7 @@ class Engine:
         if sequence.constraint is not None:
             try:
                 sequence.constraint.accept(token)
-            except Exception:
+            except Exception:  # of the library too: it ends this answer, and no other
                 logger.exception("request %s: its constraint failed", sequence.request_id)
                 return Delta([], "error", sequence.index)
             if sequence.constraint.complete:
@@ -351,7 +351,7 @@ def _constrained(sequences: list[Sequence]) -> tuple[dict[int, PackedMask], dict
         stop_token_ids = () if sequence.sampling.ignore_eos else sequence.sampling.stop_token_ids
         try:
             mask = sequence.constraint.allowed(stop_token_ids)
-        except Exception:
+        except Exception:  # as in `Engine._advance`
             logger.exception("request %s: its constraint failed", sequence.request_id)
             ended[i] = Delta([], "error", sequence.index)
             continue
