@@ -8,22 +8,27 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import SequentialSampler
+from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingArguments, set_seed
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import TrainConfig
 from training.errors import TrainingError
 from training.evaluate import held_out_loss
 from training.inputs import read_inputs
-from training.qlora import attach_lora
+from training.qlora import adapters_to_float32, attach_lora
 from training.row_store import IGNORED_LABEL
-from training.sft import SftResult, train
+from training.sft import SftResult, step_batches, train
 from training.watch import Watch
 
 PROJECT = Path(__file__).parent.parent
@@ -139,6 +144,52 @@ def test_d13_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(config: 
         assert resumed.steps[step]["loss"] == pytest.approx(whole.steps[step]["loss"], abs=1e-4)
     assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
     assert resumed.dtypes == {torch.float32}
+
+
+def test_trl_given_the_same_order_and_first_weights_has_the_same_loss_at_every_step(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    """Whatever one epoch by TRL and by Corral differ in is the luck of the draw."""
+    without_dropout = config.lora.model_copy(update={"lora_dropout": 0.0})
+    in_float32 = config.quantization.model_copy(update={"compute_dtype": "float32"})
+    config = config.model_copy(update={"lora": without_dropout, "quantization": in_float32, "max_steps": 6})
+    recorder, result = run(config, tmp_path, "ours")
+
+    inputs = read_inputs(config)
+    batches, _ = step_batches(config, inputs, 0, 1)
+    rows = [dict(inputs.train_rows[row]) for step in batches.steps() for row in step]
+    set_seed(config.seed)
+    trainer = _InOrder(
+        model=attach_lora(load_quantized(inputs.base, config.quantization, "cpu"), config.lora),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "trl"),
+            per_device_train_batch_size=config.step_size,
+            max_steps=config.max_steps,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.lr_scheduler_type,
+            seed=config.seed,
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(inputs.base.path),
+    )
+    adapters_to_float32(trainer.model)  # TRL has made them bfloat16
+    trainer.train()
+
+    theirs = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert [recorder.steps[step]["loss"] for step in range(1, 7)] == pytest.approx(theirs, abs=1e-3)
+    trained = held_out_loss(trainer.model.eval(), inputs.held_out_rows)[0]
+    assert result.metrics["eval_loss"] == pytest.approx(trained, abs=1e-3)
+
+
+class _InOrder(SFTTrainer):  # type: ignore[misc]
+    def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
 
 
 def test_e4_adapter_folder_is_a_plain_peft_adapter(config: TrainConfig, tmp_path: Path) -> None:
