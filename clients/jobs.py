@@ -1,7 +1,8 @@
-"""Trainings as jobs of a Ray cluster: submit, find, follow, stop, over Ray's `JobSubmissionClient`.
+"""Trainings and sweeps as jobs of a Ray cluster: submit, find, follow, stop, over Ray's `JobSubmissionClient`.
 
-`corral train --submit` and `corral runs --address` use it. A job belongs to a run, by the run's name in its metadata:
-a run that is queued, at work or done is not started again, and one that failed or was stopped goes on in another job.
+`corral train --submit`, `corral sweep --submit` and `corral runs --address` use it. A job belongs to a run, by the run's
+name in its metadata: a run that is queued, at work or done is not started again, and one that failed or was stopped goes
+on in another job.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """A job that trains; `started` and `ended` are seconds since the epoch."""
+    """A job that trains, once or in a sweep; `started` and `ended` are seconds since the epoch."""
 
     submission_id: str
     run_name: str
@@ -198,20 +199,20 @@ def submit_training(
     force: bool = False,
     wait: bool = True,
 ) -> None:
-    """Check the configuration here, send it as a job, and pass its output on until it ends.
+    """Check the configuration of a training or a sweep here, send it as a job, and pass its output on until it ends.
 
     Raises:
         CorralError: configuration, data or cluster do not fit, or the job did not succeed.
     """
-    from training.config import load_config
     from training.fit import fresh_run_name
+    from training.sweep_config import load_run_config
 
-    config = load_config(config_path, overrides)
-    run_name = config.run_name or submission_id or fresh_run_name(config.adapter)
+    config = load_run_config(config_path, overrides)
+    run_name = config.run_name or submission_id or fresh_run_name(config)
     env_vars = _env_vars(env or [])
     others = [override for override in overrides if not override.startswith("run_name=")]
     package = pack(config_path, [*others, f"run_name={run_name}"], config)
-    there = load_config(config_path, package.overrides)
+    there = load_run_config(config_path, package.overrides)
     _check_data(config, package)
     jobs = TrainingJobs(address)
     for path in package.elsewhere:

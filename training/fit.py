@@ -97,7 +97,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = read_inputs(config)
     print(inputs.report.short(), file=sys.stderr)
-    run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
+    run_dir = run_dir_of(config)
     title = f"{config.adapter} on {inputs.base.name}"
     with driving(run_dir):
         config = open_run(config, run_dir)
@@ -134,9 +134,14 @@ def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent:
     )
 
 
-def fresh_run_name(adapter: str) -> str:
-    """A name that no other run has, in order of time: ADAPTER-YYYYMMDD-HHMMSS-xxxx (UTC)."""
-    return f"{adapter}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+def run_dir_of(config: TrainConfig) -> RunDir:
+    """The directory of the run that `config` names, or of a new one."""
+    return RunDir(runs_dir(config), config.run_name or fresh_run_name(config))
+
+
+def fresh_run_name(config: TrainConfig) -> str:
+    """A name that no other run has, in order of time: [sweep-]ADAPTER-YYYYMMDD-HHMMSS-xxxx (UTC)."""
+    return f"{config.run_name_prefix}{config.adapter}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def runs_dir(config: TrainConfig) -> str:

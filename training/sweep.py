@@ -24,23 +24,24 @@ from training.driver import driving
 from training.errors import CorralError
 from training.fit import (
     equal_share,
-    fresh_run_name,
     one_line,
     open_run,
     ray_is_running_here,
     ray_session,
     ray_storage,
     read_result,
-    runs_dir,
+    run_dir_of,
     with_absolute_paths,
 )
 from training.inputs import read_inputs
 from training.parent import PARENT_DIR, copy_parent, resolve_parent
 from training.progress import Progress, show_progress_of, write_progress
+from training.registration import register
 from training.registry import AdapterManifest
 from training.run_dir import RunDir
 from training.sweep_config import SweepConfig, Trial, plan
-from training.sweep_result import SweepResult, as_json, is_done, ranked, read_outcome, report, trial_dir
+from training.sweep_report import report
+from training.sweep_result import SweepResult, as_json, is_done, ranked, read_outcome, trial_dir
 from training.worker import RayRun, failure_recorded, scratch_of, train_into
 
 _SMOOTHING = 0.9  # of the training loss that asha compares: batches differ
@@ -61,7 +62,7 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
     checked = [(trial, *resolve_parent(trial.config, base)) for trial in plan(config)]
     parent = checked[0][2]
     trials = [replace(trial, config=with_absolute_paths(trial_config)) for trial, trial_config, _ in checked]
-    run_dir = RunDir(runs_dir(config), config.run_name or f"sweep-{fresh_run_name(config.adapter)}")
+    run_dir = run_dir_of(config)
     title = f"{run_dir.name} on {inputs.base.name}"
     with driving(run_dir):
         open_run(config, run_dir)
@@ -216,8 +217,6 @@ def _register_best(
     *,
     force: bool,
 ) -> SweepResult:
-    from training.__main__ import register
-
     best = result.best
     if best is None:
         failed = next((outcome.reason for outcome in result.outcomes if outcome.reason), "none finished")
