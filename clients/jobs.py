@@ -1,8 +1,8 @@
 """Trainings and sweeps as jobs of a Ray cluster: submit, find, follow, stop, over Ray's `JobSubmissionClient`.
 
-`corral train --submit`, `corral sweep --submit` and `corral runs --address` use it. A job belongs to a run, by the run's
-name in its metadata: a run that is queued, at work or done is not started again, and one that failed or was stopped goes
-on in another job.
+`corral train --submit`, `corral sweep --submit` and `corral runs --address` use it. A job belongs to a run, by the run
+name in its metadata: a run that is queued, at work or done is not started again, one that failed or was stopped goes on
+in another job.
 """
 
 import asyncio
