@@ -77,7 +77,8 @@ def test_a_driver_elsewhere_that_was_not_seen_for_long_is_interrupted(tmp_path: 
     now = time.time()
     long_ago = {**HERE, "host": "elsewhere", "started": now - 7200, "ended": None}
     write_run(tmp_path, "b", driver=long_ago | {"seen": now - 60}, progress={"phase": "training", "time": now - 3600})
-    assert read_run(str(tmp_path), "b").state == "running"
+    write_run(tmp_path, "c", driver=long_ago | {"seen": now - 3600}, progress={"phase": "training", "time": now - 60})
+    assert {read_run(str(tmp_path), name).state for name in "bc"} == {"running"}  # by its driver, by its workers
     write_run(tmp_path, "a", driver=long_ago | {"seen": now - 4000}, progress={"phase": "training", "time": now - 3600})
     run = read_run(str(tmp_path), "a")
     assert (run.state, run.started, run.ended) == ("interrupted", now - 7200, now - 3600)

@@ -5,8 +5,9 @@ A driver makes the file with the next number in `drivers/` of the run's director
 The last file tells who drives the run. Whether that one lives:
 
 - On its own host its process is looked up, number and start time: after kill -9 the run is free at once.
-- On another host it lives while the `seen` of its file, rewritten every 15 s, is less than two minutes old; the clocks
-  of the two machines are taken to agree within that. One that only slept finds the file of its successor and stops.
+- On another host it lives while the `seen` of its file, rewritten every 15 s, or its workers' progress.json is younger
+  than two minutes; the clocks of the machines are taken to agree within that. One that only slept finds the file of its
+  successor and stops.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any
 
 import psutil
 
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
+from training.progress import read_progress
 from training.run_dir import RunDir
 
 _FOLDER = "drivers"
@@ -37,7 +38,7 @@ class Driver:
     """The process that drives a run, or drove it: times are seconds since the epoch, by its own clock.
 
     Attributes:
-        seen: when it last said that it lives.
+        seen: when it, or a worker of it, last said that it lives.
         ended: None while it runs, and where it was killed.
     """
 
@@ -85,8 +86,7 @@ def read_driver(run_dir: RunDir) -> Driver | None:
     Raises:
         TrainingError: the directory cannot be read.
     """
-    files = run_dir.files(_FOLDER)
-    return _parsed(run_dir.read_json(files[-1])) if files else None
+    return _last(run_dir)[1]
 
 
 @contextlib.contextmanager
@@ -124,15 +124,27 @@ def driving(run_dir: RunDir) -> Iterator[None]:
                 run_dir.remove(file)
 
 
-def _take(run_dir: RunDir) -> tuple[str, Driver]:
+def _last(run_dir: RunDir) -> tuple[int, Driver | None]:
+    """The number of the last driver's file, 0 where there is none, and the driver."""
     files = run_dir.files(_FOLDER)
-    last = _parsed(run_dir.read_json(files[-1])) if files else None
+    if not files:
+        return 0, None
+    try:
+        driver = Driver(**run_dir.read_json(files[-1]))
+    except TypeError:  # not ours
+        driver = None
+    if driver and not driver.is_here and driver.ended is None and (progress := read_progress(run_dir)):
+        driver = replace(driver, seen=max(driver.seen, progress.time))
+    return int(PurePosixPath(files[-1]).stem), driver
+
+
+def _take(run_dir: RunDir) -> tuple[str, Driver]:
+    number, last = _last(run_dir)
     if last and last.is_alive:
         raise _driven(run_dir, last)
     now = time.time()
     driver = Driver(os.getpid(), socket.gethostname(), now, now)
-    number = int(PurePosixPath(files[-1]).stem) + 1 if files else 1
-    file = f"{_FOLDER}/{number:04d}.json"
+    file = f"{_FOLDER}/{number + 1:04d}.json"
     if not run_dir.create_json(file, asdict(driver)):  # another one was faster
         raise _driven(run_dir, read_driver(run_dir))
     return file, driver
@@ -166,10 +178,3 @@ def _successor(run_dir: RunDir, driver: Driver) -> Driver | None:
         last = read_driver(run_dir)
         return None if last is None or last.is_same(driver) else last
     return None
-
-
-def _parsed(record: Any) -> Driver | None:
-    try:
-        return Driver(**record)
-    except TypeError:
-        return None
