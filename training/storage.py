@@ -106,7 +106,7 @@ class Storage:
         """Make a file with `data`; False if somebody else has made it. One caller of many gets True."""
         try:
             if self._is_local:
-                with self._replacing(path, put=os.link) as file:  # unlike a rename it fails where there is a file
+                with self._replacing(path, put=_rename_if_new) as file:
                     file.write(data)
             else:
                 self._fs.pipe_file(self._at(path), data, mode="create")
@@ -170,7 +170,7 @@ class Storage:
                 os.fsync(file.fileno())
             put(temporary, target)
         finally:
-            with suppress(OSError):  # renamed
+            with suppress(OSError):  # renamed already
                 os.unlink(temporary)
         _sync_directory(os.path.dirname(target))
 
@@ -192,6 +192,17 @@ def _walk(directory: str, prefix: str) -> Iterator[str]:
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         else:
             yield f"{prefix}{entry.name}"
+
+
+def _rename_if_new(source: str, target: str) -> None:
+    """Rename, but raise FileExistsError where there is a file."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links there; for a moment the file is empty
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        os.replace(source, target)
 
 
 def _sync_directory(path: str) -> None:

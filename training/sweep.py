@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: RunDir, d
         with redirect_stdout(sys.stderr if debug else io.StringIO()):  # Tune prints, however quiet it is told to be
             grid: Any = tuner.fit()
     finally:
-        run_dir.remove_folder("tune")  # what counts is in the trials' directories
+        with suppress(CorralError):  # a store that is away
+            run_dir.remove_folder("tune")  # what counts is in the trials' directories
     results = [grid[index] for index in range(len(grid))]
     return {result.config["task"]["number"]: one_line(result.error) for result in results if result.error}
 
