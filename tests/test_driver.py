@@ -26,6 +26,8 @@ from training.errors import CorralError
 from training.run_dir import RunDir
 
 driver._SEEN_EVERY_S = float(sys.argv[3])
+RunDir(sys.argv[1], "run").files("drivers")  # imports and connects
+time.sleep(max(0.0, float(sys.argv[4]) - time.time()))
 try:
     with driver.driving(RunDir(sys.argv[1], "run")):
         print("drives", flush=True)
@@ -41,11 +43,9 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
     return RunDir(parent, "run")
 
 
-def start(
-    run_dir: RunDir, seconds: float = 60.0, seen_every_s: float = 15.0, *, host: str = ""
-) -> subprocess.Popen[str]:
-    """A process that drives the run for some time; with `host` on a machine that has another name."""
-    command = [sys.executable, "-c", _DRIVE, run_dir.parent, str(seconds), str(seen_every_s)]
+def start(run_dir: RunDir, seen_every_s: float = 15.0, *, host: str = "", at: float = 0.0) -> subprocess.Popen[str]:
+    """A process that drives the run, from the time `at` on; with `host` on a machine that has another name."""
+    command = [sys.executable, "-c", _DRIVE, run_dir.parent, "60", str(seen_every_s), str(at)]
     if host:
         renamed = 'hostname "$1" && shift && exec "$@"'
         command = ["unshare", "--map-root-user", "--uts", "sh", "-c", renamed, "sh", host, *command]
@@ -104,7 +104,8 @@ def test_d14_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: 
 
 
 def test_d14_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
-    processes = [start(run_dir, seconds=8.0) for _ in range(8)]
+    at = time.time() + 4
+    processes = [start(run_dir, at=at) for _ in range(8)]
     answers = sorted(said(process).split(": ")[0] for process in processes)
     assert answers == [*["TrainingError"] * 7, "drives"]
     for process in processes:
