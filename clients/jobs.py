@@ -74,13 +74,23 @@ class TrainingJobs:
         return sorted(jobs, key=lambda job: job.started)
 
     def find(self, name: str) -> TrainingJob:
-        """The job with that submission id, else the last job of the run with that name."""
+        """The last job of the run with that name, else the job with that submission id.
+
+        The first job of a run often has its name as id; asked for by it, the one that resumed it is meant.
+        """
         jobs = self.all()
-        named = [job for job in jobs if job.submission_id == name] or [job for job in jobs if job.run_name == name]
+        named = [job for job in jobs if job.run_name == name] or [job for job in jobs if job.submission_id == name]
         if not named:
             known = ", ".join(dict.fromkeys(job.run_name for job in reversed(jobs))) or "none"
             raise JobError(f"no training job or run {name!r} at {self.url}: there are {known:.300}")
         return named[-1]
+
+    def _again(self, submission_id: str) -> TrainingJob:
+        """That very job, as it is now."""
+        for job in self.all():
+            if job.submission_id == submission_id:
+                return job
+        raise JobError(f"job {submission_id!r} is no longer known at {self.url}: see 'corral runs list'")
 
     def submit(
         self, package: JobPackage, config: "TrainConfig", submission_id: str, *, env: Mapping[str, str], force: bool
@@ -127,7 +137,7 @@ class TrainingJobs:
                 if winner is None:
                     raise
                 return _same(winner, told)
-        return self.find(fresh_id)
+        return self._again(fresh_id)
 
     def logs(self, job: TrainingJob) -> str:
         """What the job has printed."""
@@ -140,7 +150,7 @@ class TrainingJobs:
         while True:
             with contextlib.suppress(RuntimeError, *_lost_connection()):
                 asyncio.run(self._tail(job.submission_id, unseen))
-            job = self.find(job.submission_id)
+            job = self._again(job.submission_id)
             if job.has_ended:
                 return job
             time.sleep(_RECONNECT_S)
@@ -157,7 +167,7 @@ class TrainingJobs:
         deadline = time.monotonic() + 2 * _STOP_S
         while not job.has_ended and time.monotonic() < deadline:
             time.sleep(0.3)
-            job = self.find(job.submission_id)
+            job = self._again(job.submission_id)
         if not job.has_ended:
             raise JobError(f"job {job.submission_id!r} is still {job.status}: look again with 'corral runs list'")
         return job

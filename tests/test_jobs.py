@@ -236,8 +236,10 @@ def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(
     other = cluster.corral(*told, "max_steps=60", "sweep.num_samples=2")
     assert other.returncode == 2
     assert "submitted with sweep.num_samples=1, now sweep.num_samples is 2" in other.stderr.splitlines()[-1]
+    # Its first job has the id `search`: the name means the run, as it is now.
     assert "is registered, of trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
     shown = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
+    assert "search: SUCCEEDED" in shown
     assert "python -m training --config search.yaml adapter=searched max_steps=60 run_name=search" in shown
 
 

@@ -64,8 +64,8 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     assert not own_state_of_tune(s3)
     result = first.read_json("result.json")
 
-    driver = start(tmp_path)
-    wait_until(lambda: bool(second.read_json("progress.json")), driver)
+    driver, began = start(tmp_path), time.time()
+    wait_until(lambda: (second.read_json("progress.json") or {"time": 0.0})["time"] > began, driver)
     at_work = descendants(driver.pid, "_run_trial")
     driver.kill()
     driver.communicate()
