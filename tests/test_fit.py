@@ -156,5 +156,5 @@ def test_d14_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
     assert not _is_whole(tmp_path)
 
 
-def test_run_names_differ() -> None:
-    assert len({fresh_run_name("a") for _ in range(20)}) == 20
+def test_run_names_differ(config: TrainConfig) -> None:
+    assert len({fresh_run_name(config) for _ in range(20)}) == 20

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port, train_workers
+from tests.conftest import train_workers
 from tests.test_fit import assert_same_run, steps_of, tiny_run
 from training.base_models import BaseModel
 from training.config import TrainConfig
@@ -26,24 +26,6 @@ from training.run_dir import RunDir
 @pytest.fixture
 def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
     return tiny_run(tiny_base, tmp_path)
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of an S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("corral-runs")
-    yield "s3://corral-runs/here"
-    server.stop()
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -80,6 +80,8 @@ class GateConfig(_Section):
 
 class TrainConfig(_Section):
     """One training run. Names are those of transformers, PEFT and Ray Train wherever they have one."""
+
+    run_name_prefix: ClassVar[str] = ""  # of names that are made up
 
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None

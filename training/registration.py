@@ -1,0 +1,48 @@
+"""A finished run's adapter becomes the next version in the registry, with where it came from.
+
+`python -m training` and `training.sweep` call it. What a version must pass is the registry's to say.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.audit import audited, os_user
+from training.config import TrainConfig, resolved
+from training.fit import FitResult
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+
+
+def register(
+    config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
+) -> AdapterManifest:
+    """Publish the adapter of a finished run as the next version of `config.adapter`.
+
+    Args:
+        sweep: name, number of trials and searched keys of the sweep that the run was the best of.
+    """
+    draft = AdapterDraft(
+        name=config.adapter,
+        base=result.inputs.base,
+        chat_format=result.inputs.chat_format.name,
+        quantization=result.quantization,
+        metrics=result.metrics,
+        dataset=result.inputs.dataset,
+        config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
+        run_name=result.run_name,
+        evaluated_sha256=result.adapter_sha256,
+        changes=result.changes,
+        method=config.method,
+        parent=_ref(result.parent) if result.parent else None,
+        environment=result.environment,
+        samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
+    )
+    with audited(os_user(), "register", config.adapter, run_name=result.run_name) as record:
+        manifest = AdapterRegistry().register(
+            result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement
+        )
+        record |= {"version": manifest.version, "forced": manifest.forced}
+    return manifest
+
+
+def _ref(parent: AdapterManifest) -> ParentRef:
+    return ParentRef(name=parent.name, version=parent.version, weights_sha256=parent.weights_sha256)
