@@ -23,7 +23,7 @@ from training.preferences import completion_logps, scored_pairs
 from training.qlora import exact_adapters, start_adapter
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
 from training.run_dir import RunDir
-from training.sft import _trainer, train, training_arguments
+from training.sft import _trainer, step_batches, train, training_arguments
 from training.watch import Watch
 
 IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])
@@ -171,16 +171,17 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     model = start_adapter(
         load_quantized(tiny_base, config.quantization), config.lora, parent_dir=registry.fetch(parent)
     )
-    arguments = training_arguments(config, model, tmp_path / "scratch", 1)
-    trainer = preference_trainer(config, inputs, model, arguments, [])
-    with_parent = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
+    batches, shape = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    trainer = preference_trainer(config, inputs, model, batches, arguments, [])
+    with_parent = completion_logps(model, scored_pairs(rows)).chunk(2)[0]
     with model.disable_adapter():
-        of_base = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
+        of_base = completion_logps(model, scored_pairs(rows)).chunk(2)[0]
     assert (with_parent - of_base).abs().max() > 0.1
     expected = with_parent if reference == "initial" else of_base
     assert trainer.train_dataset["ref_chosen_logps"][:] == pytest.approx(expected.tolist(), abs=1e-4)
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
-    loss = float(trainer.compute_loss(trainer.model, batch).detach())
+    (batch, *_), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    loss = float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["size"]).detach())
     assert (loss == pytest.approx(math.log(2), abs=1e-4)) == (reference == "initial")
 
 
