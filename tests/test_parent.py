@@ -17,7 +17,7 @@ from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import LoraSettings, TrainConfig
 from training.errors import AdapterNotFound, AdapterRefused, ConfigError
 from training.inputs import read_inputs
-from training.parent import copy_parent, resolve_parent
+from training.parent import copy_parent, parent_ref, resolve_parent, with_warning
 from training.preference_trainer import preference_trainer
 from training.preferences import completion_logps, scored_pairs
 from training.qlora import exact_adapters, start_adapter
@@ -97,6 +97,73 @@ def test_version_shape_and_format_are_written_out(
     assert TrainConfig.model_validate(resolved.model_dump(mode="json")) == resolved
     fresh = config.model_copy(update={"continue_from": None})
     assert resolve_parent(fresh, tiny_base, registry) == (fresh, None)
+
+
+def split_between(
+    registry: AdapterRegistry, base: BaseModel, adapter: Path, parents: TrainConfig, childs: TrainConfig
+) -> tuple[str | None, list[str]]:
+    """What the registry records of the split, and what the report warns of, where a run goes on from `parents`."""
+    trained_on = read_inputs(parents).dataset
+    draft = AdapterDraft(
+        name="known", base=base, chat_format="chatml", dataset=trained_on, config=parents.model_dump(mode="json")
+    )
+    parent = registry.register(adapter, draft, force=True)
+    inputs = read_inputs(childs)
+    warned = with_warning(inputs, childs, parent).report.warnings
+    return parent_ref(childs, inputs.dataset, parent).other_split, [
+        w for w in warned if w not in inputs.report.warnings
+    ]
+
+
+def test_parent_with_the_same_split_knows_no_held_out_row(
+    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    parents = config_of(tiny_base, tmp_path, seed=0)
+    smaller = {**parents.data.model_dump(), "held_out": 0.1}
+    for childs in (config_of(tiny_base, tmp_path, seed=9), config_of(tiny_base, tmp_path, data=smaller)):
+        before, now = (read_inputs(config).held_out_samples for config in (parents, childs))
+        assert {row.source for row in now} <= {row.source for row in before}
+        assert split_between(registry, tiny_base, tiny_adapter, parents, childs) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"split_seed": 1}, "its data.split_seed is 0, not 1"),
+        ({"held_out": 0.5}, "it held out 4 rows, not 10"),
+        ({"path": "other.jsonl"}, "its data has sha256 "),
+    ],
+)
+def test_parent_that_may_know_held_out_rows_is_warned_of_in_one_line(
+    registry: AdapterRegistry,
+    tiny_base: BaseModel,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    parents = config_of(tiny_base, tmp_path)
+    childs = config_of(tiny_base, tmp_path, data={**parents.data.model_dump(), **data})
+    recorded, (warning,) = split_between(registry, tiny_base, tiny_adapter, parents, childs)
+    assert recorded is not None
+    assert recorded.startswith(reason)
+    assert (
+        f"known@1, from which training goes on, may have been trained on rows that are held out now: {reason}"
+        in warning
+    )
+    assert "\n" not in warning
+
+
+def test_parent_of_unknown_data_is_warned_of_unless_nothing_is_held_out(
+    parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    config = config_of(tiny_base, tmp_path)
+    dataset = read_inputs(config).dataset
+    assert parent_ref(config, dataset, parent).other_split == "what it was trained on is not recorded"
+    assert parent_ref(config, dataset.model_copy(update={"num_held_out": 0}), parent).other_split is None
 
 
 @pytest.mark.parametrize(
@@ -238,7 +305,12 @@ def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
     )
     manifest = run_training(config)
     assert (manifest.version, manifest.method) == (2, "dpo")
-    assert manifest.parent == ParentRef(name="tiny-hand", version=1, weights_sha256=parent.weights_sha256)
+    assert manifest.parent == ParentRef(
+        name="tiny-hand",
+        version=1,
+        weights_sha256=parent.weights_sha256,
+        other_split="what it was trained on is not recorded",
+    )
     assert manifest.config is not None
     assert manifest.config["continue_from"] == "tiny-hand@1"
     assert manifest.lora == parent.lora

@@ -14,8 +14,9 @@ from training.audit import audited, os_user
 from training.config import TrainConfig, load_config, resolved
 from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
+from training.parent import parent_ref
 from training.plan import dry_run
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
 from training.report import REPORT_FILE, write_report
 from training.run_dir import RunDir
 from training.signals import sigterm_interrupts
@@ -64,7 +65,7 @@ def register(
         evaluated_sha256=result.adapter_sha256,
         changes=result.changes,
         method=config.method,
-        parent=_ref(result.parent) if result.parent else None,
+        parent=parent_ref(result.config, result.inputs.dataset, result.parent) if result.parent else None,
         environment=result.environment,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
@@ -74,10 +75,6 @@ def register(
         )
         record |= {"version": manifest.version, "forced": manifest.forced}
     return manifest
-
-
-def _ref(parent: AdapterManifest) -> ParentRef:
-    return ParentRef(name=parent.name, version=parent.version, weights_sha256=parent.weights_sha256)
 
 
 def summary(manifest: AdapterManifest, result: FitResult) -> str:

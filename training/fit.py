@@ -22,7 +22,7 @@ from training.config import TrainConfig, check_resources, check_this_machine, re
 from training.errors import ConfigError, CorralError, RunStopped, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
-from training.parent import copy_parent, resolve_parent
+from training.parent import copy_parent, resolve_parent, with_warning
 from training.plan import make_plan
 from training.progress import Progress, read_progress, show_progress, write_progress
 from training.ray_token import ask_for_a_token
@@ -92,7 +92,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
     config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
-    inputs = read_inputs(config)
+    inputs = with_warning(read_inputs(config), config, parent)
     print(inputs.report.short(), file=sys.stderr)
     run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
     config = open_run(config, run_dir)
