@@ -80,9 +80,10 @@ class _StepTrainer(Trainer):
         """The micro-batch's share of the step's mean loss; times the workers, whose gradients are averaged."""
         batch = dict(inputs)
         size, num_fillers = batch.pop("size"), batch.pop("num_fillers")
-        mean: torch.Tensor = super().compute_loss(model, batch)
+        mean: Any = super().compute_loss(model, batch)
         summed = mean * size - num_fillers * self.filler_loss()
-        return summed * (self.args.world_size / int(num_items_in_batch))
+        share: torch.Tensor = summed * (self.args.world_size / int(num_items_in_batch))
+        return share
 
     def filler_loss(self) -> float:
         """What a filler adds to the sum."""
