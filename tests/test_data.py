@@ -342,14 +342,20 @@ def test_held_out_is_the_asked_share_and_deterministic(
     prepare: Prepare, tmp_path: Path, num: int, held_out: int
 ) -> None:
     rows = questions(num)
-    prepared = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, seed=1)
+    prepared = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=1)
     train, held = asked(prepared), asked(prepared, "held_out")
     assert (len(train), len(held)) == (num - held_out, held_out)
     assert sorted(train + held) == sorted(r["prompt"] for r in rows)
-    reordered = prepare(write(tmp_path / "r.jsonl", *rows[::-1]), held_out=0.1, seed=1)
+    reordered = prepare(write(tmp_path / "r.jsonl", *rows[::-1]), held_out=0.1, split_seed=1)
     assert (asked(reordered)[::-1], asked(reordered, "held_out")[::-1]) == (train, held)
-    other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, seed=2)
+    other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=2)
     assert num < 100 or asked(other, "held_out") != held
+
+
+def test_the_seed_of_a_run_does_not_choose_what_is_held_out(prepare: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *questions(200))
+    held = [asked(prepare(path, held_out=0.1, seed=seed), "held_out") for seed in (0, 1, 7)]
+    assert held[0] == held[1] == held[2]
 
 
 def test_conversations_with_the_same_question_stay_on_one_side(prepare: Prepare, tmp_path: Path) -> None:

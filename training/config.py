@@ -72,6 +72,8 @@ class PreferenceSettings(_Section):
 class GateConfig(_Section):
     """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's.
 
+    With `continue_from` it must not be above the parent's either, on the same rows and by the same method.
+
     With `method` dpo and kto that is the method's loss, and the reference stands in for the base.
     """
 

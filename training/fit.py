@@ -21,7 +21,7 @@ from training.driver import driving
 from training.errors import ConfigError, CorralError, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
-from training.parent import copy_parent, resolve_parent
+from training.parent import copy_parent, resolve_parent, with_warning
 from training.plan import make_plan
 from training.progress import Progress, show_progress_of, write_progress
 from training.ray_token import ask_for_a_token
@@ -95,7 +95,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
     config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
-    inputs = read_inputs(config)
+    inputs = with_warning(read_inputs(config), config, parent)
     print(inputs.report.short(), file=sys.stderr)
     run_dir = run_dir_of(config)
     title = f"{config.adapter} on {inputs.base.name}"

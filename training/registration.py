@@ -9,7 +9,8 @@ from typing import Any
 from training.audit import audited, os_user
 from training.config import TrainConfig, resolved
 from training.fit import FitResult
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+from training.parent import parent_ref
+from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
 
 
 def register(
@@ -32,7 +33,7 @@ def register(
         evaluated_sha256=result.adapter_sha256,
         changes=result.changes,
         method=config.method,
-        parent=_ref(result.parent) if result.parent else None,
+        parent=parent_ref(result.config, result.inputs.dataset, result.parent) if result.parent else None,
         environment=result.environment,
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
@@ -42,7 +43,3 @@ def register(
         )
         record |= {"version": manifest.version, "forced": manifest.forced}
     return manifest
-
-
-def _ref(parent: AdapterManifest) -> ParentRef:
-    return ParentRef(name=parent.name, version=parent.version, weights_sha256=parent.weights_sha256)

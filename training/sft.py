@@ -129,16 +129,13 @@ def _fit(
 
 
 def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path) -> Trainer:
-    rank, world_size = _rank_and_world_size()
+    batches, shape = step_batches(config, inputs, *_rank_and_world_size())
+    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     if config.method != "sft":
         from training.preference_trainer import preference_trainer
 
-        shape = StepShape(config.step_size, world_size, config.micro_batch_size)
-        arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
-        trainer: Trainer = preference_trainer(config, inputs, model, arguments, [watch])
+        trainer: Trainer = preference_trainer(config, inputs, model, batches, arguments, [watch])
         return trainer
-    batches, shape = step_batches(config, inputs, rank, world_size)
-    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     return DocumentTrainer(
         model,
         TrainingArguments(**arguments),

@@ -34,7 +34,7 @@ from training.fit import (
     with_absolute_paths,
 )
 from training.inputs import read_inputs
-from training.parent import PARENT_DIR, copy_parent, resolve_parent
+from training.parent import PARENT_DIR, copy_parent, resolve_parent, split_warning
 from training.progress import Progress, show_progress_of, write_progress
 from training.registration import register
 from training.registry import AdapterManifest
@@ -61,6 +61,8 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
     base = resolve_base_model(config.base_model, config.base_revision)
     checked = [(trial, *resolve_parent(trial.config, base)) for trial in plan(config)]
     parent = checked[0][2]
+    if warning := parent and split_warning(config, inputs.dataset, parent):
+        print(f"data: note: {warning}", file=sys.stderr)
     trials = [replace(trial, config=with_absolute_paths(trial_config)) for trial, trial_config, _ in checked]
     run_dir = run_dir_of(config)
     title = f"{run_dir.name} on {inputs.base.name}"
