@@ -5,9 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -15,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port, train_workers
-from tests.test_fit import assert_same_run, steps_of, tiny_run
+from tests.conftest import free_port
+from tests.test_fit import assert_same_run, tiny_run, when_step
 from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.fit import fit
@@ -62,22 +61,6 @@ def private_ray(num_cpus: int) -> Iterator[None]:
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def when_step(run_dir: RunDir, step: int, act: Callable[[list[psutil.Process]], None]) -> threading.Event:
-    """Give the run's workers to `act` as soon as it has logged `step`; the event says that it was done."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not (workers := train_workers()):
-            time.sleep(0.05)
-        while (steps_of(run_dir) or [0])[-1] < step:
-            time.sleep(0.01)
-        act(workers)
-        done.set()
-
-    threading.Thread(target=watch, daemon=True).start()
-    return done
-
-
 def kill(workers: list[psutil.Process]) -> None:
     for worker in workers:
         worker.kill()
@@ -99,29 +82,34 @@ def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(co
     assert not [file for file in files if file.startswith("scratch")]
 
 
-def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(config: TrainConfig) -> None:
-    """The steps have the same rows on one worker as on two: the run ends where the uninterrupted one does."""
+def test_elastic_runs_go_on_with_fewer_workers_when_a_node_leaves(config: TrainConfig) -> None:
+    """The steps have the same rows on any number of workers: the runs end where the uninterrupted one does."""
     import ray
     from ray.cluster_utils import Cluster
 
     config = TrainConfig.model_validate(
-        config.model_dump() | {"num_workers": [1, 2], "per_device_train_batch_size": 2, "max_failures": 2}
+        config.model_dump() | {"per_device_train_batch_size": 2, "train_batch_size": 4, "max_failures": 2}
         | {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}  # dropout differs with the number of workers
     )  # fmt: skip
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    leaving = cluster.add_node(num_cpus=1)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    elastic = {"sharded": {"num_workers": [2, 3], "fsdp": True}, "elastic": {"num_workers": [1, 2]}}
+    results = {}
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
-        run_dir = RunDir(str(config.storage_path), "elastic")
-        left = when_step(run_dir, 6, lambda _: cluster.remove_node(leaving, allow_graceful=False))
-        elastic = fit(config.model_copy(update={"run_name": "elastic"}))
-        assert left.is_set()
-        whole = fit(config.model_copy(update={"run_name": "whole", "num_workers": 1, "train_batch_size": 4}))
+        for (name, settings), leaving in zip(elastic.items(), nodes, strict=True):
+            leave = partial(cluster.remove_node, leaving, allow_graceful=False)
+            left = when_step(RunDir(str(config.storage_path), name), 6, lambda _, leave=leave: leave())
+            results[name] = fit(config.model_copy(update={"run_name": name, **settings}))
+            assert left.is_set()
+        whole = fit(config.model_copy(update={"run_name": "whole"}))
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert_same_run(elastic, whole)
+    for result in results.values():
+        assert_same_run(result, whole)
+    assert [len(result.environment.devices) for result in results.values()] == [2, 1]
 
 
 _FILL_AND_RESUME = """
