@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -82,34 +81,35 @@ def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(co
     assert not [file for file in files if file.startswith("scratch")]
 
 
-def test_elastic_runs_go_on_with_fewer_workers_when_a_node_leaves(config: TrainConfig) -> None:
-    """The steps have the same rows on any number of workers: the runs end where the uninterrupted one does."""
+@pytest.mark.parametrize(("num_workers", "fsdp"), [([1, 2], False), ([2, 3], True)])
+def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
+    config: TrainConfig, num_workers: list[int], fsdp: bool
+) -> None:
+    """The steps have the same rows on any number of workers: the run ends where the uninterrupted one does."""
     import ray
     from ray.cluster_utils import Cluster
 
-    config = TrainConfig.model_validate(
-        config.model_dump() | {"per_device_train_batch_size": 2, "train_batch_size": 4, "max_failures": 2}
+    whole = TrainConfig.model_validate(
+        config.model_dump() | {"per_device_train_batch_size": 2, "train_batch_size": 4, "run_name": "whole"}
         | {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}  # dropout differs with the number of workers
     )  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    elastic = {"sharded": {"num_workers": [2, 3], "fsdp": True}, "elastic": {"num_workers": [1, 2]}}
-    results = {}
+    changes = {"num_workers": num_workers, "fsdp": fsdp, "max_failures": 2, "run_name": "elastic"}
+    fewest, most = num_workers
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": fewest, "include_dashboard": False})
+    leaving = cluster.add_node(num_cpus=most - fewest)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
-        for (name, settings), leaving in zip(elastic.items(), nodes, strict=True):
-            leave = partial(cluster.remove_node, leaving, allow_graceful=False)
-            left = when_step(RunDir(str(config.storage_path), name), 6, lambda _, leave=leave: leave())
-            results[name] = fit(config.model_copy(update={"run_name": name, **settings}))
-            assert left.is_set()
-        whole = fit(config.model_copy(update={"run_name": "whole"}))
+        run_dir = RunDir(str(config.storage_path), "elastic")
+        left = when_step(run_dir, 6, lambda _: cluster.remove_node(leaving, allow_graceful=False))
+        elastic = fit(whole.model_copy(update=changes))
+        assert left.is_set()
+        uninterrupted = fit(whole)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    for result in results.values():
-        assert_same_run(result, whole)
-    assert [len(result.environment.devices) for result in results.values()] == [2, 1]
+    assert len(elastic.environment.devices) == fewest
+    assert_same_run(elastic, uninterrupted)
 
 
 _FILL_AND_RESUME = """
