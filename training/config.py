@@ -276,16 +276,23 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
     if config.min_workers * gpus_each > gpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {gpus_each:g} GPU each, but {where} has {gpus:g} GPU(s): "
-            f"set num_workers to {max(1, int(gpus / gpus_each))} or less" + ("" if gpus else ", or use_gpu=false")
+            f"{_fewer_workers(config, gpus / gpus_each)}" + ("" if gpus else ", or use_gpu=false")
         )
     cpus_each = per_worker.get("CPU", 1.0)
     if config.min_workers * cpus_each > cpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {cpus_each:g} CPU each, but {where} has {cpus:g} CPU(s): "
-            f"set num_workers to {max(1, int(cpus / cpus_each))} or less"
+            f"{_fewer_workers(config, cpus / cpus_each)}"
         )
     if config.quantization.compute_dtype == "float16" and not on_gpu:
         raise TrainingError("quantization.compute_dtype is 'float16', which needs a GPU: set it to 'auto'")
+
+
+def _fewer_workers(config: TrainConfig, room: float) -> str:
+    """What to do where there is `room` for so many workers."""
+    if config.fsdp and room < 2:
+        return "set num_workers to 1 and fsdp to false"
+    return f"set num_workers to {max(1, int(room))} or less"
 
 
 def check_this_machine(config: TrainConfig) -> None:
