@@ -8,16 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.conftest import train_workers
-from training.__main__ import register
+from training.__main__ import register, run_training
 from training.base_models import BaseModel
-from training.config import TrainConfig
+from training.config import GateConfig, TrainConfig
 from training.data_config import DataConfig
-from training.errors import ConfigError, TrainingError
+from training.errors import AdapterRefused, ConfigError, TrainingError
 from training.fit import FitResult, fit, fresh_run_name, open_run
 from training.run_dir import RunDir
 from training.worker import _is_whole
@@ -148,6 +149,21 @@ def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
     assert steps_of(resumed.run_dir) == list(range(1, 13))
     assert resumed.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], abs=1e-3)
     assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-3)
+
+
+def test_d14_finished_run_is_neither_trained_nor_registered_twice(
+    ray_cluster: None, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
+    config = config.model_copy(update={"run_name": "once", "max_steps": 4, "gate": GateConfig(min_improvement=99)})
+    with pytest.raises(AdapterRefused, match="is not registered"):
+        run_training(config)
+    trained = RunDir(str(config.storage_path), "once").read_text("result.json")
+    registered = run_training(config, force=True)  # what the gate refused, without training again
+    again = run_training(config, force=True)
+    assert (registered.version, again) == (1, registered)
+    assert RunDir(str(config.storage_path), "once").read_text("result.json") == trained
+    assert "nothing is trained again" in capsys.readouterr().err
 
 
 def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:

@@ -39,7 +39,7 @@ _MAY_CHANGE = {
     "resources_per_worker", "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
 # What an attempt leaves; the next one begins without it.
-_OF_AN_ATTEMPT = ("failure.json", "result.json", "sweep.json", "progress.json", "registered.json", "phases.json")
+_OF_AN_ATTEMPT = ("failure.json", "sweep.json", "progress.json", "registered.json", "phases.json")
 # Of a Ray on this machine alone; every process that it starts inherits them.
 _PRIVATE_RAY = {
     "RAY_worker_niceness": "0",  # 15 by default: any other program would take the cores from training
@@ -86,6 +86,8 @@ class FitResult:
 def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
+    A run that has been trained to its end before is not trained again: what it left is returned.
+
     Raises:
         CorralError: config, data or cluster do not fit, another process drives the run, it failed, or a signal
             stopped it; one line.
@@ -102,6 +104,12 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     with driving(run_dir):
         config = open_run(config, run_dir)
         _record_data(run_dir, inputs)
+        if run_dir.read_json("result.json"):
+            print(
+                f"run {run_dir.name!r} was trained before, nothing is trained again: choose another run_name for that",
+                file=sys.stderr,
+            )
+            return read_result(config, run_dir, inputs, parent)
         run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
         if parent:
             copy_parent(parent, run_dir)

@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from training.adapter_files import read_adapter
 from training.audit import audited, os_user
 from training.config import TrainConfig, resolved
 from training.fit import FitResult
@@ -16,11 +17,14 @@ from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, Sa
 def register(
     config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
 ) -> AdapterManifest:
-    """Publish the adapter of a finished run as the next version of `config.adapter`.
+    """Publish the adapter of a finished run as the next version of `config.adapter`; once, however often it is asked.
 
     Args:
         sweep: name, number of trials and searched keys of the sweep that the run was the best of.
     """
+    registry = AdapterRegistry()
+    if there := _version_of(registry, config.adapter, result):
+        return there
     draft = AdapterDraft(
         name=config.adapter,
         base=result.inputs.base,
@@ -38,8 +42,18 @@ def register(
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     with audited(os_user(), "register", config.adapter, run_name=result.run_name) as record:
-        manifest = AdapterRegistry().register(
+        manifest = registry.register(
             result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement
         )
         record |= {"version": manifest.version, "forced": manifest.forced}
     return manifest
+
+
+def _version_of(registry: AdapterRegistry, name: str, result: FitResult) -> AdapterManifest | None:
+    """The version that this run's very weights became before."""
+    if name not in registry.names():
+        return None
+    weights_sha256 = read_adapter(result.adapter_dir, result.inputs.base).weights_sha256
+    manifests = (registry.manifest(name, version) for version in registry.versions(name))
+    of_run = (manifest for manifest in manifests if manifest.run_name == result.run_name)
+    return next((manifest for manifest in of_run if manifest.weights_sha256 == weights_sha256), None)

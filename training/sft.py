@@ -26,7 +26,7 @@ from training.errors import TrainingError
 from training.evaluate import evaluate_files, held_out_loss
 from training.gate import GateReport
 from training.inputs import RunInputs, read_inputs
-from training.qlora import start_adapter
+from training.qlora import load_adapter, start_adapter
 from training.row_store import TokenizedRow
 from training.samples import Sample, sample_answers
 from training.sharding import leave_to_ranks, load_sharded
@@ -115,6 +115,10 @@ def _fit(
     if resume_from:
         watch.resume(resume_from)
     started = time.monotonic()
+    if watch.finished:  # a worker that ended after its last checkpoint
+        assert resume_from is not None
+        load_adapter(model, resume_from)
+        return {**watch.last, "train_s": 0.0, "num_steps": float(watch.last_step), **watch.take_best(model)}
     with ExitStack() as training:
         if config.method == "sft":
             training.enter_context(training_forward(model))
