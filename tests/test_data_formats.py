@@ -124,6 +124,44 @@ def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:
         parse({"text": " "}, format="text")
 
 
+def test_columns_leave_the_others_as_they_are() -> None:
+    row = {"question": "q", "answer": "a", "system": "S", "messages": [], "conversations": []}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert parse(row, columns=columns) == ("prompt_completion", Dialog(dialog("q", "a", system="S")))
+    alpaca = {"instruction": "i", "input": "j", "response": "a"}
+    assert parse(alpaca, columns={"output": "response"}) == ("alpaca", Dialog(dialog("i\nj", "a")))
+
+
+@pytest.mark.parametrize("untrained", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("trained", [{"weight": 1}, {"train": True}, {}, {"weight": None}])
+def test_b10_answers_of_weight_0_are_read_and_not_trained(untrained: dict[str, Any], trained: dict[str, Any]) -> None:
+    turns = [("user", "q", {}), ("assistant", "bad", untrained), ("user", "r", {}), ("assistant", "good", trained)]
+    openai = {"messages": [{"role": role, "content": content, **more} for role, content, more in turns]}
+    sharegpt = {"conversations": [{"from": role, "value": content, **more} for role, content, more in turns]}
+    for row in (openai, sharegpt):
+        _, example = parse(row)
+        assert isinstance(example, Dialog)
+        assert [message.trained for message in example.messages] == [True, False, True, True]
+
+
+def test_b10_rows_without_a_trained_answer_and_weights_that_mean_nothing_are_refused() -> None:
+    def row(weight: Any) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "a", "weight": weight}
+        return {"messages": [{"role": "user", "content": "q"}, answer]}
+
+    with pytest.raises(BadRow, match="has nothing to learn: every answer has weight 0"):
+        parse(row(0))
+    with pytest.raises(BadRow, match=r"has in messages\[1\]\.weight 0\.5, expected 0 or 1"):
+        parse(row(0.5))
+
+
+@pytest.mark.parametrize("label", [True, False, 0, 1, "true", "False"])
+def test_b10_rated_answers_are_not_trained_as_if_all_were_good(label: Any) -> None:
+    with pytest.raises(BadRow, match="rates an answer"):
+        parse({"prompt": "q", "completion": "a", "label": label})
+    assert parse({"prompt": "q", "completion": "a", "label": "geography"})[0] == "prompt_completion"
+
+
 def test_columns_name_the_parts_of_any_row() -> None:
     row = {"question": "q", "answer": "a", "prompt": "not this", "tone": "S"}
     columns = {"prompt": "question", "completion": "answer", "system": "tone"}

@@ -27,10 +27,15 @@ CHAT_FORMATS: tuple[ChatFormatName, ...] = get_args(ChatFormatName)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it."""
+    """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it.
+
+    Attributes:
+        trained: False for an assistant turn that is only read, not learned.
+    """
 
     role: Role
     content: str
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,8 @@ def _llama_2(messages: Sequence[Message]) -> Iterator[_Piece]:
             yield _Piece(f"[INST] {(system + message.content).strip()} [/INST]")
             system = ""
         else:
-            yield _Piece(f"{message.content.strip()} ", trained=True)
-            yield _control("</s>", trained=True)
+            yield _Piece(f"{message.content.strip()} ", trained=message.trained)
+            yield _control("</s>", trained=message.trained)
 
 
 def _llama_3(messages: Sequence[Message]) -> Iterator[_Piece]:
@@ -72,7 +77,7 @@ def _llama_3(messages: Sequence[Message]) -> Iterator[_Piece]:
     yield _control("<|begin_of_text|>")
     for message in messages:
         yield from _llama_3_header(message.role)
-        trained = message.role == "assistant"
+        trained = message.role == "assistant" and message.trained
         yield _Piece(message.content.strip(), trained=trained)
         yield _control("<|eot_id|>", trained=trained)
 
@@ -89,11 +94,11 @@ def _chatml(messages: Sequence[Message]) -> Iterator[_Piece]:
     for message in messages:
         if message.role == "assistant":
             yield from _chatml_opening()
-            yield _Piece(message.content, trained=True)
+            yield _Piece(message.content, trained=message.trained)
         else:
             yield _control("<|im_start|>")
             yield _Piece(f"{message.role}\n{message.content}")
-        yield _control("<|im_end|>", trained=message.role == "assistant")
+        yield _control("<|im_end|>", trained=message.role == "assistant" and message.trained)
         yield _Piece("\n")
 
 

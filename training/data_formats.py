@@ -42,7 +42,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """Messages that end with an assistant turn, all of whose assistant turns are trained."""
+    """Messages that end with an assistant turn; assistant turns are trained but where a row says otherwise."""
 
     messages: tuple[Message, ...]
 
@@ -90,7 +90,7 @@ def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> tuple[DatasetFo
     fields = _fields(row.content)
     if source.columns:
         fields = _renamed(fields, source.columns)
-    row_format = _format_of(fields, source.format or "auto", kind)
+    row_format = _format_of(fields, source.format or "auto", kind, source.columns or {})
     return row_format, _READERS[row_format](fields)
 
 
@@ -122,15 +122,18 @@ def _renamed(fields: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, An
     missing = [column for column in columns.values() if column not in fields]
     if missing:
         raise BadRow(f"has no {missing[0]!r}, which data.columns names: it has the keys {_keys(fields)}")
-    return {name: fields[column] for name, column in columns.items()}
+    others = {key: value for key, value in fields.items() if key not in columns.values()}
+    return {**others, **{name: fields[column] for name, column in columns.items()}}
 
 
-def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind) -> DatasetFormat:
+def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind, columns: Mapping[Any, str]) -> DatasetFormat:
     possible = formats_of(kind)
+    if columns:  # those that the user has named come before what the row has besides
+        possible = tuple(sorted(possible, key=lambda known: columns.keys().isdisjoint(_KEYS[known])))
     for row_format in possible:
         asked = wanted == row_format or (wanted == "auto" and row_format != "text")
         if asked and all(fields.get(key) is not None for key in _KEYS[row_format]):
-            if kind == "sft" and row_format == "prompt_completion" and isinstance(fields.get("label"), bool):
+            if kind == "sft" and row_format == "prompt_completion" and _label(fields) in (0, 1):
                 raise BadRow("rates an answer (label): train on such rows with method kto, or leave label out")
             return row_format
     if kind == "sft" and wanted == "auto" and fields.keys() >= {"chosen", "rejected"}:
@@ -145,11 +148,11 @@ def _keys(fields: dict[str, Any]) -> str:
 
 
 def _from_messages(fields: dict[str, Any]) -> Dialog:
-    return _dialog(fields, _messages(fields["messages"], "messages"))
+    return _dialog(fields, _messages(fields["messages"], "messages", weighted=True))
 
 
 def _from_sharegpt(fields: dict[str, Any]) -> Dialog:
-    return _dialog(fields, _messages(fields["conversations"], "conversations", sharegpt=True))
+    return _dialog(fields, _messages(fields["conversations"], "conversations", sharegpt=True, weighted=True))
 
 
 def _from_alpaca(fields: dict[str, Any]) -> Dialog:
@@ -209,15 +212,20 @@ def _from_preference(fields: dict[str, Any]) -> AnswerPair:
 
 
 def _from_unpaired(fields: dict[str, Any]) -> RatedAnswer:
-    label = fields["label"]
-    if isinstance(label, str):  # a CSV cell
-        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
+    label = _label(fields)
     if label not in (True, False):  # 1 and 0 are equal to them
         _wrong("label", "true or false", label)
     completion = _turns(fields, "completion", "assistant")
     if len(completion) != 1 or completion[0].role != "assistant":
         raise BadRow(f"has in completion {len(completion)} messages: expected one answer from the assistant")
     return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], bool(label))
+
+
+def _label(fields: dict[str, Any]) -> Any:
+    label = fields.get("label")
+    if isinstance(label, str):  # a CSV cell
+        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
+    return label
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -271,7 +279,10 @@ def _dialog(fields: dict[str, Any], messages: Iterable[Message]) -> Dialog:
     if not turns:
         return Dialog(_checked(fields, [], None))
     *prompt, answer = turns
-    return Dialog((*_checked(fields, prompt, answer), answer))
+    messages = (*_checked(fields, prompt, answer), answer)
+    if not any(message.trained for message in messages if message.role == "assistant"):
+        raise BadRow("has nothing to learn: every answer has weight 0")
+    return Dialog(messages)
 
 
 def _checked(fields: dict[str, Any], prompt: list[Message], answer: Message | None) -> tuple[Message, ...]:
@@ -296,7 +307,8 @@ def _answered(message: Message, where: str) -> Message:
     return message
 
 
-def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]:
+def _messages(items: Any, key: str, sharegpt: bool = False, weighted: bool = False) -> Iterator[Message]:
+    """The turns of a list; where `weighted`, those that are not to be trained are marked."""
     if isinstance(items, str) and items.lstrip().startswith("["):  # a CSV cell
         try:
             items = json.loads(items)
@@ -319,7 +331,18 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
         role, content = (item[name] for name in names)
         if sharegpt and isinstance(role, str):
             role = _SHAREGPT_ROLES.get(role.lower(), role)
-        yield Message(role, _content(content, f"{where}.{names[1]}"))
+        trained = not weighted or role != "assistant" or _is_trained(item, where)
+        yield Message(role, _content(content, f"{where}.{names[1]}"), trained)
+
+
+def _is_trained(item: dict[str, Any], where: str) -> bool:
+    """OpenAI's `weight`, 0 or 1 on an assistant message, and Axolotl's `train`, true or false."""
+    for key in ("weight", "train"):
+        if item.get(key) is not None:
+            if item[key] not in (0, 1):
+                _wrong(f"{where}.{key}", "0 or 1, to train on the answer or not", item[key])
+            return bool(item[key])
+    return True
 
 
 def _text(fields: dict[str, Any], key: str) -> str:

@@ -176,7 +176,7 @@ class _Reading:
         self, messages: tuple[Message, ...], rendered: Rendered
     ) -> tuple[tuple[Message, ...], Rendered] | None:
         """As many whole exchanges from the start as fit; None if not even the first does."""
-        answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        answers = [at for at, message in enumerate(messages) if message.role == "assistant" and message.trained]
         ends = trained_spans(rendered.loss_mask)[1::2]
         for fitting in range(sum(end <= self._max_length for end in ends), 0, -1):
             kept = messages[: answers[fitting - 1] + 1]

@@ -7,7 +7,7 @@ other programs read it too: `rows.arrow` holds what training takes (token ids, t
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, overload
@@ -181,7 +181,7 @@ class RowStore:
         text = self._value(row, "messages")
         if text is None:
             return None
-        return Conversation(tuple(Message(role, content) for role, content in json.loads(text)), self.place(row))
+        return Conversation(tuple(Message(*turn) for turn in json.loads(text)), self.place(row))
 
     def _value(self, row: int, name: str) -> Any:
         return self._batch(row)[name][row % _BATCH_ROWS].as_py()
@@ -270,4 +270,4 @@ def _labels(input_ids: list[int], spans: list[int]) -> list[int]:
 def _dumped(messages: Sequence[Message] | None) -> str | None:
     if messages is None:
         return None
-    return json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
+    return json.dumps([astuple(message) for message in messages], ensure_ascii=False)
