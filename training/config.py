@@ -27,7 +27,7 @@ LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LoraSettings(_Section):
@@ -181,6 +181,8 @@ class TrainConfig(_Section):
             raise ValueError(f"fsdp is of method sft, and method is {self.method}: leave it out")
         if self.fsdp and self.lora.init_lora_weights == "loftq":
             raise ValueError("fsdp leaves no worker the whole base, which lora.init_lora_weights 'loftq' compares with")
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+            raise ValueError("lr_scheduler_type constant knows no warmup_steps: set it to constant_with_warmup")
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
                 raise ValueError(f"{key} needs held-out losses during training: set eval_steps")
