@@ -201,7 +201,7 @@ def test_d14_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(clus
 
 @pytest.mark.timeout(600)
 def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(cluster: Cluster) -> None:
-    told = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched")
+    told = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched-job")
     first, second = (Path(runs_of(), "search", "trials", number) for number in ("000", "001"))
     client = cluster.start(*told, "max_steps=60")
     wait_until(lambda: (first / "result.json").exists() and (second / "metrics.jsonl").exists())
@@ -218,21 +218,21 @@ def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(
     wait_until(lambda: not training_processes("run_name=search"), 30)
     wait_until(lambda: not training_processes("_run_trial"), 30)
     assert read_run(runs_of(), "search").state == "stopped"
-    assert "searched" not in AdapterRegistry().names()
+    assert "searched-job" not in AdapterRegistry().names()
     assert not (second / "result.json").exists()
     trained = (first / "result.json").stat().st_mtime_ns
 
     resumed = cluster.corral(*told, "max_steps=60")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job search.2 of run search" in resumed.stderr
-    assert "tiny-llama:searched@1 is registered, of trial 1" in resumed.stdout
+    assert "tiny-llama:searched-job@1 is registered, of trial 1" in resumed.stdout
     assert (first / "result.json").stat().st_mtime_ns == trained
-    assert AdapterRegistry().resolve("searched").run_name == "search/trials/001"
+    assert AdapterRegistry().resolve("searched-job").run_name == "search/trials/001"
 
     again = cluster.corral(*told, "max_steps=60")
     assert again.returncode == 0, again.stderr
     assert "is registered, of trial 1" in again.stdout
-    assert AdapterRegistry().versions("searched") == [1]
+    assert AdapterRegistry().versions("searched-job") == [1]
     other = cluster.corral(*told, "max_steps=60", "sweep.num_samples=2")
     assert other.returncode == 2
     assert "submitted with sweep.num_samples=1, now sweep.num_samples is 2" in other.stderr.splitlines()[-1]
@@ -240,7 +240,7 @@ def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(
     assert "is registered, of trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
     shown = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
     assert "search: SUCCEEDED" in shown
-    assert "python -m training --config search.yaml adapter=searched max_steps=60 run_name=search" in shown
+    assert "python -m training --config search.yaml adapter=searched-job max_steps=60 run_name=search" in shown
 
 
 def test_a_wrong_or_missing_token_is_one_clear_line(

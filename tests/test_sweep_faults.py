@@ -32,7 +32,7 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     told = {
         "base_model": str(tiny_base.path),
         "adapter": "searched-often",
-        "run_name": "search",
+        "run_name": "stored",
         "data": {"path": str(rows), "held_out": 0.2},
         "per_device_train_batch_size": 4,
         "max_steps": _STEPS,
@@ -45,11 +45,11 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
         "sweep": {"max_concurrent_trials": 1},
     }
     (tmp_path / "search.yaml").write_text(json.dumps(told))
-    first, second = (RunDir(s3, f"search/trials/{number}") for number in ("000", "001"))
+    first, second = (RunDir(s3, f"stored/trials/{number}") for number in ("000", "001"))
 
     driver = start(tmp_path)
     wait_until(lambda: bool(first.read_json("result.json")), driver)
-    assert read_run(s3, "search").state == "running"
+    assert read_run(s3, "stored").state == "running"
     other = start(tmp_path)
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 1
@@ -60,7 +60,7 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     assert driver.returncode == 1
     assert errors.splitlines()[-1].startswith("error: run 'search' was stopped: run_name=search resumes it")
     assert psutil.wait_procs(at_work, timeout=30)[1] == []
-    assert read_run(s3, "search").state == "stopped"
+    assert read_run(s3, "stored").state == "stopped"
     assert not own_state_of_tune(s3)
     result = first.read_json("result.json")
 
@@ -70,7 +70,7 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     driver.kill()
     driver.communicate()
     assert psutil.wait_procs(at_work, timeout=60)[1] == []
-    assert read_run(s3, "search").state == "interrupted"
+    assert read_run(s3, "stored").state == "interrupted"
     assert "searched-often" not in AdapterRegistry().names()
 
     driver = start(tmp_path)
@@ -79,13 +79,13 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     assert "tiny-llama:searched-often@1 is registered, of trial 2" in printed
     assert first.read_json("result.json") == result  # with its times: it was not trained again
     for number in range(3):
-        trial = read_run(s3, f"search/trials/{number:03d}")
+        trial = read_run(s3, f"stored/trials/{number:03d}")
         assert (trial.state, trial.num_steps) == ("finished", _STEPS)
     assert not own_state_of_tune(s3)
     assert not [file for file in files_of(s3) if "scratch" in file]
     assert {"sweep.json", "sweep.md", "drivers/0003.json"} <= files_of(s3)
-    shown = CliRunner().invoke(app, ["runs", "show", "search", "--storage", s3]).stdout
-    assert "search: finished" in shown
+    shown = CliRunner().invoke(app, ["runs", "show", "stored", "--storage", s3]).stdout
+    assert "stored: finished" in shown
     assert "registered     tiny-llama:searched-often@1" in shown
 
 
@@ -98,7 +98,7 @@ def files_of(s3: str) -> set[str]:
     """Names of all files of the sweep."""
     store = fsspec.filesystem("s3")
     store.invalidate_cache()
-    return {path.split("/search/", 1)[1] for path in store.find(f"{s3}/search")}
+    return {path.split("/stored/", 1)[1] for path in store.find(f"{s3}/stored")}
 
 
 def own_state_of_tune(s3: str) -> set[str]:
