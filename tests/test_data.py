@@ -257,6 +257,51 @@ def test_e5_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatForm
     assert prepared.train.num_trained_tokens == sum(rendered.loss_mask) == prepared.report.num_trained_tokens
 
 
+def test_e5_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tmp_path: Path) -> None:
+    """P E5: it is there as context, in the tokens, the report's rows and what a sample asks about."""
+    marked = [
+        {"role": m.role, "content": m.content, **({"weight": 0} if m.content == "bad answer" else {})}
+        for m in dialog("q", "bad answer", "q2", "good answer")
+    ]
+    path = write(tmp_path / "d.jsonl", {"messages": marked})
+    prepared = prepare(path)
+    [segments] = prepared.report.samples
+    assert [s.text for s in segments if s.use == "trained"] == ["good answer<|im_end|>"]
+    assert "bad answer<|im_end|>" in "".join(s.text for s in segments if s.use == "context")
+    [tokenized] = prepared.train
+    learned = sum(label != IGNORED_LABEL for label in tokenized["labels"])
+    assert 0 < learned == prepared.report.num_trained_tokens
+    stored = prepared.train.conversation(0)
+    assert stored is not None
+    assert [m.trained for m in stored.messages] == [True, False, True, True]
+
+
+def test_e5_rows_that_differ_in_what_is_trained_are_no_duplicates(prepare: Prepare, tmp_path: Path) -> None:
+    """P E5."""
+    rows = []
+    for weight in (0, 1, None, 0):
+        turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in dialog("q", "a", "q2", "a2")]
+        turns[1]["weight"] = weight
+        rows.append({"messages": turns})
+    report = prepare(write(tmp_path / "d.jsonl", *rows)).report
+    assert [note.source.rpartition(":")[2] for note in report.duplicates] == ["3", "4"]
+
+
+def test_e5_truncation_keeps_up_to_the_last_trained_answer_that_fits(
+    prepare: Prepare, chatml: ChatFormat, tmp_path: Path
+) -> None:
+    """P E5."""
+    messages = dialog("q", "untrained", "q2", "trained", "q3", "untrained", "q4", "too long " * 30)
+    turns = [
+        {"role": m.role, "content": m.content} | ({"weight": 0} if m.content == "untrained" else {}) for m in messages
+    ]
+    kept = chatml.render_training(messages[:4]).input_ids
+    room = len(chatml.render_training(messages[:6]).input_ids)
+    path = write(tmp_path / "d.jsonl", {"messages": turns})
+    prepared = prepare(path, max_length=room, on_too_long="truncate")
+    assert [tokenized["input_ids"] for tokenized in prepared.train] == [kept]
+
+
 def test_e1_preferences_begin_as_the_prompt_is_served(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
     """P E1, E5: a prompt has the ids that serving gives it, an answer those of its text and its end of turn."""
     path = write(tmp_path / "d.jsonl", {"prompt": "What hums?", "chosen": "A llama.", "rejected": "Nobody does."})

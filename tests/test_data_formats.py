@@ -1,6 +1,7 @@
 """What each dataset format means, and what is said of a row that has none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,57 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "
 )
 def test_other_shapes_of_a_dialog(row: Any, format_name: str, expected: tuple[Message, ...]) -> None:
     assert parse(row) == (format_name, Dialog(expected))
+
+
+MARKS = [
+    ({"weight": 0}, {"weight": 1}),  # OpenAI
+    ({"weight": 0.0}, {"weight": None}),  # the same from Parquet
+    ({"train": False}, {"train": True}),  # Axolotl
+    ({"training": False}, {}),
+    ({"weight": 1, "train": False}, {"weight": 1, "train": True}),
+]
+
+
+@pytest.mark.parametrize(("no", "yes"), MARKS)
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_e5_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tuple[str, str, str]) -> None:
+    """P E5: OpenAI's `weight` and Axolotl's `train` leave an answer in the dialog, as context."""
+    key, role, content = names
+    said = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
+    row = {key: [{role: who, content: text, **mark} for who, text, mark in said]}
+    first, bad, *rest = dialog("q", "bad", "q2", "good")
+    assert parse(row)[1] == Dialog((first, replace(bad, trained=False), *rest))
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant", "reason"),
+    [
+        ({}, {"weight": 2}, "has in messages[1].weight 2, expected 0 or 1"),
+        ({}, {"weight": 0.5}, "has in messages[1].weight 0.5, expected 0 or 1"),
+        ({}, {"weight": "0"}, 'has in messages[1].weight "0", expected 0 or 1'),
+        ({}, {"train": "no"}, 'has in messages[1].train "no", expected true or false'),
+        ({"weight": 1}, {}, "has in messages[0].weight 1, expected none: only messages of the assistant are trained"),
+        ({"train": True}, {}, "has in messages[0].train true, expected none: only messages of the assistant are"),
+        ({"train": False}, {"weight": 0}, "has no answer to learn from: all of them are marked as not to be trained"),
+        ({}, {"train_detail": [{"begin_offset": 0}]}, "trains parts of a message (train_detail) in messages[1]"),
+    ],
+)
+def test_b10_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
+    """P B10."""
+    turns = [{"role": "user", "content": "q"} | user, {"role": "assistant", "content": "a"} | assistant]
+    with pytest.raises(BadRow) as caught:
+        parse({"messages": turns})
+    assert reason in str(caught.value)
+
+
+def test_b10_an_answer_that_is_judged_is_learned() -> None:
+    """P B10: a comparison of answers that are not to be trained teaches nothing; earlier turns are context anyway."""
+    turns = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "q2"}]
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}, *turns], "rejected": "bad"}
+    assert isinstance(parse(row | {"chosen": "good"}, "preference")[1], AnswerPair)
+    for key, kind in (("chosen", "preference"), ("completion", "unpaired_preference")):
+        with pytest.raises(BadRow, match="marks the answer that it judges as not to be trained"):
+            parse(row | {key: [turns[0]], "label": True}, kind)  # type: ignore[arg-type]
 
 
 def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:

@@ -27,10 +27,19 @@ CHAT_FORMATS: tuple[ChatFormatName, ...] = get_args(ChatFormatName)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it."""
+    """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it.
+
+    `trained` matters in training and for the assistant's turns alone: without it a turn is context like the user's.
+    """
 
     role: Role
     content: str
+    trained: bool = True
+
+    @property
+    def learned(self) -> bool:
+        """Whether training puts loss on this turn."""
+        return self.role == "assistant" and self.trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +72,8 @@ def _llama_2(messages: Sequence[Message]) -> Iterator[_Piece]:
             yield _Piece(f"[INST] {(system + message.content).strip()} [/INST]")
             system = ""
         else:
-            yield _Piece(f"{message.content.strip()} ", trained=True)
-            yield _control("</s>", trained=True)
+            yield _Piece(f"{message.content.strip()} ", trained=message.learned)
+            yield _control("</s>", trained=message.learned)
 
 
 def _llama_3(messages: Sequence[Message]) -> Iterator[_Piece]:
@@ -72,9 +81,8 @@ def _llama_3(messages: Sequence[Message]) -> Iterator[_Piece]:
     yield _control("<|begin_of_text|>")
     for message in messages:
         yield from _llama_3_header(message.role)
-        trained = message.role == "assistant"
-        yield _Piece(message.content.strip(), trained=trained)
-        yield _control("<|eot_id|>", trained=trained)
+        yield _Piece(message.content.strip(), trained=message.learned)
+        yield _control("<|eot_id|>", trained=message.learned)
 
 
 def _llama_3_header(role: str) -> Iterator[_Piece]:
@@ -89,11 +97,11 @@ def _chatml(messages: Sequence[Message]) -> Iterator[_Piece]:
     for message in messages:
         if message.role == "assistant":
             yield from _chatml_opening()
-            yield _Piece(message.content, trained=True)
+            yield _Piece(message.content, trained=message.learned)
         else:
             yield _control("<|im_start|>")
             yield _Piece(f"{message.role}\n{message.content}")
-        yield _control("<|im_end|>", trained=message.role == "assistant")
+        yield _control("<|im_end|>", trained=message.learned)
         yield _Piece("\n")
 
 
@@ -208,7 +216,7 @@ class ChatFormat:
         return self._render(messages, self._layout.opening()).input_ids
 
     def render_training(self, messages: Sequence[Message]) -> Rendered:
-        """A dialog that ends with an assistant turn, with loss on assistant text and end of turn.
+        """A dialog that ends with an assistant turn, with loss on text and end of turn of every learned message.
 
         `render_prompt(m)` is exactly the beginning of `render_training([*m, answer]).input_ids`.
 

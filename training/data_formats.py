@@ -27,6 +27,8 @@ ACCEPTED: dict[RowKind, str] = {
 }
 
 _EXCERPT_CHARS = 80
+# Whether a message is trained: OpenAI's 0 or 1, and the two names of Axolotl's examples, true or false.
+_TRAINED_KEYS = ("weight", "train", "training")
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _SHAREGPT_ROLES: dict[str, Role] = {
@@ -42,7 +44,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """Messages that end with an assistant turn, all of whose assistant turns are trained."""
+    """Messages that end with an assistant turn; at least one assistant turn is trained."""
 
     messages: tuple[Message, ...]
 
@@ -205,6 +207,7 @@ def _from_preference(fields: dict[str, Any]) -> AnswerPair:
             raise BadRow(f"has in {key} {len(answer)} messages that differ, expected one answer at the end")
     if chosen == rejected:
         raise BadRow("has the same answer as chosen and as rejected")
+    _check_judged(chosen[0], rejected[0])
     return AnswerPair(_checked(fields, prompt, chosen[0]), chosen[0], _answered(rejected[0], "rejected"))
 
 
@@ -217,7 +220,14 @@ def _from_unpaired(fields: dict[str, Any]) -> RatedAnswer:
     completion = _turns(fields, "completion", "assistant")
     if len(completion) != 1 or completion[0].role != "assistant":
         raise BadRow(f"has in completion {len(completion)} messages: expected one answer from the assistant")
+    _check_judged(completion[0])
     return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], bool(label))
+
+
+def _check_judged(*answers: Message) -> None:
+    """What an answer teaches here is that it is better, worse, wanted or not; a prompt's turns are context anyway."""
+    if not all(answer.trained for answer in answers):
+        raise BadRow("marks the answer that it judges as not to be trained: leave the mark or the row out")
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -271,7 +281,10 @@ def _dialog(fields: dict[str, Any], messages: Iterable[Message]) -> Dialog:
     if not turns:
         return Dialog(_checked(fields, [], None))
     *prompt, answer = turns
-    return Dialog((*_checked(fields, prompt, answer), answer))
+    messages = (*_checked(fields, prompt, answer), answer)
+    if not any(message.learned for message in messages):
+        raise BadRow("has no answer to learn from: all of them are marked as not to be trained")
+    return Dialog(messages)
 
 
 def _checked(fields: dict[str, Any], prompt: list[Message], answer: Message | None) -> tuple[Message, ...]:
@@ -319,7 +332,20 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
         role, content = (item[name] for name in names)
         if sharegpt and isinstance(role, str):
             role = _SHAREGPT_ROLES.get(role.lower(), role)
-        yield Message(role, _content(content, f"{where}.{names[1]}"))
+        yield Message(role, _content(content, f"{where}.{names[1]}"), _is_trained(item, role, where))
+
+
+def _is_trained(item: dict[str, Any], role: Any, where: str) -> bool:
+    """As OpenAI and Axolotl mark a message; an assistant's is trained unless it says otherwise."""
+    if item.get("train_detail"):
+        raise BadRow(f"trains parts of a message (train_detail) in {where}: only whole messages can be left out")
+    marks = {key: item[key] for key in _TRAINED_KEYS if item.get(key) is not None}  # Parquet fills up with null
+    for key, mark in marks.items():
+        if mark not in (0, 1):  # false and true are equal to them
+            _wrong(f"{where}.{key}", "0 or 1" if key == "weight" else "true or false", mark)
+        if mark and role != "assistant":
+            _wrong(f"{where}.{key}", "none: only messages of the assistant are trained", mark)
+    return all(marks.values())
 
 
 def _text(fields: dict[str, Any], key: str) -> str:

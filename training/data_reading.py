@@ -134,6 +134,8 @@ class _Reading:
             spans = tokens["spans"]
             self.facts.short_answers += sum(e - b <= 2 for b, e in zip(spans[::2], spans[1::2], strict=True))
         said = [text for message in messages for text in (message.role, message.content)]
+        # the same words with other marks teach something else
+        said += [f"untrained {at}" for at, m in enumerate(messages) if m.role == "assistant" and not m.trained]
         if isinstance(example, AnswerPair):
             said.append(example.rejected.content)
         if isinstance(example, RatedAnswer):
@@ -175,8 +177,8 @@ class _Reading:
     def _shortened(
         self, messages: tuple[Message, ...], rendered: Rendered
     ) -> tuple[tuple[Message, ...], Rendered] | None:
-        """As many whole exchanges from the start as fit; None if not even the first does."""
-        answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
+        """As many whole exchanges from the start as fit, up to a trained one; None if not even the first does."""
+        answers = [at for at, message in enumerate(messages) if message.learned]  # one for each span
         ends = trained_spans(rendered.loss_mask)[1::2]
         for fitting in range(sum(end <= self._max_length for end in ends), 0, -1):
             kept = messages[: answers[fitting - 1] + 1]
