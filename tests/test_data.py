@@ -192,6 +192,18 @@ def test_b10_a_format_that_the_method_cannot_use_is_refused(prepare: Prepare, tm
         prepare(write(tmp_path / "d.jsonl", GOOD), format="preference")
 
 
+@pytest.mark.parametrize(("suffix", "label"), [("jsonl", "0"), ("csv", "false"), ("csv", "1")])
+def test_b10_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, suffix: str, label: str) -> None:
+    """P B10: one line that names the method, whatever file the verdicts are in."""
+    path = tmp_path / f"d.{suffix}"
+    csv_text = f"prompt,completion,label\nq,a,{label}\n"
+    path.write_text(csv_text if suffix == "csv" else f'{{"prompt": "q", "completion": "a", "label": {label}}}\n')
+    with pytest.raises(DatasetError, match=r"rates its answer \(label\).*set method: kto") as caught:
+        prepare(str(path))
+    assert "\n" not in str(caught.value)
+    assert len(prepare(str(path), kind="unpaired_preference").train) == 1
+
+
 def test_b10_nothing_usable_is_an_error_even_when_skipping(prepare: Prepare, tmp_path: Path) -> None:
     """P B10."""
     with pytest.raises(DatasetError, match=r"no usable row \(1 read, 1 skipped, the first because .*d.jsonl:1 is not"):

@@ -274,5 +274,17 @@ def test_b10_supervised_training_does_not_learn_the_worse_answer() -> None:
     """P B10: rows for DPO and KTO are told apart from those for SFT."""
     with pytest.raises(BadRow, match="method dpo"):
         parse({"prompt": "q", "chosen": "a", "rejected": "b"})
-    with pytest.raises(BadRow, match="method kto"):
-        parse({"prompt": "q", "completion": "a", "label": False})
+
+
+@pytest.mark.parametrize("label", [False, True, 0, 1, 0.0, "false", " True", "0", "1"])
+def test_b10_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
+    """P B10: what one method takes for a bad answer must not be learned by the other."""
+    row = {"prompt": "q", "completion": "a", "label": label}
+    assert isinstance(parse(row, "unpaired_preference")[1], RatedAnswer)
+    with pytest.raises(BadRow, match=r"rates its answer .*set method: kto"):
+        parse(row)
+
+
+@pytest.mark.parametrize("label", [None, "", 2, -1, "sports", ["x"]])
+def test_a_label_that_is_no_verdict_is_a_column_like_any_other(label: Any) -> None:
+    assert parse({"prompt": "q", "completion": "a", "label": label})[1] == Dialog(dialog("q", "a"))

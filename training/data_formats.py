@@ -132,8 +132,11 @@ def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind) -> DatasetFor
     for row_format in possible:
         asked = wanted == row_format or (wanted == "auto" and row_format != "text")
         if asked and all(fields.get(key) is not None for key in _KEYS[row_format]):
-            if kind == "sft" and row_format == "prompt_completion" and isinstance(fields.get("label"), bool):
-                raise BadRow("rates an answer (label): train on such rows with method kto, or leave label out")
+            if row_format == "prompt_completion" and _verdict(fields.get("label")) is not None:
+                raise BadRow(
+                    "rates its answer (label), which may be a bad one: set method: kto to train on such rows, or "
+                    "rename the column if it says something else"
+                )
             return row_format
     if kind == "sft" and wanted == "auto" and fields.keys() >= {"chosen", "rejected"}:
         raise BadRow("compares two answers (chosen, rejected): train on such rows with method dpo")
@@ -212,16 +215,21 @@ def _from_preference(fields: dict[str, Any]) -> AnswerPair:
 
 
 def _from_unpaired(fields: dict[str, Any]) -> RatedAnswer:
-    label = fields["label"]
-    if isinstance(label, str):  # a CSV cell
-        label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
-    if label not in (True, False):  # 1 and 0 are equal to them
-        _wrong("label", "true or false", label)
+    label = _verdict(fields["label"])
+    if label is None:
+        _wrong("label", "true or false", fields["label"])
     completion = _turns(fields, "completion", "assistant")
     if len(completion) != 1 or completion[0].role != "assistant":
         raise BadRow(f"has in completion {len(completion)} messages: expected one answer from the assistant")
     _check_judged(completion[0])
-    return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], bool(label))
+    return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], label)
+
+
+def _verdict(label: Any) -> bool | None:
+    """Whether an answer is wanted, as JSON, Parquet and the cells of CSV files say it; None for any other value."""
+    if isinstance(label, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    return bool(label) if label in (True, False) else None  # 1 and 0 are equal to them
 
 
 def _check_judged(*answers: Message) -> None:
