@@ -184,6 +184,47 @@ def test_columns_name_the_parts_of_any_row() -> None:
         parse({"answer": "a"}, columns=columns)
 
 
+@pytest.mark.parametrize(
+    ("row", "columns", "format_name", "expected"),
+    [
+        (
+            {"question": "q", "answer": "a", "system": "S"},
+            {"prompt": "question", "completion": "answer"},
+            "prompt_completion",
+            dialog("q", "a", system="S"),
+        ),
+        ({"instruction": "i", "response": "o"}, {"output": "response"}, "alpaca", dialog("i", "o")),
+        (
+            {"instruction": "i", "input": "in", "response": "o"},
+            {"instruction": "instruction", "output": "response"},
+            "alpaca",
+            dialog("i\nin", "o"),
+        ),
+        (  # what is named goes before a format that the row has by itself
+            {"messages": [{"role": "user", "content": "x"}], "instruction": "x", "output": "x", "q": "q", "a": "a"},
+            {"prompt": "q", "completion": "a"},
+            "prompt_completion",
+            dialog("q", "a"),
+        ),
+        (  # two names that change places
+            {"instruction": "in", "input": "i", "output": "o"},
+            {"instruction": "input", "input": "instruction"},
+            "alpaca",
+            dialog("i\nin", "o"),
+        ),
+    ],
+)
+def test_columns_rename_and_leave_the_rest_of_a_row(
+    row: Any, columns: Any, format_name: str, expected: tuple[Message, ...]
+) -> None:
+    assert parse(row, columns=columns) == (format_name, Dialog(expected))
+
+
+def test_the_prompt_that_columns_name_is_the_prompt() -> None:
+    row = {"prompt": "not this", "question": "q", "chosen": "good", "rejected": "bad"}
+    assert parse(row, "preference", columns={"instruction": "question"}) == ("preference", PAIR)
+
+
 PAIR = AnswerPair(dialog("q"), Message("assistant", "good"), Message("assistant", "bad"))
 
 

@@ -66,7 +66,10 @@ class DataConfig(_Section):
     format: DatasetFormat | Literal["auto"] = "auto"
     """`auto` decides row by row from the keys. `text` must be asked for: under `auto` a text is a guanaco dialog."""
     columns: dict[Column, str] = {}
-    """Where a row has its parts under other names, such as `{prompt: question, completion: answer}`."""
+    """Where a row has its parts under other names, such as `{prompt: question, completion: answer}`.
+
+    A part that is not named here is read under its own name, such as a column `system`.
+    """
     split: str = "train"
     """The split of a hub dataset."""
     held_out: float = Field(default=0.1, ge=0, le=0.5)

@@ -27,6 +27,7 @@ ACCEPTED: dict[RowKind, str] = {
 }
 
 _EXCERPT_CHARS = 80
+_PROMPTS = ("prompt", "conversations", "instruction")  # what precedes an answer; the first that a row has
 # Whether a message is trained: OpenAI's 0 or 1, and the two names of Axolotl's examples, true or false.
 _TRAINED_KEYS = ("weight", "train", "training")
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
@@ -90,9 +91,10 @@ def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> tuple[DatasetFo
     if row.problem:
         raise BadRow(row.problem)
     fields = _fields(row.content)
-    if source.columns:
-        fields = _renamed(fields, source.columns)
-    row_format = _format_of(fields, source.format or "auto", kind)
+    columns = source.columns or {}
+    if columns:
+        fields = _renamed(fields, columns)
+    row_format = _format_of(fields, source.format or "auto", kind, columns)
     return row_format, _READERS[row_format](fields)
 
 
@@ -121,14 +123,21 @@ def _fields(content: Any) -> dict[str, Any]:
 
 
 def _renamed(fields: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
+    """The row with what `columns` names under our names, before anything that has such a name of its own."""
     missing = [column for column in columns.values() if column not in fields]
     if missing:
         raise BadRow(f"has no {missing[0]!r}, which data.columns names: it has the keys {_keys(fields)}")
-    return {name: fields[column] for name, column in columns.items()}
+    others = set(columns.values())
+    if any(name in columns for name in _PROMPTS):  # another prompt of the row would stand in for the named one
+        others.update(_PROMPTS)
+    kept = {name: value for name, value in fields.items() if name not in others}
+    return kept | {name: fields[column] for name, column in columns.items()}
 
 
-def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind) -> DatasetFormat:
+def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind, columns: Mapping[Any, str]) -> DatasetFormat:
     possible = formats_of(kind)
+    if columns:  # a format of which they name a part comes first
+        possible = tuple(sorted(possible, key=lambda known: columns.keys().isdisjoint(_KEYS[known])))
     for row_format in possible:
         asked = wanted == row_format or (wanted == "auto" and row_format != "text")
         if asked and all(fields.get(key) is not None for key in _KEYS[row_format]):
