@@ -24,7 +24,13 @@ def dialog(*contents: str, system: str | None = None) -> tuple[Message, ...]:
 def parse(row: Any, kind: RowKind = "sft", **data: Any) -> tuple[str, Example]:
     [source] = DataConfig(path="d.jsonl", **data).sources
     content = row if isinstance(row, bytes) else json.dumps(row).encode()
-    return parse_row(RawRow("d.jsonl:1", content), source, kind)
+    parsed = parse_row(RawRow("d.jsonl:1", content), source, kind)
+    return parsed.format, parsed.example
+
+
+def unused(row: Any, kind: RowKind = "sft", **data: Any) -> set[str]:
+    [source] = DataConfig(path="d.jsonl", **data).sources
+    return {*parse_row(RawRow("d.jsonl:1", row), source, kind).unused_keys}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,8 @@ def test_each_format_is_read_and_found_by_auto(
     path = FIXTURES / file
     [source] = DataConfig(path=str(path), format="auto" if auto else format_name).sources
     rows = [*read_rows(source)]
-    assert [parse_row(row, source, "sft") for row in rows] == [(format_name, Dialog(messages)) for messages in expected]
+    parsed = [parse_row(row, source, "sft") for row in rows]
+    assert [(row.format, row.example) for row in parsed] == [(format_name, Dialog(m)) for m in expected]
     assert [row.place for row in rows] == [f"{path}:1", f"{path}:2"]
 
 
@@ -223,6 +230,41 @@ def test_columns_rename_and_leave_the_rest_of_a_row(
 def test_the_prompt_that_columns_name_is_the_prompt() -> None:
     row = {"prompt": "not this", "question": "q", "chosen": "good", "rejected": "bad"}
     assert parse(row, "preference", columns={"instruction": "question"}) == ("preference", PAIR)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "columns", "expected"),
+    [
+        (SHAREGPT | {"system": "S", "id": 7, "tools": [], "meta": {}, "tag": None, "note": ""}, "sft", {}, {"id"}),
+        ({"instruction": "i", "input": "", "output": "o", "history": [], "score": 0}, "sft", {}, {"score"}),
+        ({"prompt": "q", "completion": "a", "input": "in", "messages": None}, "sft", {}, {"input"}),
+        ({"text": "### Human: q ### Assistant: a", "system": "S", "prompt": "x"}, "sft", {}, {"prompt"}),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "q", "name": "Ann"},
+                    {"role": "assistant", "content": "a", "weight": 1, "refusal": None, "tool_calls": []},
+                ],
+                "tools": [{"type": "function"}],
+            },
+            "sft",
+            {},
+            {"tools", "messages[].name"},
+        ),
+        (
+            {"question": "q", "answer": "a", "prompt": "not this", "instruction": "nor this", "tone": "S", "id": 1},
+            "sft",
+            {"prompt": "question", "completion": "answer", "system": "tone"},
+            {"prompt", "instruction", "id"},
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "instruction": "i"}, "preference", {}, {"instruction"}),
+        ({"instruction": "q", "input": "i", "chosen": "a", "rejected": "b", "x": 1}, "preference", {}, {"x"}),
+        ({"prompt": "q", "completion": "a", "label": True, "chosen": "c"}, "unpaired_preference", {}, {"chosen"}),
+    ],
+)
+def test_keys_that_say_nothing_to_a_format_are_told(row: Any, kind: RowKind, columns: Any, expected: set[str]) -> None:
+    """Under the row's own names; a key without a value is none."""
+    assert unused(row, kind, columns=columns) == expected
 
 
 PAIR = AnswerPair(dialog("q"), Message("assistant", "good"), Message("assistant", "bad"))

@@ -27,7 +27,12 @@ ACCEPTED: dict[RowKind, str] = {
 }
 
 _EXCERPT_CHARS = 80
-_PROMPTS = ("prompt", "conversations", "instruction")  # what precedes an answer; the first that a row has
+# What precedes an answer, the first that a row has, each with the keys that it is read from.
+_PROMPTS = {
+    "prompt": {"prompt"},
+    "conversations": {"conversations"},
+    "instruction": {"instruction", "input", "history"},
+}
 # Whether a message is trained: OpenAI's 0 or 1, and the two names of Axolotl's examples, true or false.
 _TRAINED_KEYS = ("weight", "train", "training")
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
@@ -78,8 +83,20 @@ class RatedAnswer:
 Example = Dialog | Document | AnswerPair | RatedAnswer
 
 
-def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> tuple[DatasetFormat, Example]:
-    """What a row of `source` teaches, and the format that it was found to have.
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """What a row teaches, the format that it was found to have, and which of its keys say nothing to that format.
+
+    `unused_keys` are the row's own names, those of a message as in `messages[].name`; keys without a value are no keys.
+    """
+
+    format: DatasetFormat
+    example: Example
+    unused_keys: frozenset[str]
+
+
+def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> ParsedRow:
+    """What a row of `source` teaches.
 
     Args:
         source: with `format` and `columns` filled in.
@@ -90,12 +107,11 @@ def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> tuple[DatasetFo
     """
     if row.problem:
         raise BadRow(row.problem)
-    fields = _fields(row.content)
+    given = _fields(row.content)
     columns = source.columns or {}
-    if columns:
-        fields = _renamed(fields, columns)
+    fields = _renamed(given, columns) if columns else given
     row_format = _format_of(fields, source.format or "auto", kind, columns)
-    return row_format, _READERS[row_format](fields)
+    return ParsedRow(row_format, _READERS[row_format](fields), _unused_keys(given, fields, columns, row_format))
 
 
 def formats_of(kind: RowKind) -> tuple[DatasetFormat, ...]:
@@ -156,6 +172,32 @@ def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind, columns: Mapp
 def _keys(fields: dict[str, Any]) -> str:
     # hub rows fill up with null
     return ", ".join(k if fields[k] is not None else f"{k} (null)" for k in sorted(fields, key=str)) or "(none)"
+
+
+def _unused_keys(
+    given: dict[str, Any], fields: dict[str, Any], columns: Mapping[Any, str], row_format: DatasetFormat
+) -> frozenset[str]:
+    """Keys of the row as it was `given` that reading its `fields` in a format makes nothing of."""
+    read = _READ[row_format]
+    if row_format in ("preference", "unpaired_preference"):
+        read |= next((parts for key, parts in _PROMPTS.items() if fields.get(key) is not None), set())
+    used = {columns.get(key, key) for key in fields.keys() & read} if columns else read
+    unused = {str(key) for key in given.keys() - used if not _is_nothing(given[key])}
+    for key in fields.keys() & read & _MESSAGE_LISTS:
+        if isinstance(fields[key], list):
+            unused.update(
+                f"{columns.get(key, key)}[].{name}"
+                for item in fields[key]
+                if isinstance(item, dict)
+                for name in item.keys() - _MESSAGE_KEYS
+                if not _is_nothing(item[name])
+            )
+    return frozenset(unused)
+
+
+def _is_nothing(value: Any) -> bool:
+    """What the rows of Parquet files and the hub fill up with, and an empty cell."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _from_messages(fields: dict[str, Any]) -> Dialog:
@@ -354,6 +396,8 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
 
 def _is_trained(item: dict[str, Any], role: Any, where: str) -> bool:
     """As OpenAI and Axolotl mark a message; an assistant's is trained unless it says otherwise."""
+    if len(item) == 2:  # nearly all: a role and a content
+        return True
     if item.get("train_detail"):
         raise BadRow(f"trains parts of a message (train_detail) in {where}: only whole messages can be left out")
     marks = {key: item[key] for key in _TRAINED_KEYS if item.get(key) is not None}  # Parquet fills up with null
@@ -398,6 +442,20 @@ _KEYS: dict[DatasetFormat, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "unpaired_preference": ("completion", "label"),
 }
+
+# What reading a format looks at; a judged answer's prompt is one of _PROMPTS.
+_READ: dict[DatasetFormat, frozenset[str]] = {
+    "messages": frozenset({"messages", "system"}),
+    "sharegpt": frozenset({"conversations", "system"}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", "system"}),
+    "prompt_completion": frozenset({"prompt", "completion", "system"}),
+    "guanaco": frozenset({"text", "system"}),
+    "text": frozenset({"text"}),
+    "preference": frozenset({"chosen", "rejected", "system"}),
+    "unpaired_preference": frozenset({"completion", "label", "system"}),
+}
+_MESSAGE_LISTS = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected"})
+_MESSAGE_KEYS = frozenset({"role", "content", "from", "value", *_TRAINED_KEYS})
 
 _READERS: dict[DatasetFormat, Callable[[dict[str, Any]], Example]] = {
     "messages": _from_messages,
