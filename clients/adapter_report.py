@@ -158,6 +158,9 @@ def _lineage(manifest: "AdapterManifest", ancestors: Sequence["AdapterManifest"]
     for version in (*reversed(ancestors), manifest):
         label = Text(f"{version.name}@{version.version}", style="bold" if version is manifest else "")
         label.append(f"  {', '.join(filter(None, [version.method or '', _loss(version), _sources(version)]))}")
+        if version.parent and version.parent.other_split:
+            warning = f"{version.parent} may know its held-out rows: {version.parent.other_split}"
+            label.append(f"\n{warning}", style="yellow")
         at = at.add(label)
     return tree
 

@@ -112,6 +112,20 @@ def demo(
         run_demo(once=once, port=port, debug=context.obj)
 
 
+_Submit = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="as a job of the Ray cluster with that dashboard: http://HOST:8265, or auto"),
+]
+_SubmissionId = Annotated[
+    str | None, typer.Option(metavar="ID", help="with --submit: the job's, and the run's; the same is one run")
+]
+_Env = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY[=VALUE]", help="with --submit: a variable for the job; again for more"),
+]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="with --submit: show the job's output")]
+
+
 @app.command()
 def train(
     context: typer.Context,
@@ -124,40 +138,25 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print --dry-run as JSON")] = False,
     force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
-    submit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="as a job of the Ray cluster with that dashboard: http://HOST:8265, or auto"
-        ),
-    ] = None,
-    submission_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="with --submit: the job's, and the run's; the same is one run")
-    ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY[=VALUE]", help="with --submit: a variable for the job; again for more"),
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="with --submit: show the job's output")] = True,
+    submit: _Submit = None,
+    submission_id: _SubmissionId = None,
+    env: _Env = None,
+    wait: _Wait = True,
 ) -> None:
     """Train an adapter and register it, here or with --submit on a Ray cluster."""
-    from training.config import load_config
     from training.errors import ConfigError
+    from training.sweep_config import SweepConfig, load_run_config
 
-    settings = load_config(config, overrides or [])
+    settings = load_run_config(config, overrides or [])
+    if isinstance(settings, SweepConfig):
+        raise ConfigError(f"{config} has search, it describes a sweep: 'corral sweep {config}' runs it")
     if dry_run:
         from training import plan
 
         print(plan.dry_run(settings, as_json=as_json))
         return
-    if submit:
-        from clients.jobs import submit_training
-
-        submit_training(
-            submit, config, overrides or [], submission_id=submission_id, env=env or [], force=force, wait=wait
-        )
+    if _submitted(submit, config, overrides, submission_id=submission_id, env=env, force=force, wait=wait):
         return
-    if submission_id or env or not wait:
-        raise ConfigError("--submission-id, --env and --no-wait are for a job: add --submit http://HOST:8265")
     from training.__main__ import run_training
 
     run_training(settings, force=force, debug=context.obj)
@@ -173,11 +172,51 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials and stop")] = False,
     force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    submit: _Submit = None,
+    submission_id: _SubmissionId = None,
+    env: _Env = None,
+    wait: _Wait = True,
 ) -> int:
-    """Train once for each point of a search, and register the best."""
-    from clients.sweep import run
+    """Train once for each point of a search, and register the best, here or with --submit on a Ray cluster."""
+    from training.errors import ConfigError
+    from training.sweep_config import load_sweep, plan
+    from training.sweep_report import print_plan
 
-    return run(config, overrides or [], dry_run=dry_run, force=force, as_json=as_json, debug=context.obj)
+    settings = load_sweep(config, overrides or [])
+    if dry_run:
+        print_plan(plan(settings), json_=as_json)
+        return 0
+    if submit and as_json:
+        raise ConfigError("--json is not for a job: sweep.json in the sweep's directory has the same")
+    if _submitted(submit, config, overrides, submission_id=submission_id, env=env, force=force, wait=wait):
+        return 0
+    from training.__main__ import run_search
+
+    return run_search(settings, force=force, as_json=as_json, debug=context.obj)
+
+
+def _submitted(
+    submit: str | None,
+    config: Path,
+    overrides: list[str] | None,
+    *,
+    submission_id: str | None,
+    env: list[str] | None,
+    force: bool,
+    wait: bool,
+) -> bool:
+    """Send it as a job, if it is to be one."""
+    from training.errors import ConfigError
+
+    if submit:
+        from clients.jobs import submit_training
+
+        submit_training(
+            submit, config, overrides or [], submission_id=submission_id, env=env or [], force=force, wait=wait
+        )
+    elif submission_id or env or not wait:
+        raise ConfigError("--submission-id, --env and --no-wait are for a job: add --submit http://HOST:8265")
+    return bool(submit)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""Trainings as jobs of a Ray cluster: submit, find, follow, stop, over Ray's `JobSubmissionClient`.
+"""Trainings and sweeps as jobs of a Ray cluster: submit, find, follow, stop, over Ray's `JobSubmissionClient`.
 
-`corral train --submit` and `corral runs --address` use it. A job belongs to a run, by the run's name in its metadata:
-a run that is queued, at work or done is not started again, and one that failed or was stopped goes on in another job.
+`corral train --submit`, `corral sweep --submit` and `corral runs --address` use it. A job belongs to a run, by the run
+name in its metadata: a run that is queued, at work or done is not started again, one that failed or was stopped goes on
+in another job.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """A job that trains; `started` and `ended` are seconds since the epoch."""
+    """A job that trains, once or in a sweep; `started` and `ended` are seconds since the epoch."""
 
     submission_id: str
     run_name: str
@@ -73,13 +74,23 @@ class TrainingJobs:
         return sorted(jobs, key=lambda job: job.started)
 
     def find(self, name: str) -> TrainingJob:
-        """The job with that submission id, else the last job of the run with that name."""
+        """The last job of the run with that name, else the job with that submission id.
+
+        The first job of a run often has its name as id; asked for by it, the one that resumed it is meant.
+        """
         jobs = self.all()
-        named = [job for job in jobs if job.submission_id == name] or [job for job in jobs if job.run_name == name]
+        named = [job for job in jobs if job.run_name == name] or [job for job in jobs if job.submission_id == name]
         if not named:
             known = ", ".join(dict.fromkeys(job.run_name for job in reversed(jobs))) or "none"
             raise JobError(f"no training job or run {name!r} at {self.url}: there are {known:.300}")
         return named[-1]
+
+    def _again(self, submission_id: str) -> TrainingJob:
+        """That very job, as it is now."""
+        for job in self.all():
+            if job.submission_id == submission_id:
+                return job
+        raise JobError(f"job {submission_id!r} is no longer known at {self.url}: see 'corral runs list'")
 
     def submit(
         self, package: JobPackage, config: "TrainConfig", submission_id: str, *, env: Mapping[str, str], force: bool
@@ -126,7 +137,7 @@ class TrainingJobs:
                 if winner is None:
                     raise
                 return _same(winner, told)
-        return self.find(fresh_id)
+        return self._again(fresh_id)
 
     def logs(self, job: TrainingJob) -> str:
         """What the job has printed."""
@@ -139,7 +150,7 @@ class TrainingJobs:
         while True:
             with contextlib.suppress(RuntimeError, *_lost_connection()):
                 asyncio.run(self._tail(job.submission_id, unseen))
-            job = self.find(job.submission_id)
+            job = self._again(job.submission_id)
             if job.has_ended:
                 return job
             time.sleep(_RECONNECT_S)
@@ -156,7 +167,7 @@ class TrainingJobs:
         deadline = time.monotonic() + 2 * _STOP_S
         while not job.has_ended and time.monotonic() < deadline:
             time.sleep(0.3)
-            job = self.find(job.submission_id)
+            job = self._again(job.submission_id)
         if not job.has_ended:
             raise JobError(f"job {job.submission_id!r} is still {job.status}: look again with 'corral runs list'")
         return job
@@ -198,20 +209,20 @@ def submit_training(
     force: bool = False,
     wait: bool = True,
 ) -> None:
-    """Check the configuration here, send it as a job, and pass its output on until it ends.
+    """Check the configuration of a training or a sweep here, send it as a job, and pass its output on until it ends.
 
     Raises:
         CorralError: configuration, data or cluster do not fit, or the job did not succeed.
     """
-    from training.config import load_config
     from training.fit import fresh_run_name
+    from training.sweep_config import load_run_config
 
-    config = load_config(config_path, overrides)
-    run_name = config.run_name or submission_id or fresh_run_name(config.adapter)
+    config = load_run_config(config_path, overrides)
+    run_name = config.run_name or submission_id or fresh_run_name(config)
     env_vars = _env_vars(env or [])
     others = [override for override in overrides if not override.startswith("run_name=")]
     package = pack(config_path, [*others, f"run_name={run_name}"], config)
-    there = load_config(config_path, package.overrides)
+    there = load_run_config(config_path, package.overrides)
     _check_data(config, package)
     jobs = TrainingJobs(address)
     for path in package.elsewhere:

@@ -58,7 +58,8 @@ def show(name: _Name, address: _Address = None, storage: _Storage = None, as_jso
     from training.runs import read_metrics, read_run, run_files, runs_address
 
     run = read_run(runs_address(storage), name)
-    became = [manifest.model_id for manifest in AdapterRegistry().list() if manifest.run_name == name]
+    # Of a sweep its best trial became a version.
+    became = [m.model_id for m in AdapterRegistry().list() if f"{m.run_name}/".startswith(f"{name}/")]
     if as_json:
         print(json.dumps({**asdict(run), "registered_as": became}, indent=2))
     else:
@@ -111,10 +112,13 @@ def logs(
 def _print_steps(address: str, name: str, follow: bool) -> None:
     from training.runs import read_metrics, read_run
 
-    last_step = 0
+    last_step, last_phase = 0, ""
     while True:
         run = read_run(address, name)  # before its steps: nothing is logged after a run has ended
         steps = read_metrics(run)
+        if not steps and run.phase != last_phase:  # a sweep's steps are its trials'
+            last_phase = run.phase
+            print(last_phase, flush=True)
         if steps and steps[-1]["step"] < last_step:  # resumed from an earlier checkpoint
             last_step = 0
         for step in steps:
@@ -189,8 +193,9 @@ def _run_summary(run: "Run", losses: Sequence[float], files: Sequence[str], beca
     if run.tokens_per_s:
         lines.append(f"  speed          {run.tokens_per_s:.0f} tokens/s")
     lines.append(f"  files          {run.directory}: {', '.join(files)}")
-    if run.state in ("stopped", "interrupted", "failed"):
-        lines.append(f"  resume it      corral train CONFIG run_name={run.name}")
+    if run.state in ("stopped", "interrupted", "failed") and "/" not in run.name:
+        command = "sweep" if "search" in run.config else "train"
+        lines.append(f"  resume it      corral {command} CONFIG run_name={run.name}")
     return "\n".join(lines)
 
 

@@ -39,7 +39,9 @@ def lineage(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> Path:
         tiny_base,
         tiny_adapter,
         method="dpo",
-        parent=ParentRef(name="ranch", version=1, weights_sha256=first.weights_sha256),
+        parent=ParentRef(
+            name="ranch", version=1, weights_sha256=first.weights_sha256, other_split="its data.split_seed is 3"
+        ),
         config={"seed": 7, "learning_rate": 0.002},
         evaluated_sha256=first.weights_sha256,
         environment=Environment(
@@ -69,6 +71,7 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseModel) -> No
         assert words in shown
     tree = shown[shown.index(tiny_base.source) :]
     assert 0 < tree.index("ranch@1  sft, held-out loss") < tree.index("ranch@2  dpo, held-out DPO loss 1.2500")
+    assert "ranch@1 may know its held-out rows: its data.split_seed is 3" in tree
     assert "1.2500 nats, the base's 2.5000, over 1,200 tokens" in adapters(lineage, "show", "ranch@1").stdout
     whole = json.loads(adapters(lineage, "show", "ranch@2", "--json").stdout)
     assert [(older["version"], older["method"]) for older in whole["ancestors"]] == [(1, "sft")]

@@ -351,3 +351,17 @@ def test_chatml_begins_with_bos_only_where_the_tokenizer_config_asks_for_it(tmp_
     base = BaseModel("tiny", str(tmp_path), tmp_path, None)
     ids = load_chat_format("chatml", base, _tokenizer("chatml")).render_prompt([Message("user", "a")])
     assert ids[:2] == [0, 1]
+
+
+@pytest.mark.parametrize("name", get_args(ChatFormatName))
+def test_e5_untrained_answer_has_the_same_tokens_and_no_loss(formats: dict[str, ChatFormat], name: str) -> None:
+    turns = [Message("user", "hi"), Message("assistant", "hi"), Message("user", "hi"), Message("assistant", "hi")]
+    whole = formats[name].render_training(turns)
+    turns[1] = Message("assistant", "hi", trained=False)
+    part = formats[name].render_training(turns)
+    assert part.input_ids == whole.input_ids
+    begin = whole.loss_mask.index(True)
+    end = begin + whole.loss_mask[begin:].index(False)
+    assert not any(part.loss_mask[begin:end])
+    assert part.loss_mask[end:] == whole.loss_mask[end:]
+    assert any(part.loss_mask)

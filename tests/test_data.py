@@ -198,7 +198,7 @@ def test_b10_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, s
     path = tmp_path / f"d.{suffix}"
     csv_text = f"prompt,completion,label\nq,a,{label}\n"
     path.write_text(csv_text if suffix == "csv" else f'{{"prompt": "q", "completion": "a", "label": {label}}}\n')
-    with pytest.raises(DatasetError, match=r"rates its answer \(label\).*set method: kto") as caught:
+    with pytest.raises(DatasetError, match=r"rates an answer \(label\).*set method: kto") as caught:
         prepare(str(path))
     assert "\n" not in str(caught.value)
     assert len(prepare(str(path), kind="unpaired_preference").train) == 1
@@ -399,14 +399,20 @@ def test_held_out_is_the_asked_share_and_deterministic(
     prepare: Prepare, tmp_path: Path, num: int, held_out: int
 ) -> None:
     rows = questions(num)
-    prepared = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, seed=1)
+    prepared = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=1)
     train, held = asked(prepared), asked(prepared, "held_out")
     assert (len(train), len(held)) == (num - held_out, held_out)
     assert sorted(train + held) == sorted(r["prompt"] for r in rows)
-    reordered = prepare(write(tmp_path / "r.jsonl", *rows[::-1]), held_out=0.1, seed=1)
+    reordered = prepare(write(tmp_path / "r.jsonl", *rows[::-1]), held_out=0.1, split_seed=1)
     assert (asked(reordered)[::-1], asked(reordered, "held_out")[::-1]) == (train, held)
-    other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, seed=2)
+    other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=2)
     assert num < 100 or asked(other, "held_out") != held
+
+
+def test_the_seed_of_a_run_does_not_choose_what_is_held_out(prepare: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *questions(200))
+    held = [asked(prepare(path, held_out=0.1, seed=seed), "held_out") for seed in (0, 1, 7)]
+    assert held[0] == held[1] == held[2]
 
 
 def test_conversations_with_the_same_question_stay_on_one_side(prepare: Prepare, tmp_path: Path) -> None:

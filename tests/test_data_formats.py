@@ -152,7 +152,7 @@ def test_e5_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names:
         ({}, {"train": "no"}, 'has in messages[1].train "no", expected true or false'),
         ({"weight": 1}, {}, "has in messages[0].weight 1, expected none: only messages of the assistant are trained"),
         ({"train": True}, {}, "has in messages[0].train true, expected none: only messages of the assistant are"),
-        ({"train": False}, {"weight": 0}, "has no answer to learn from: all of them are marked as not to be trained"),
+        ({"train": False}, {"weight": 0}, "has nothing to learn: every answer is marked as not to be trained"),
         ({}, {"train_detail": [{"begin_offset": 0}]}, "trains parts of a message (train_detail) in messages[1]"),
     ],
 )
@@ -364,7 +364,7 @@ def test_b10_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
     """P B10: what one method takes for a bad answer must not be learned by the other."""
     row = {"prompt": "q", "completion": "a", "label": label}
     assert isinstance(parse(row, "unpaired_preference")[1], RatedAnswer)
-    with pytest.raises(BadRow, match=r"rates its answer .*set method: kto"):
+    with pytest.raises(BadRow, match=r"rates an answer .*set method: kto"):
         parse(row)
 
 

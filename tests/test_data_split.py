@@ -1,6 +1,7 @@
 """Hashes, duplicates, the held-out split and weights, as arithmetic."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -53,11 +54,28 @@ def test_hold_out_keeps_groups_together_and_close_to_the_share(openings: np.ndar
     assert 0 < held_out.sum() < len(openings)
     sizes = {side: np.unique(openings[mask], return_counts=True)[1] for side, mask in ((0, ~held_out), (1, held_out))}
     room = min(max(1, round(share * len(openings))), len(openings) - 1)
-    if held_out.sum() <= room:  # full: no group that is left would fit
-        assert held_out.sum() + sizes[0].min() > room
+    if held_out.sum() <= room:  # as full as whole groups make it
+        assert held_out.sum() + sizes[0].max() > room
     else:  # no group fits, so it is the smallest
         assert len(sizes[1]) == 1
         assert sizes[1][0] <= sizes[0].min()
+
+
+@given(few_hashes, st.integers(0, 9))
+def test_a_larger_share_holds_out_the_same_rows_and_more(openings: np.ndarray, seed: int) -> None:
+    if len(set(openings.tolist())) < 2:
+        return
+    shares = [hold_out(openings, share, seed) for share in (0.01, 0.05, 0.1, 0.2, 0.35, 0.5)]
+    for smaller, larger in itertools.pairwise(shares):
+        assert not (smaller & ~larger).any()
+
+
+def test_a_group_of_half_the_rows_does_not_keep_others_from_being_held_out() -> None:
+    openings = np.array([7] * 500 + [*range(1000, 1500)], dtype=np.uint64)
+    for seed in range(20):
+        held_out = hold_out(openings, 0.1, seed)
+        assert held_out.sum() == 100
+        assert not held_out[:500].any()
 
 
 def test_hold_out_of_single_rows_is_the_exact_share() -> None:

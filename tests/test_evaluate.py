@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from tests.conftest import free_port
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.errors import AdapterRefused
 from training.evaluate import evaluate_files, held_out_loss
-from training.row_store import IGNORED_LABEL, TokenizedRow
+from training.row_store import IGNORED_LABEL, Rows, RowStore, StoredRow, StoreWriter, TokenizedRow
 
 PROJECT = Path(__file__).parent.parent
 ROWS: list[TokenizedRow] = [
@@ -70,6 +72,34 @@ def test_what_peft_would_only_warn_of_is_refused_C5(base: LlamaForCausalLM, tiny
     with pytest.raises(AdapterRefused, match=r"has no adapter_model\.safetensors"):
         evaluate_files(folder, base, ROWS)
     held_out_loss(base, ROWS)  # usable as before
+
+
+def test_rows_are_read_from_disk_when_their_batch_comes(
+    base: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StoreWriter(tmp_path) as writer:
+        for number, row in enumerate(ROWS):
+            ids = row["input_ids"]
+            tokens = {"input_ids": ids, "spans": [4, len(ids)]}
+            writer.append(StoredRow(tokens, None, "", None, 0, number, number, len(ids), len(ids) - 4))
+    read: list[int] = []
+    original = RowStore.row
+
+    def reading(store: RowStore, row: int) -> Any:
+        read.append(row)
+        return original(store, row)
+
+    monkeypatch.setattr(RowStore, "row", reading)
+    monkeypatch.setattr("training.evaluate._BATCH_TOKENS", 24)  # two rows at most
+    before_forward: list[int] = []
+    hook = base.model.register_forward_pre_hook(lambda *_: before_forward.append(len(read)))
+    rows: Rows[TokenizedRow] = Rows(RowStore(tmp_path), np.arange(len(ROWS)))
+    loss = held_out_loss(base, rows)
+    hook.remove()
+    assert loss == held_out_loss(base, ROWS)
+    assert sorted(read) == [*range(len(ROWS))]
+    assert before_forward[0] <= 2
+    assert before_forward == sorted(set(before_forward))
 
 
 def test_rows_without_a_labelled_token_are_refused(base: LlamaForCausalLM, tiny_adapter: Path) -> None:

@@ -1,20 +1,24 @@
-"""Runs on real Ray: one worker, two workers, a worker killed, a run that diverged."""
+"""Runs on real Ray: one worker, two workers that share the base or do not, a worker killed, a run that diverged."""
 
+import contextlib
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import train_workers
+from training.__main__ import register, run_training
 from training.base_models import BaseModel
-from training.config import TrainConfig
+from training.config import GateConfig, TrainConfig
 from training.data_config import DataConfig
-from training.errors import ConfigError, TrainingError
+from training.errors import AdapterRefused, ConfigError, TrainingError
 from training.fit import FitResult, fit, fresh_run_name, open_run
 from training.run_dir import RunDir
 from training.worker import _is_whole
@@ -71,17 +75,54 @@ def steps_of(run_dir: RunDir) -> list[int]:
     return [json.loads(line)["step"] for line in (run_dir.read_text("metrics.jsonl") or "").splitlines()]
 
 
-def test_two_gloo_workers_train_one_adapter_from_a_relative_path(
-    ray_cluster: None, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def when_step(run_dir: RunDir, step: int, act: Callable[[list[psutil.Process]], None]) -> threading.Event:
+    """Give the run's workers to `act` as soon as it has logged `step`; the event says that it was done."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not (workers := train_workers()):
+            time.sleep(0.05)
+        while (steps_of(run_dir) or [0])[-1] < step:
+            time.sleep(0.002)
+        act(workers)
+        done.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return done
+
+
+@pytest.fixture(scope="module")
+def two_workers(ray_cluster: None, tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
+    """A run on two workers, its data named by a relative path."""
+    folder = tmp_path_factory.mktemp("two")
+    config = tiny_run(tiny_base, folder)
     data = DataConfig.model_validate({"path": "rows.jsonl", "held_out": 0.2})
-    result = fit(config.model_copy(update={"num_workers": 2, "max_steps": 4, "data": data}))
-    assert steps_of(result.run_dir) == [1, 2, 3, 4]
-    assert (result.adapter_dir / "adapter_model.safetensors").is_file()
-    assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
-    assert result.metrics["eval_tokens"] > 50
-    assert len(result.environment.devices) == 2
+    with contextlib.chdir(folder):
+        return fit(config.model_copy(update={"num_workers": 2, "data": data}))
+
+
+def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: FitResult) -> None:
+    assert steps_of(two_workers.run_dir) == list(range(1, 13))
+    assert (two_workers.adapter_dir / "adapter_model.safetensors").is_file()
+    assert two_workers.metrics["eval_loss"] < two_workers.metrics["base_eval_loss"]
+    assert two_workers.metrics["eval_tokens"] > 50
+    assert len(two_workers.environment.devices) == 2
+
+
+def test_d13_sharded_base_one_of_two_workers_killed_gives_the_adapter_of_whole_bases_to_the_bit(
+    two_workers: FitResult, config: TrainConfig
+) -> None:
+    sharded = config.model_copy(update={"num_workers": 2, "fsdp": True, "run_name": "sharded", "max_failures": 1})
+    killed = when_step(RunDir(str(config.storage_path), "sharded"), 6, lambda workers: workers[0].kill())
+    result = fit(sharded)
+    assert killed.is_set()
+    assert steps_of(result.run_dir) == list(range(1, 13))
+    assert {**result.metrics, "train_s": 0} == {**two_workers.metrics, "train_s": 0}
+    assert result.adapter_sha256 == two_workers.adapter_sha256
+    assert result.samples == two_workers.samples
+    manifest = register(sharded, result)
+    assert manifest.config["fsdp"] is True
+    assert manifest.run_name == "sharded"
 
 
 def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(
@@ -89,21 +130,15 @@ def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_los
 ) -> None:
     whole = fit(config.model_copy(update={"run_name": "whole"}))
     run_dir = RunDir(str(config.storage_path), "killed")
-    killed = threading.Event()
 
-    def kill_and_cut_the_newest_checkpoint() -> None:
-        while not (workers := train_workers()):
-            time.sleep(0.05)
-        while (steps_of(run_dir) or [0])[-1] < 9:
-            time.sleep(0.002)
+    def kill_and_cut_the_newest_checkpoint(workers: list[psutil.Process]) -> None:
         for worker in workers:
             worker.kill()
-        killed.set()
         newest = max(path for path in Path(str(run_dir)).glob("checkpoint_*") if path.is_dir())
         weights = newest / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
 
-    threading.Thread(target=kill_and_cut_the_newest_checkpoint, daemon=True).start()
+    killed = when_step(run_dir, 9, kill_and_cut_the_newest_checkpoint)
     resumed = fit(config.model_copy(update={"run_name": "killed", "max_failures": 1}))
     assert killed.is_set()
     assert_same_run(resumed, whole)
@@ -114,6 +149,21 @@ def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
     assert steps_of(resumed.run_dir) == list(range(1, 13))
     assert resumed.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], abs=1e-3)
     assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-3)
+
+
+def test_d14_finished_run_is_neither_trained_nor_registered_twice(
+    ray_cluster: None, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
+    config = config.model_copy(update={"run_name": "once", "max_steps": 4, "gate": GateConfig(min_improvement=99)})
+    with pytest.raises(AdapterRefused, match="is not registered"):
+        run_training(config)
+    trained = RunDir(str(config.storage_path), "once").read_text("result.json")
+    registered = run_training(config, force=True)  # what the gate refused, without training again
+    again = run_training(config, force=True)
+    assert (registered.version, again) == (1, registered)
+    assert RunDir(str(config.storage_path), "once").read_text("result.json") == trained
+    assert "nothing is trained again" in capsys.readouterr().err
 
 
 def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
@@ -156,5 +206,5 @@ def test_d14_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
     assert not _is_whole(tmp_path)
 
 
-def test_run_names_differ() -> None:
-    assert len({fresh_run_name("a") for _ in range(20)}) == 20
+def test_run_names_differ(config: TrainConfig) -> None:
+    assert len({fresh_run_name(config) for _ in range(20)}) == 20

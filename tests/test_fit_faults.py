@@ -5,9 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -15,8 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port, train_workers
-from tests.test_fit import assert_same_run, steps_of, tiny_run
+from tests.test_fit import assert_same_run, tiny_run, when_step
 from training.base_models import BaseModel
 from training.config import TrainConfig
 from training.fit import fit
@@ -26,24 +23,6 @@ from training.run_dir import RunDir
 @pytest.fixture
 def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
     return tiny_run(tiny_base, tmp_path)
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of an S3 server on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=free_port(), verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("corral-runs")
-    yield "s3://corral-runs/here"
-    server.stop()
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 @contextlib.contextmanager
@@ -60,22 +39,6 @@ def private_ray(num_cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
-
-
-def when_step(run_dir: RunDir, step: int, act: Callable[[list[psutil.Process]], None]) -> threading.Event:
-    """Give the run's workers to `act` as soon as it has logged `step`; the event says that it was done."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not (workers := train_workers()):
-            time.sleep(0.05)
-        while (steps_of(run_dir) or [0])[-1] < step:
-            time.sleep(0.01)
-        act(workers)
-        done.set()
-
-    threading.Thread(target=watch, daemon=True).start()
-    return done
 
 
 def kill(workers: list[psutil.Process]) -> None:
@@ -99,29 +62,35 @@ def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(co
     assert not [file for file in files if file.startswith("scratch")]
 
 
-def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(config: TrainConfig) -> None:
-    """The steps have the same rows on one worker as on two: the run ends where the uninterrupted one does."""
+@pytest.mark.parametrize(("num_workers", "fsdp"), [([1, 2], False), ([2, 3], True)])
+def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
+    config: TrainConfig, num_workers: list[int], fsdp: bool
+) -> None:
+    """The steps have the same rows on any number of workers: the run ends where the uninterrupted one does."""
     import ray
     from ray.cluster_utils import Cluster
 
-    config = TrainConfig.model_validate(
-        config.model_dump() | {"num_workers": [1, 2], "per_device_train_batch_size": 2, "max_failures": 2}
+    whole = TrainConfig.model_validate(
+        config.model_dump() | {"per_device_train_batch_size": 2, "train_batch_size": 4, "run_name": "whole"}
         | {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}  # dropout differs with the number of workers
     )  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    leaving = cluster.add_node(num_cpus=1)
+    changes = {"num_workers": num_workers, "fsdp": fsdp, "max_failures": 2, "run_name": "elastic"}
+    fewest, most = num_workers
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": fewest, "include_dashboard": False})
+    leaving = cluster.add_node(num_cpus=most - fewest)
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes()
         run_dir = RunDir(str(config.storage_path), "elastic")
         left = when_step(run_dir, 6, lambda _: cluster.remove_node(leaving, allow_graceful=False))
-        elastic = fit(config.model_copy(update={"run_name": "elastic"}))
+        elastic = fit(whole.model_copy(update=changes))
         assert left.is_set()
-        whole = fit(config.model_copy(update={"run_name": "whole", "num_workers": 1, "train_batch_size": 4}))
+        uninterrupted = fit(whole)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert_same_run(elastic, whole)
+    assert len(elastic.environment.devices) == fewest
+    assert_same_run(elastic, uninterrupted)
 
 
 _FILL_AND_RESUME = """

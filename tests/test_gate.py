@@ -64,6 +64,28 @@ def test_min_improvement_is_in_nats_below_the_bases_loss(
     assert (objection(metrics, min_improvement, changes=True) is None) is passes
 
 
+def test_continuation_worse_than_its_parent_is_refused_though_better_than_the_base() -> None:
+    for eval_loss, passes in ((1.2, True), (1.2 + 1e-9, False), (1.1, True), (1.9, False)):
+        metrics = {"eval_loss": eval_loss, "base_eval_loss": 2.0, "parent_eval_loss": 1.2}
+        assert (objection(metrics, 0.0, changes=True) is None) is passes
+    message = str(objection({"eval_loss": 1.9, "base_eval_loss": 2.0, "parent_eval_loss": 1.2}, 0.0, changes=True))
+    assert "its held-out loss is 1.9000, above the 1.2000 of the version that it continues" in message
+    lost = {"eval_loss": 1.0, "base_eval_loss": 2.0, "parent_eval_loss": float("nan")}
+    assert objection(lost, 0.0, changes=True) is not None
+
+
+def test_force_past_the_parents_loss_is_recorded(
+    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+) -> None:
+    worse = draft(tiny_base, {**GOOD, "parent_eval_loss": 0.5})
+    with pytest.raises(AdapterRefused, match=r"above the 0\.5000 of the version that it continues"):
+        registry.register(tiny_adapter, worse)
+    assert registry.names() == []
+    manifest = registry.register(tiny_adapter, worse, force=True)
+    assert manifest.forced
+    assert "above the 0.5000" in str(manifest.forced_because)
+
+
 def test_adapter_of_zeros_is_refused_from_its_tensors_whatever_its_figures_say(
     registry: AdapterRegistry, tiny_base: BaseModel, zero_adapter: Path
 ) -> None:

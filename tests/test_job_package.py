@@ -13,6 +13,7 @@ from clients import job_package
 from clients.job_package import JobPackage, pack
 from training.config import load_config
 from training.errors import ConfigError, DatasetError
+from training.sweep_config import load_run_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +51,23 @@ def test_the_code_the_configuration_and_its_data_are_sent_and_nothing_else(here:
 
 
 def test_the_sent_files_alone_read_the_same_configuration(here: Path, tmp_path: Path) -> None:
-    package = packed("lora.r=8")
+    printed = dry_run_there(packed("lora.r=8"), tmp_path)
+    assert "data/a.jsonl" in printed
+    assert "r: 8" in printed
+
+
+def test_the_sent_files_of_a_sweep_alone_list_the_same_trials(here: Path, tmp_path: Path) -> None:
+    with (here / "support.yaml").open("a") as file:
+        file.write("search:\n  learning_rate: {grid: [0.001, 0.01]}\n")
+    sweep = Path("support.yaml")
+    package = pack(sweep, ["seed=7"], load_run_config(sweep, ["seed=7"]))
+    assert package.overrides == ["seed=7", "data.path=data/a.jsonl"]
+    lines = [line.split() for line in dry_run_there(package, tmp_path).splitlines()]
+    assert lines == [["trial", "learning_rate"], ["0", "0.001"], ["1", "0.01"]]
+
+
+def dry_run_there(package: JobPackage, tmp_path: Path) -> str:
+    """What the job's command prints of its configuration, where there is nothing but what was sent."""
     package.write(tmp_path / "package.zip")
     zipfile.ZipFile(tmp_path / "package.zip").extractall(tmp_path / "there")
     # Without the checkout, which an editable installation puts on the path.
@@ -63,8 +80,7 @@ def test_the_sent_files_alone_read_the_same_configuration(here: Path, tmp_path: 
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path / "there", env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "data/a.jsonl" in done.stdout
-    assert "r: 8" in done.stdout
+    return done.stdout
 
 
 def test_paths_of_every_kind_are_named_inside_the_package(here: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trainings as jobs of a real Ray head with token authentication, by the commands a user types."""
+"""Trainings and sweeps as jobs of a real Ray head with token authentication, by the commands a user types."""
 
 import json
 import os
@@ -75,6 +75,8 @@ def cluster(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> I
         "resources_per_worker": {"CPU": 1},
     }
     (folder / "support.yaml").write_text(json.dumps(config))
+    search = {"search": {"learning_rate": {"grid": [1e-5, 1e-2]}}, "sweep": {"max_concurrent_trials": 1}}
+    (folder / "search.yaml").write_text(json.dumps(config | search))
     rows = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     token = folder / ".ray" / "auth_token"
@@ -195,6 +197,50 @@ def test_d14_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(clus
     assert "tiny-llama:stopped@1 is registered" in resumed.stdout
     assert [line["step"] for line in read_metrics(read_run(runs_of(), "stopped"))] == list(range(1, 101))
     assert read_run(runs_of(), "stopped").state == "finished"
+
+
+@pytest.mark.timeout(600)
+def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(cluster: Cluster) -> None:
+    told = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched")
+    first, second = (Path(runs_of(), "search", "trials", number) for number in ("000", "001"))
+    client = cluster.start(*told, "max_steps=60")
+    wait_until(lambda: (first / "result.json").exists() and (second / "metrics.jsonl").exists())
+    client.send_signal(signal.SIGINT)
+    _, stderr = client.communicate(timeout=60)
+    assert client.returncode == 1
+    assert stderr.splitlines()[-1] == "error: detached from job search, which goes on"
+    assert read_run(runs_of(), "search").state == "running"
+    assert read_run(runs_of(), "search/trials/000").state == "finished"
+    assert read_run(runs_of(), "search/trials/001").state == "running"
+
+    stopped = cluster.corral("runs", "stop", "search", "--address", cluster.address)
+    assert "job search is STOPPED: submit run search again to resume it" in stopped.stdout, stopped.stderr
+    wait_until(lambda: not training_processes("run_name=search"), 30)
+    wait_until(lambda: not training_processes("_run_trial"), 30)
+    assert read_run(runs_of(), "search").state == "stopped"
+    assert "searched" not in AdapterRegistry().names()
+    assert not (second / "result.json").exists()
+    trained = (first / "result.json").stat().st_mtime_ns
+
+    resumed = cluster.corral(*told, "max_steps=60")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "job search.2 of run search" in resumed.stderr
+    assert "tiny-llama:searched@1 is registered, of trial 1" in resumed.stdout
+    assert (first / "result.json").stat().st_mtime_ns == trained
+    assert AdapterRegistry().resolve("searched").run_name == "search/trials/001"
+
+    again = cluster.corral(*told, "max_steps=60")
+    assert again.returncode == 0, again.stderr
+    assert "is registered, of trial 1" in again.stdout
+    assert AdapterRegistry().versions("searched") == [1]
+    other = cluster.corral(*told, "max_steps=60", "sweep.num_samples=2")
+    assert other.returncode == 2
+    assert "submitted with sweep.num_samples=1, now sweep.num_samples is 2" in other.stderr.splitlines()[-1]
+    # Its first job has the id `search`: the name means the run, as it is now.
+    assert "is registered, of trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
+    shown = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
+    assert "search: SUCCEEDED" in shown
+    assert "python -m training --config search.yaml adapter=searched max_steps=60 run_name=search" in shown
 
 
 def test_a_wrong_or_missing_token_is_one_clear_line(

@@ -36,6 +36,7 @@ LLAMA_65B = LLAMA_7B | {
     "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
 }  # fmt: skip
 LLAMA2_70B = LLAMA_65B | {"intermediate_size": 28672, "num_key_value_heads": 8}
+LLAMA_31_8B = LLAMA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 
 STEP = TrainStep(
     lora=LoraSettings(r=8, lora_dropout=0.0),
@@ -234,13 +235,9 @@ def test_weights_and_adapter_are_a_little_below_what_the_qlora_paper_says_a_mode
 
 
 def test_held_out_rows_of_a_large_vocabulary_are_the_peak_of_a_lean_step() -> None:
-    llama_3 = {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256,
-    }  # fmt: skip
     lean = replace(STEP, gradient_checkpointing=True, optim="paged_adamw_8bit")
-    assert estimate(llama_3, lean, 1).phase != "evaluation"
-    evaluated = estimate(llama_3, replace(lean, evaluates=True), 1)
+    assert estimate(LLAMA_31_8B, lean, 1).phase != "evaluation"
+    evaluated = estimate(LLAMA_31_8B, replace(lean, evaluates=True), 1)
     assert evaluated.phase == "evaluation"
     assert evaluated.workspace > 2048 * 128256 * (2 + 4 + 4)
 
@@ -249,7 +246,8 @@ def test_checkpointing_and_8_bit_moments_make_a_70b_step_fit_where_it_would_not(
     plain = replace(STEP, max_length=512, lora=LoraSettings(r=64))
     lean = replace(plain, gradient_checkpointing=True, optim="paged_adamw_8bit")
     assert largest_batch(LLAMA2_70B, plain, 80 << 30) < largest_batch(LLAMA2_70B, lean, 80 << 30)
-    assert estimate(LLAMA2_70B, lean, 1).optimizer == 0 < estimate(LLAMA2_70B, lean, 1).paged
+    estimated = estimate(LLAMA2_70B, lean, 1)
+    assert estimated.optimizer < 0.05 * estimated.paged  # those of k and v
     assert largest_batch(LLAMA2_70B, lean, 40 << 30) == 0
     fitting = largest_batch(LLAMA_7B, lean, 24 << 30)
     assert estimate(LLAMA_7B, lean, fitting).total_bytes <= 24 << 30 < estimate(LLAMA_7B, lean, 2 * fitting).total_bytes

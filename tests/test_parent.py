@@ -17,13 +17,13 @@ from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import LoraSettings, TrainConfig
 from training.errors import AdapterNotFound, AdapterRefused, ConfigError
 from training.inputs import read_inputs
-from training.parent import copy_parent, resolve_parent
+from training.parent import copy_parent, parent_ref, resolve_parent, with_warning
 from training.preference_trainer import preference_trainer
 from training.preferences import completion_logps, scored_pairs
 from training.qlora import exact_adapters, start_adapter
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
 from training.run_dir import RunDir
-from training.sft import _trainer, train, training_arguments
+from training.sft import _trainer, step_batches, train, training_arguments
 from training.watch import Watch
 
 IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])
@@ -99,6 +99,73 @@ def test_version_shape_and_format_are_written_out(
     assert resolve_parent(fresh, tiny_base, registry) == (fresh, None)
 
 
+def split_between(
+    registry: AdapterRegistry, base: BaseModel, adapter: Path, parents: TrainConfig, childs: TrainConfig
+) -> tuple[str | None, list[str]]:
+    """What the registry records of the split, and what the report warns of, where a run goes on from `parents`."""
+    trained_on = read_inputs(parents).dataset
+    draft = AdapterDraft(
+        name="known", base=base, chat_format="chatml", dataset=trained_on, config=parents.model_dump(mode="json")
+    )
+    parent = registry.register(adapter, draft, force=True)
+    inputs = read_inputs(childs)
+    warned = with_warning(inputs, childs, parent).report.warnings
+    return parent_ref(childs, inputs.dataset, parent).other_split, [
+        w for w in warned if w not in inputs.report.warnings
+    ]
+
+
+def test_parent_with_the_same_split_knows_no_held_out_row(
+    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    parents = config_of(tiny_base, tmp_path, seed=0)
+    smaller = {**parents.data.model_dump(), "held_out": 0.1}
+    for childs in (config_of(tiny_base, tmp_path, seed=9), config_of(tiny_base, tmp_path, data=smaller)):
+        before, now = (read_inputs(config).held_out_samples for config in (parents, childs))
+        assert {row.source for row in now} <= {row.source for row in before}
+        assert split_between(registry, tiny_base, tiny_adapter, parents, childs) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"split_seed": 1}, "its data.split_seed is 0, not 1"),
+        ({"held_out": 0.5}, "it held out 4 rows, not 10"),
+        ({"path": "other.jsonl"}, "its data has sha256 "),
+    ],
+)
+def test_parent_that_may_know_held_out_rows_is_warned_of_in_one_line(
+    registry: AdapterRegistry,
+    tiny_base: BaseModel,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: dict[str, Any],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    parents = config_of(tiny_base, tmp_path)
+    childs = config_of(tiny_base, tmp_path, data={**parents.data.model_dump(), **data})
+    recorded, (warning,) = split_between(registry, tiny_base, tiny_adapter, parents, childs)
+    assert recorded is not None
+    assert recorded.startswith(reason)
+    assert (
+        f"known@1, from which training goes on, may have been trained on rows that are held out now: {reason}"
+        in warning
+    )
+    assert "\n" not in warning
+
+
+def test_parent_of_unknown_data_is_warned_of_unless_nothing_is_held_out(
+    parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    config = config_of(tiny_base, tmp_path)
+    dataset = read_inputs(config).dataset
+    assert parent_ref(config, dataset, parent).other_split == "what it was trained on is not recorded"
+    assert parent_ref(config, dataset.model_copy(update={"num_held_out": 0}), parent).other_split is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -171,16 +238,17 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     model = start_adapter(
         load_quantized(tiny_base, config.quantization), config.lora, parent_dir=registry.fetch(parent)
     )
-    arguments = training_arguments(config, model, tmp_path / "scratch", 1)
-    trainer = preference_trainer(config, inputs, model, arguments, [])
-    with_parent = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
+    batches, shape = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    trainer = preference_trainer(config, inputs, model, batches, arguments, [])
+    with_parent = completion_logps(model, scored_pairs(rows)).chunk(2)[0]
     with model.disable_adapter():
-        of_base = completion_logps(model, scored_pairs(rows, 4)).chunk(2)[0]
+        of_base = completion_logps(model, scored_pairs(rows)).chunk(2)[0]
     assert (with_parent - of_base).abs().max() > 0.1
     expected = with_parent if reference == "initial" else of_base
     assert trainer.train_dataset["ref_chosen_logps"][:] == pytest.approx(expected.tolist(), abs=1e-4)
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
-    loss = float(trainer.compute_loss(trainer.model, batch).detach())
+    (batch, *_), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    loss = float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["size"]).detach())
     assert (loss == pytest.approx(math.log(2), abs=1e-4)) == (reference == "initial")
 
 
@@ -237,7 +305,12 @@ def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
     )
     manifest = run_training(config)
     assert (manifest.version, manifest.method) == (2, "dpo")
-    assert manifest.parent == ParentRef(name="tiny-hand", version=1, weights_sha256=parent.weights_sha256)
+    assert manifest.parent == ParentRef(
+        name="tiny-hand",
+        version=1,
+        weights_sha256=parent.weights_sha256,
+        other_split="what it was trained on is not recorded",
+    )
     assert manifest.config is not None
     assert manifest.config["continue_from"] == "tiny-hand@1"
     assert manifest.lora == parent.lora

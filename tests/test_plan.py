@@ -85,6 +85,22 @@ def test_dry_run_needs_no_weights(recipe: Path, tiny_base: BaseModel, tmp_path: 
         resolve_base_model(str(bare))
 
 
+def test_dry_run_with_fsdp_has_a_workers_part_of_the_base_and_two_whole_layers(
+    recipe: Path, tiny_base: BaseModel, tmp_path: Path
+) -> None:
+    deep = tmp_path / "deep"
+    shutil.copytree(tiny_base.path, deep, ignore=shutil.ignore_patterns("*.safetensors"))
+    (deep / "config.json").write_text(json.dumps(tiny_base.llama_config() | {"num_hidden_layers": 16}))
+    overrides = [f"base_model={deep}", "num_workers=2"]
+    whole, shared = (
+        json.loads(dry_run(load_config(recipe, [*overrides, f"fsdp={fsdp}"]), as_json=True))["plan"]["memory"]
+        for fsdp in ("false", "true")
+    )
+    assert shared["base_4bit"] == pytest.approx((1 / 2 + 2 / 16) * whole["base_4bit"], rel=0.001)
+    assert {key for key in shared if shared[key] != whole[key]} == {"base_4bit", "total", "allocated"}
+    assert "the 4-bit base is shared among them" in dry_run(load_config(recipe, [*overrides, "fsdp=true"]))
+
+
 def test_on_a_cluster_the_workers_share_is_left_to_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     settings = yaml.safe_load(recipe.read_text()) | {"num_workers": [1, 4], "use_gpu": "auto"}

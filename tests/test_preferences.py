@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +15,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.conftest import free_port
 from training.base_models import BaseModel, load_quantized
 from training.config import PreferenceSettings, TrainConfig
 from training.errors import TrainingError
 from training.inputs import read_inputs
+from training.plan import make_plan
 from training.preference_trainer import preference_trainer
 from training.preferences import (
     HeldOutPreferences,
@@ -27,7 +32,7 @@ from training.preferences import (
 )
 from training.qlora import start_adapter
 from training.row_store import PreferenceRow, UnpairedRow
-from training.sft import SftResult, train, training_arguments
+from training.sft import SftResult, step_batches, train, training_arguments
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
@@ -127,21 +132,24 @@ def logp(model: PeftModel, prompt: list[int], completion: list[int]) -> torch.Te
 
 
 def trainer_for(config: TrainConfig, model: PeftModel, tmp_path: Path) -> Any:
-    arguments = training_arguments(config, model, tmp_path / "scratch", 1)
-    return preference_trainer(config, read_inputs(config), model, arguments, [])
+    inputs = read_inputs(config)
+    batches, shape = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    return preference_trainer(config, inputs, model, batches, arguments, [])
 
 
-def first_batch(trainer: Any) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    rows = [dict(trainer.train_dataset[i]) for i in range(4)]
-    return rows, trainer.data_collator(rows)
+def first_step(trainer: Any) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """The rows of the first step, which is one micro-batch, and its loss."""
+    rows = [trainer.train_dataset[row] for row in next(iter(trainer.batches))]
+    (batch,), num_rows = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    return rows, trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_rows).detach()
 
 
 def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(tiny_base: BaseModel, tmp_path: Path) -> None:
     config = config_of("dpo", tiny_base, tmp_path, preference={"beta": 0.3, "reference": "base"})
     model = shaken(config)
     trainer = trainer_for(config, model, tmp_path)
-    rows, batch = first_batch(trainer)
-    loss = trainer.compute_loss(trainer.model, batch)
+    rows, loss = first_step(trainer)
     expected = torch.tensor(0.0)
     for row in rows:
         prompt, chosen, rejected = row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
@@ -152,7 +160,7 @@ def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(tiny_base:
         assert row["ref_rejected_logps"] == pytest.approx(float(ref_l), abs=1e-3)
         assert abs(float(pi_w - ref_w)) > 0.1  # the adapter does speak differently
         expected = expected - torch.log(torch.sigmoid(0.3 * (pi_w - ref_w) - 0.3 * (pi_l - ref_l))) / len(rows)
-    assert float(loss.detach()) == pytest.approx(float(expected), abs=1e-4)
+    assert float(loss) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_kto_loss_of_a_batch_is_the_papers_with_the_kl_of_mismatched_pairs(
@@ -162,15 +170,14 @@ def test_kto_loss_of_a_batch_is_the_papers_with_the_kl_of_mismatched_pairs(
     config = config_of("kto", tiny_base, tmp_path, seed=3, preference={"beta": 0.3, "reference": "base", **weights})
     model = shaken(config)
     trainer = trainer_for(config, model, tmp_path)
-    rows, batch = first_batch(trainer)
-    loss = trainer.compute_loss(trainer.model, batch)
+    rows, loss = first_step(trainer)
 
     def ratio(prompt: list[int], completion: list[int]) -> torch.Tensor:
         policy = logp(model, prompt, completion)
         with model.disable_adapter():
             return policy - logp(model, prompt, completion)
 
-    others = [rows[i - 1]["completion_ids"] for i in range(4)]
+    others = [row["KL_completion_ids"] for row in rows]
     kl = sum(ratio(row["prompt_ids"], other) for row, other in zip(rows, others, strict=True)) / 4
     kl = torch.clamp(torch.as_tensor(kl), min=0)
     values = []
@@ -181,7 +188,7 @@ def test_kto_loss_of_a_batch_is_the_papers_with_the_kl_of_mismatched_pairs(
         else:
             values.append(0.5 * (1 - torch.sigmoid(0.3 * (kl - reward))))
     assert {row["label"] for row in rows} == {True, False}
-    assert float(loss.detach()) == pytest.approx(float(torch.stack(values).mean()), abs=1e-4)
+    assert float(loss) == pytest.approx(float(torch.stack(values).mean()), abs=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"])
@@ -193,8 +200,8 @@ def test_every_dpo_loss_that_is_evaluated_is_the_one_that_trains(
     config = config_of("dpo", tiny_base, tmp_path, preference=preference)
     model = shaken(config)
     trainer = trainer_for(config, model, tmp_path)
-    rows, batch = first_batch(trainer)
-    trained = float(trainer.compute_loss(trainer.model, batch).detach())
+    rows, loss = first_step(trainer)
+    trained = float(loss)
     kept: list[PreferenceRow] = [
         {key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
         for row in rows  # type: ignore[misc]
@@ -221,9 +228,92 @@ def test_sequence_log_probability_does_not_depend_on_the_batch(tiny_base: BaseMo
     assert together[:5].tolist() == pytest.approx(alone, abs=1e-3)
 
 
-def test_mismatched_completions_are_those_of_the_same_batch() -> None:
-    rows: list[UnpairedRow] = [{"prompt_ids": [9], "completion_ids": [n], "label": True} for n in range(5)]
-    assert mismatched_completions(rows, 2) == [[1], [0], [3], [2], [4]]
+def test_mismatched_completions_are_those_of_other_rows_each_once() -> None:
+    rows: list[UnpairedRow] = [{"prompt_ids": [9], "completion_ids": [n], "label": True} for n in range(50)]
+    others = mismatched_completions(rows)
+    assert sorted(others) == [[n] for n in range(50)]
+    assert all(other != [n] for n, other in enumerate(others))
+    assert sum(abs(other[0] - n) == 1 for n, other in enumerate(others)) < 10  # a file's neighbours share prompts
+
+
+def assert_same_run(
+    recorder: Recorder, weights: dict[str, torch.Tensor], whole: Recorder, expected: dict[str, torch.Tensor]
+) -> None:
+    assert recorder.steps.keys() == whole.steps.keys()
+    for step, metrics in whole.steps.items():
+        for name in ("loss", "grad_norm", "rewards/margins")[: 3 if "rewards/accuracies" in metrics else 2]:
+            assert recorder.steps[step][name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-4), (step, name)
+    for name, weight in expected.items():  # Adam makes steps of the learning rate of whatever rounding leaves
+        assert (weights[name] - weight).abs().mean() < 1e-3
+
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_step_is_train_batch_size_rows_however_they_are_divided(
+    tiny_base: BaseModel, tmp_path: Path, method: str
+) -> None:
+    """Steps of 10, the last of an epoch shorter: a divisor of neither 8 nor 3."""
+    shape = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
+    whole = Recorder()
+    config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=10, **shape)
+    run(config, tmp_path / "whole", whole)
+    inputs = read_inputs(config)
+    assert len(whole.steps) == make_plan(config, inputs).num_steps == 2 * math.ceil(len(inputs.train_rows) / 10)
+    for per_device in (8, 3):
+        recorder = Recorder()
+        config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=per_device, **shape)
+        run(config, tmp_path / str(per_device), recorder)
+        assert_same_run(
+            recorder, trained_weights(tmp_path / str(per_device)), whole, trained_weights(tmp_path / "whole")
+        )
+
+
+_WORKER = """
+import json, os, sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.test_preferences import Recorder, run
+from training.config import TrainConfig
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+for rows_a_step in map(int, sys.argv[2:]):
+    folder = Path(sys.argv[1], str(rows_a_step), os.environ["RANK"])
+    recorder = Recorder(dist.get_rank())
+    config = TrainConfig.model_validate_json(Path(sys.argv[1], "config.json").read_text())
+    run(config.model_copy(update={"train_batch_size": rows_a_step}), folder, recorder)
+    (folder / "steps.json").write_text(json.dumps(recorder.steps))
+"""
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
+    tiny_base: BaseModel, tmp_path: Path, method: str
+) -> None:
+    """Steps of 7, and steps that leave one row for the last of an epoch: a worker has fewer rows, or none."""
+    config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=2, sample_prompts=0)
+    sizes = 7, len(read_inputs(config).train_rows) - 1
+    config = config.model_copy(update={"max_steps": -1, "num_train_epochs": 1.0})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", _WORKER, str(tmp_path), *map(str, sizes)]
+    workers = [subprocess.Popen(command, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
+    assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
+    for size in sizes:
+        whole = Recorder()
+        run(config.model_copy(update={"train_batch_size": size}), tmp_path / f"one-{size}", whole)
+        for rank in ("0", "1"):
+            folder = tmp_path / str(size) / rank
+            steps = {int(step): metrics for step, metrics in json.loads((folder / "steps.json").read_text()).items()}
+            assert_same_run(
+                Recorder(steps=steps), trained_weights(folder), whole, trained_weights(tmp_path / f"one-{size}")
+            )
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

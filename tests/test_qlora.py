@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
 from training.base_models import BaseModel, Quantization, load_quantized
 from training.config import LLAMA_LINEARS, LoraSettings
@@ -15,7 +18,7 @@ IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])
 
 def adapted(base: BaseModel, settings: LoraSettings) -> PeftModel:
     torch.manual_seed(0)
-    return attach_lora(load_quantized(base, Quantization()), settings)
+    return attach_lora(load_quantized(base, Quantization()), settings, base.path)
 
 
 def test_only_the_adapter_trains_in_float32_on_every_linear_layer_but_lm_head(tiny_base: BaseModel) -> None:
@@ -72,3 +75,18 @@ def test_saved_adapter_is_float32_safetensors(tiny_base: BaseModel, tmp_path: Pa
     adapted(tiny_base, LoraSettings(r=4)).save_pretrained(str(tmp_path), save_embedding_layers=False)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_loftq_starts_from_the_best_rank_r_part_of_what_4_bit_loses(tiny_base: BaseModel) -> None:
+    model = adapted(tiny_base, LoraSettings(r=4, lora_alpha=16, init_lora_weights="loftq"))
+    weights = load_file(next(tiny_base.path.glob("*.safetensors")))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert layers
+    for name, layer in layers.items():
+        original = weights[name.partition("base_model.model.")[2] + ".weight"].float()
+        quantized = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        lost = original - quantized
+        learned = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        left_at_best = torch.linalg.svdvals(lost)[4:].square().sum().sqrt()  # Eckart and Young
+        assert (lost - learned).norm().item() == pytest.approx(left_at_best.item(), rel=1e-3)
+        assert left_at_best < lost.norm()

@@ -429,7 +429,7 @@ def killed_at(step, work):
         def hook(event, arguments):
             nonlocal left
             # These announce themselves before they happen; os.open (mode None) is how a folder is synced.
-            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+            changes = event in ("os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir")
             changes = changes or (event == "open" and (arguments[1] is None or arguments[2] & writing))
             if changes and str(arguments[0]).startswith(str(root)):
                 left -= 1

@@ -42,7 +42,8 @@ def run_dir(tmp_path: Path) -> RunDir:
     metrics = {"eval_loss": 2.5, "base_eval_loss": 5.0, "train_s": 40.0, "num_steps": 40.0}
     run.write_json("result.json", {"metrics": metrics, "samples": [SAMPLE]})
     run.write_json("plan.json", {"memory": MEMORY})
-    run.write_json("driver.json", {"started": 1000.0, "ended": 4600.0})
+    driver = {"pid": 1, "host": "gone", "started": 1000.0, "seen": 4600.0, "ended": 4600.0}
+    run.write_json("drivers/0001.json", driver)
     run.write_json("phases.json", [{"phase": "loading", "time": 1000.0}, {"phase": "training", "time": 1060.0}])
     run.write_json("registered.json", {"model_id": "llama-7b:ranch-hand@3", "forced": False})
     devices = ["NVIDIA H100"] * 2

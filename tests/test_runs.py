@@ -24,7 +24,8 @@ from training.runs import RunError, read_metrics, read_run, read_runs, stop_run
 
 NOW = time.time()
 CONFIG = {"adapter": "tiny", "base_model": "smollm2-135m", "run_name": "a"}
-HERE = {"pid": 2**22 + 1, "host": socket.gethostname(), "started": NOW - 60}  # above Linux' largest pid: nobody's
+NOBODY = 2**22 + 1  # above Linux' largest pid
+HERE = {"pid": NOBODY, "host": socket.gethostname(), "started": NOW - 60, "seen": NOW - 60}
 RESULT = {"metrics": {"train_loss": 1.5, "num_steps": 4.0, "eval_loss": 1.6, "base_eval_loss": 3.2}, "samples": []}
 
 
@@ -32,7 +33,9 @@ def write_run(runs: Path, name: str, **records: Any) -> Path:
     directory = runs / name
     directory.mkdir(parents=True)
     for record, value in {"config": CONFIG, **records}.items():
-        (directory / f"{record}.json").write_text(json.dumps(value))
+        file = directory / ("drivers/0001.json" if record == "driver" else f"{record}.json")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(value))
     return directory
 
 
@@ -43,7 +46,7 @@ def corral_runs(*arguments: str) -> str:
 
 
 def own_driver() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "ended": None}
+    return {**HERE, "pid": os.getpid(), "started": time.time(), "ended": None}
 
 
 @pytest.mark.parametrize(
@@ -65,17 +68,18 @@ def test_state_is_decided_from_files_and_the_drivers_process(
     tmp_path: Path, records: dict[str, Any], state: str
 ) -> None:
     if records["driver"]["host"] == "elsewhere":  # judged by how long it is silent, and NOW may be long ago
-        records = records | {"driver": records["driver"] | {"started": time.time() - 60}}
+        records = records | {"driver": records["driver"] | {"seen": time.time() - 60}}
     write_run(tmp_path, "a", **records)
     assert read_run(str(tmp_path), "a").state == state
 
 
-def test_a_driver_elsewhere_that_wrote_nothing_for_long_is_interrupted(tmp_path: Path) -> None:
+def test_a_driver_elsewhere_that_was_not_seen_for_long_is_interrupted(tmp_path: Path) -> None:
     now = time.time()
     long_ago = {**HERE, "host": "elsewhere", "started": now - 7200, "ended": None}
-    write_run(tmp_path, "b", driver=long_ago, progress={"phase": "training", "time": now - 10})
-    assert read_run(str(tmp_path), "b").state == "running"
-    write_run(tmp_path, "a", driver=long_ago, progress={"phase": "training", "time": now - 3600})
+    write_run(tmp_path, "b", driver=long_ago | {"seen": now - 60}, progress={"phase": "training", "time": now - 3600})
+    write_run(tmp_path, "c", driver=long_ago | {"seen": now - 3600}, progress={"phase": "training", "time": now - 60})
+    assert {read_run(str(tmp_path), name).state for name in "bc"} == {"running"}  # by its driver, by its workers
+    write_run(tmp_path, "a", driver=long_ago | {"seen": now - 4000}, progress={"phase": "training", "time": now - 3600})
     run = read_run(str(tmp_path), "a")
     assert (run.state, run.started, run.ended) == ("interrupted", now - 7200, now - 3600)
     assert corral_runs("stop", "a", "--storage", str(tmp_path)) == "run a has ended already: interrupted\n"
@@ -85,7 +89,7 @@ def test_runs_on_an_object_store_are_read_the_same() -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe("/runs-of-this-test/b/config.json", json.dumps(CONFIG).encode())
     fs.pipe("/runs-of-this-test/b/result.json", json.dumps(RESULT).encode())
-    fs.pipe("/runs-of-this-test/b/driver.json", json.dumps({**HERE, "ended": NOW}).encode())
+    fs.pipe("/runs-of-this-test/b/drivers/0001.json", json.dumps({**HERE, "ended": NOW}).encode())
     fs.pipe("/runs-of-this-test/b/metrics.jsonl", b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     fs.pipe("/runs-of-this-test/no-run/notes.txt", b"")
     (run,) = read_runs("memory://runs-of-this-test")
@@ -132,7 +136,7 @@ def test_stop_touches_no_process_but_the_driver(tmp_path: Path) -> None:
     try:
         reused = {**HERE, "pid": other.pid, "started": NOW - 1000, "ended": None}  # the driver of then had this pid
         write_run(tmp_path, "gone", driver=reused)
-        write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere", "started": time.time()})
+        write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere", "seen": time.time()})
         write_run(tmp_path, "over", driver={**HERE, "pid": other.pid, "started": time.time() + 5, "ended": NOW})
         for name, reason in (("gone", "interrupted"), ("elsewhere", "on elsewhere"), ("over", "stopped")):
             with pytest.raises(RunError, match=reason):
@@ -195,6 +199,11 @@ def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_n
     driver = start()
     wait_until(lambda: step() >= 7, driver)
     assert state() == "running"
+    second = start()
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert errors.splitlines()[-1].startswith(f"error: run 'often' is driven by process {driver.pid} on ")
+    assert driver.poll() is None
     started = psutil.Process(driver.pid).children(recursive=True)
     assert len(started) > 3
     # From another process: waiting for the driver here would take its exit code.

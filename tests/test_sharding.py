@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import free_port
 from training.base_models import BaseModel
-from training.config import build_config
-from training.errors import ConfigError
+from training.config import TrainConfig, build_config, check_resources
+from training.errors import ConfigError, TrainingError
 from training.llama_shape import LlamaShape
 
 PROJECT = Path(__file__).parent.parent
@@ -242,6 +242,17 @@ def test_what_cannot_be_sharded_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             build_config(one | settings, [], "recipe.yaml")
+
+
+def test_b11_where_workers_are_too_few_to_share_a_base_the_error_says_to_leave_that() -> None:
+    """Fewer workers alone would be the next error."""
+    config = TrainConfig.model_validate(
+        {"adapter": "a", "data": {"path": "rows.jsonl"}, "fsdp": True, "num_workers": 4, "use_gpu": True}
+    )
+    with pytest.raises(TrainingError, match=r"is 4 .* has 1 GPU\(s\): set num_workers to 1 and fsdp to false"):
+        check_resources(config, cpus=8, gpus=1, where="this machine")
+    with pytest.raises(TrainingError, match=r"has 3 GPU\(s\): set num_workers to 3 or less"):
+        check_resources(config, cpus=8, gpus=3, where="this machine")
 
 
 @pytest.mark.gpu

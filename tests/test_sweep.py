@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from clients.cli import app
+from training.__main__ import main
 from training.base_models import BaseModel
 from training.errors import ConfigError, TrainingError
 from training.registry import AdapterRegistry
@@ -135,6 +138,21 @@ def test_b11_sweep_that_cannot_be_is_refused_before_anything_runs(
         load(content, tmp_path, *overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_yaml_says_itself_whether_it_is_a_sweep(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = [{"number": n, "values": {"learning_rate": rate, "lora.r": 4}} for n, rate in enumerate((1e-5, 1e-2))]
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(sweep), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == trials
+    refused = CliRunner().invoke(app, ["train", str(sweep)])
+    assert (refused.exit_code, f"'corral sweep {sweep}' runs it" in refused.stderr) == (2, True)
+    for arguments, words in ((["--no-wait"], "are for a job: add --submit"), (["--submit", "x", "--json"], "--json")):
+        refused = CliRunner().invoke(app, ["sweep", str(sweep), *arguments])
+        assert (refused.exit_code, words in refused.stderr) == (2, True)
 
 
 def test_b11_more_than_the_cluster_has_is_refused_at_once(

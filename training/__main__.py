@@ -1,24 +1,26 @@
-"""`python -m training --config X.yaml key=value ...`: train an adapter and register it.
+"""`python -m training --config X.yaml key=value ...`: train an adapter and register it, or the best one of a sweep.
 
-Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m training --config X.yaml`.
-`run_training` is what `corral train` calls too.
+Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m training --config X.yaml`. A YAML that has
+`search` is a sweep's. `corral train` and `corral sweep` call `run_training` and `run_search` too.
 """
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping
 from typing import Any
 
-from training.audit import audited, os_user
-from training.config import TrainConfig, load_config, resolved
+from training.config import TrainConfig
 from training.errors import ConfigError, CorralError, RunStopped
 from training.fit import FitResult, fit
 from training.plan import dry_run
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef, SampleAnswer
+from training.registration import register
+from training.registry import AdapterManifest
 from training.report import REPORT_FILE, write_report
 from training.run_dir import RunDir
 from training.signals import sigterm_interrupts
+from training.sweep import run_sweep
+from training.sweep_config import SweepConfig, load_run_config, plan
+from training.sweep_report import print_plan, print_result
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
@@ -44,40 +46,18 @@ def run_training(config: TrainConfig, *, force: bool = False, debug: bool = Fals
     return manifest
 
 
-def register(
-    config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
-) -> AdapterManifest:
-    """Publish the adapter of a finished run as the next version of `config.adapter`.
+def run_search(config: SweepConfig, *, force: bool = False, as_json: bool = False, debug: bool = False) -> int:
+    """Run the trials of a sweep, register the best, and print what came of them.
 
-    Args:
-        sweep: name, number of trials and searched keys of the sweep that the run was the best of.
+    Returns the exit code: 1 if nothing was registered.
+
+    Raises:
+        CorralError: config, data or machine do not fit, or the sweep was stopped.
     """
-    draft = AdapterDraft(
-        name=config.adapter,
-        base=result.inputs.base,
-        chat_format=result.inputs.chat_format.name,
-        quantization=result.quantization,
-        metrics=result.metrics,
-        dataset=result.inputs.dataset,
-        config={**resolved(result.config), **({"sweep": dict(sweep)} if sweep else {})},
-        run_name=result.run_name,
-        evaluated_sha256=result.adapter_sha256,
-        changes=result.changes,
-        method=config.method,
-        parent=_ref(result.parent) if result.parent else None,
-        environment=result.environment,
-        samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
-    )
-    with audited(os_user(), "register", config.adapter, run_name=result.run_name) as record:
-        manifest = AdapterRegistry().register(
-            result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement
-        )
-        record |= {"version": manifest.version, "forced": manifest.forced}
-    return manifest
-
-
-def _ref(parent: AdapterManifest) -> ParentRef:
-    return ParentRef(name=parent.name, version=parent.version, weights_sha256=parent.weights_sha256)
+    with sigterm_interrupts():
+        result = run_sweep(config, force=force, debug=debug)
+    print_result(result, json_=as_json)
+    return 0 if result.manifest else 1
 
 
 def summary(manifest: AdapterManifest, result: FitResult) -> str:
@@ -114,14 +94,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train an adapter and register it.")
     parser.add_argument("--config", required=True, help="YAML file, such as configs/train/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8 learning_rate=1e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, rows, steps and memory, and stop")
-    parser.add_argument("--json", action="store_true", help="print --dry-run as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--json", action="store_true", help="print --dry-run, or a sweep's trials, as JSON")
     parser.add_argument("--force", action="store_true", help="register even if the held-out loss is no better")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and Ray's own log")
     args = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(args.config, args.overrides)
-        if args.dry_run:
+        config = load_run_config(args.config, args.overrides)
+        if isinstance(config, SweepConfig):
+            if not args.dry_run:
+                return run_search(config, force=args.force, as_json=args.json, debug=args.debug)
+            print_plan(plan(config), json_=args.json)
+        elif args.dry_run:
             print(dry_run(config, as_json=args.json))
         else:
             run_training(config, force=args.force, debug=args.debug)

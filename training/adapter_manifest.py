@@ -65,6 +65,7 @@ class ParentRef(Record):
     name: str
     version: int
     weights_sha256: str
+    other_split: str | None = None  # why it may have been trained on rows that were held out here
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"

@@ -6,9 +6,9 @@ workers may change between two steps of a run. All of it follows from seed and e
 """
 
 import heapq
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,23 +19,35 @@ Lengths = Sequence[int] | NDArray[np.int64]  # tokens of every row
 _GROUPED_STEPS = 8  # with `group_by_length`, rows are sorted by length within so many steps
 
 
-def pack(lengths: Lengths, capacity: int) -> list[list[int]]:
+def pack(lengths: Lengths, capacity: int) -> Sequence[Sequence[int]]:
     """Rows in as few packs of at most `capacity` tokens as best-fit decreasing finds (arXiv:2404.10830); none is split.
 
     Returns lists of row numbers. Best fit needs at most 11/9 of the fewest packs possible, plus one.
     """
+    return _pack(np.asarray(lengths, dtype=np.int64).tobytes(), capacity)
+
+
+@lru_cache(maxsize=1)  # plan, memory and trainer of a process ask for the same
+def _pack(lengths: bytes, capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for row in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        length = int(lengths[row])
-        fit = bisect_left(room, (length, -1))
-        if fit == len(room):
-            packs.append([row])
-            insort(room, (capacity - length, len(packs) - 1))
-        else:
-            free, number = room.pop(fit)
+    open_packs: list[list[int]] = [[] for _ in range(capacity + 1)]  # by their free tokens; full ones are in none
+    some_open = 0  # bit n is set where open_packs[n] has any
+    given = np.frombuffer(lengths, dtype=np.int64)
+    order = np.argsort(-given, kind="stable")
+    for row, length in zip(order.tolist(), given[order].tolist(), strict=True):
+        roomy = some_open >> length
+        if roomy:
+            free = length + (roomy & -roomy).bit_length() - 1  # the least that is enough
+            number = open_packs[free].pop()
             packs[number].append(row)
-            insort(room, (free - length, number))
+            if not open_packs[free]:
+                some_open ^= 1 << free
+        else:
+            free, number = capacity, len(packs)
+            packs.append([row])
+        if free > length:
+            open_packs[free - length].append(number)
+            some_open |= 1 << (free - length)
     return packs
 
 

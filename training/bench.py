@@ -7,6 +7,7 @@ base; TRL has its own defaults for the rest. What counts is the time of the step
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -48,7 +49,7 @@ def run_bench(config: TrainConfig, ways: Sequence[str], num_rounds: int) -> dict
 
 
 def compared(results: Mapping[str, Sequence[Timed]]) -> dict[str, Any]:
-    """The medians over rounds of what one way is to another in the same round."""
+    """What one way is to another in the same round: the medians of times, the mean and standard error of losses."""
 
     def pairs(of: str, to: str) -> list[tuple[Timed, Timed]]:
         return list(zip(results[of], results[to], strict=True))
@@ -56,7 +57,10 @@ def compared(results: Mapping[str, Sequence[Timed]]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if {"trl", "loop"} <= results.keys():
         figures["speedup_vs_trl"] = statistics.median(a.train_s / b.train_s for a, b in pairs("trl", "loop"))
-        figures["eval_loss_vs_trl"] = statistics.median(b.eval_loss - a.eval_loss for a, b in pairs("trl", "loop"))
+        losses = [b.eval_loss - a.eval_loss for a, b in pairs("trl", "loop")]
+        figures["eval_loss_vs_trl"] = statistics.mean(losses)
+        if len(losses) > 1:  # order and first weights differ: one round tells little
+            figures["eval_loss_vs_trl_stderr"] = statistics.stdev(losses) / math.sqrt(len(losses))
     if {"loop", "ray"} <= results.keys():
         figures["ray_overhead"] = statistics.median(b.train_s / a.train_s - 1 for a, b in pairs("loop", "ray"))
     rounded = {name: round(figure, 4) for name, figure in figures.items()}

@@ -29,7 +29,8 @@ CHAT_FORMATS: tuple[ChatFormatName, ...] = get_args(ChatFormatName)
 class Message:
     """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it.
 
-    `trained` matters in training and for the assistant's turns alone: without it a turn is context like the user's.
+    Attributes:
+        trained: False for an assistant turn that is only read, not learned; of other turns it says nothing.
     """
 
     role: Role

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -27,7 +27,7 @@ LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LoraSettings(_Section):
@@ -72,6 +72,8 @@ class PreferenceSettings(_Section):
 class GateConfig(_Section):
     """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's.
 
+    With `continue_from` it must not be above the parent's either, on the same rows and by the same method.
+
     With `method` dpo and kto that is the method's loss, and the reference stands in for the base.
     """
 
@@ -80,6 +82,8 @@ class GateConfig(_Section):
 
 class TrainConfig(_Section):
     """One training run. Names are those of transformers, PEFT and Ray Train wherever they have one."""
+
+    run_name_prefix: ClassVar[str] = ""  # of names that are made up
 
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None
@@ -177,6 +181,8 @@ class TrainConfig(_Section):
             raise ValueError(f"fsdp is of method sft, and method is {self.method}: leave it out")
         if self.fsdp and self.lora.init_lora_weights == "loftq":
             raise ValueError("fsdp leaves no worker the whole base, which lora.init_lora_weights 'loftq' compares with")
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+            raise ValueError("lr_scheduler_type constant knows no warmup_steps: set it to constant_with_warmup")
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
                 raise ValueError(f"{key} needs held-out losses during training: set eval_steps")
@@ -272,16 +278,23 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
     if config.min_workers * gpus_each > gpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {gpus_each:g} GPU each, but {where} has {gpus:g} GPU(s): "
-            f"set num_workers to {max(1, int(gpus / gpus_each))} or less" + ("" if gpus else ", or use_gpu=false")
+            f"{_fewer_workers(config, gpus / gpus_each)}" + ("" if gpus else ", or use_gpu=false")
         )
     cpus_each = per_worker.get("CPU", 1.0)
     if config.min_workers * cpus_each > cpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {cpus_each:g} CPU each, but {where} has {cpus:g} CPU(s): "
-            f"set num_workers to {max(1, int(cpus / cpus_each))} or less"
+            f"{_fewer_workers(config, cpus / cpus_each)}"
         )
     if config.quantization.compute_dtype == "float16" and not on_gpu:
         raise TrainingError("quantization.compute_dtype is 'float16', which needs a GPU: set it to 'auto'")
+
+
+def _fewer_workers(config: TrainConfig, room: float) -> str:
+    """What to do where there is `room` for so many workers."""
+    if config.fsdp and room < 2:
+        return "set num_workers to 1 and fsdp to false"
+    return f"set num_workers to {max(1, int(room))} or less"
 
 
 def check_this_machine(config: TrainConfig) -> None:

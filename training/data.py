@@ -160,7 +160,7 @@ def _choose(config: DataConfig, store: RowStore, seed: int) -> _Choice:
                 f"{', '.join(source.path for source in config.held_out_path)} leaves no {what}: name other files"
             )
     else:
-        chosen = hold_out(store.openings[usable], config.held_out, seed)
+        chosen = hold_out(store.openings[usable], config.held_out, config.split_seed)
         train, held_out, num_leaked = usable[~chosen], usable[chosen], 0
     weighed = [
         repeat_by_weight(train[store.sources[train] == position], store.contents, source.weight, seed)

@@ -43,7 +43,7 @@ GLOB_CHARS = frozenset("*?[")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSource(_Section):
@@ -74,6 +74,8 @@ class DataConfig(_Section):
     """The split of a hub dataset."""
     held_out: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the rows that is kept for evaluation."""
+    split_seed: int = Field(default=0, ge=0, lt=2**32)
+    """Chooses which rows are held out; not `seed`, so that runs with several seeds are compared on the same rows."""
     held_out_path: list[DataSource] = []
     """Rows to evaluate on, instead of a share of `path`."""
     deduplicate: bool = True

@@ -159,7 +159,7 @@ def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind, columns: Mapp
         if asked and all(fields.get(key) is not None for key in _KEYS[row_format]):
             if row_format == "prompt_completion" and _verdict(fields.get("label")) is not None:
                 raise BadRow(
-                    "rates its answer (label), which may be a bad one: set method: kto to train on such rows, or "
+                    "rates an answer (label), which may be a bad one: set method: kto to train on such rows, or "
                     "rename the column if it says something else"
                 )
             return row_format
@@ -342,7 +342,7 @@ def _dialog(fields: dict[str, Any], messages: Iterable[Message]) -> Dialog:
     *prompt, answer = turns
     messages = (*_checked(fields, prompt, answer), answer)
     if not any(message.learned for message in messages):
-        raise BadRow("has no answer to learn from: all of them are marked as not to be trained")
+        raise BadRow("has nothing to learn: every answer is marked as not to be trained")
     return Dialog(messages)
 
 

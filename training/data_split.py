@@ -38,8 +38,9 @@ def repeats(contents: Hashes) -> tuple[Mask, Index]:
 def hold_out(openings: Hashes, fraction: float, seed: int) -> Mask:
     """Choose the rows to hold out, by a hash of their first user message.
 
-    Rows with the same first message stay on one side, so no held-out question was trained on. Groups of such rows are
-    held out in order of their hash as long as they fit into `fraction`. A fraction of 0 holds out nothing.
+    Rows with the same first message stay on one side, so no held-out question was trained on. Groups of such rows have
+    an order that `seed` chooses, large ones late, and are held out from its start as far as they fit into `fraction`:
+    so a larger fraction holds out the same rows and more. A fraction of 0 holds out nothing.
 
     Raises:
         DatasetError: there are too few different rows for one on each side.
@@ -53,15 +54,12 @@ def hold_out(openings: Hashes, fraction: float, seed: int) -> Mask:
             "training and held-out rows: add different ones, or set data.held_out to 0"
         )
     room = min(max(1, round(fraction * len(openings))), len(openings) - 1)
+    order = np.argsort(groups.astype(np.float64) * sizes, kind="stable")
+    smallest = order[np.argmin(sizes[order])]
+    order = np.concatenate([[smallest], order[order != smallest]])  # it is held out even where nothing fits
+    fitting = int(np.searchsorted(np.cumsum(sizes[order]), room, side="right"))
     chosen = np.zeros(len(groups), dtype=bool)
-    for group, size in enumerate(sizes.tolist()):
-        if size <= room:
-            chosen[group] = True
-            room -= size
-        if room == 0:
-            break
-    if not chosen.any():
-        chosen[np.argmin(sizes)] = True
+    chosen[order[: max(1, fitting)]] = True
     held_out: Mask = chosen[group_of]
     return held_out
 

@@ -8,8 +8,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -20,7 +22,7 @@ from training.adapter_files import WEIGHTS_FILE
 from training.base_models import quiet_loading
 from training.errors import AdapterRefused
 from training.gate import GateReport
-from training.row_store import IGNORED_LABEL, TokenizedRow
+from training.row_store import IGNORED_LABEL, Rows, TokenizedRow
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
 _NO_LABEL: TokenizedRow = {"input_ids": [0], "labels": [IGNORED_LABEL]}
@@ -90,12 +92,16 @@ def held_out_loss(model: PeftModel | LlamaForCausalLM, rows: Sequence[TokenizedR
     assert isinstance(causal_lm, LlamaForCausalLM)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
-    batches = [*_batches(rows[rank::world_size])]
+    rows = rows[rank::world_size]
+    batches = [*_batches(_lengths(rows))]
     if world_size > 1:
         most = torch.tensor(len(batches), device=causal_lm.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        batches += [[_NO_LABEL]] * (int(most) - len(batches))  # a sharded base takes all ranks at every forward
-    for batch in batches:
+        batches += [[]] * (int(most) - len(batches))  # a sharded base takes all ranks at every forward
+    for numbers in batches:
+        batch = [rows[number] for number in numbers] or [
+            _NO_LABEL
+        ]  # read when they are needed: they may not fit memory
         input_ids = _padded([row["input_ids"] for row in batch], 0, causal_lm.device)
         labels = _padded([row["labels"] for row in batch], IGNORED_LABEL, causal_lm.device)[:, 1:]
         # Padding is on the right, where causal attention does not look: no mask is needed.
@@ -115,15 +121,20 @@ def num_labelled(rows: Sequence[TokenizedRow]) -> int:
     return sum(label != IGNORED_LABEL for row in rows for label in row["labels"][1:])
 
 
-def _batches(rows: Sequence[TokenizedRow]) -> Iterator[list[TokenizedRow]]:
-    batch: list[TokenizedRow] = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if batch and len(row["input_ids"]) * (len(batch) + 1) > _BATCH_TOKENS:
+def _batches(lengths: Sequence[int] | NDArray[np.int64]) -> Iterator[list[int]]:
+    """Rows of like length by number, as many at once as `_BATCH_TOKENS` hold."""
+    batch: list[int] = []
+    for row in np.argsort(lengths, kind="stable").tolist():
+        if batch and lengths[row] * (len(batch) + 1) > _BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(row)
     if batch:
         yield batch
+
+
+def _lengths(rows: Sequence[TokenizedRow]) -> Sequence[int] | NDArray[np.int64]:
+    return rows.lengths if isinstance(rows, Rows) else [len(row["input_ids"]) for row in rows]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> torch.Tensor:

@@ -6,9 +6,7 @@ What a run leaves is in its `RunDir`; the same run name goes on from the last wh
 import contextlib
 import os
 import secrets
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,18 +17,20 @@ from training import errors
 from training.adapter_manifest import Environment
 from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.errors import ConfigError, CorralError, RunStopped, TrainingError
+from training.driver import driving
+from training.errors import ConfigError, CorralError, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
-from training.parent import copy_parent, resolve_parent
+from training.parent import copy_parent, resolve_parent, with_warning
 from training.plan import make_plan
-from training.progress import Progress, read_progress, show_progress, write_progress
+from training.progress import Progress, show_progress_of, write_progress
 from training.ray_token import ask_for_a_token
 from training.registry import AdapterManifest
 from training.report import write_report
 from training.run_dir import RunDir
 from training.signals import kept_handlers, undisturbed
 from training.trackers import check_trackers
+from training.worker import failure_recorded
 
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
@@ -38,6 +38,8 @@ _MAY_CHANGE = {
     "fsdp", "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to",
     "resources_per_worker", "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
+# What an attempt leaves; the next one begins without it.
+_OF_AN_ATTEMPT = ("failure.json", "sweep.json", "progress.json", "registered.json", "phases.json")
 # Of a Ray on this machine alone; every process that it starts inherits them.
 _PRIVATE_RAY = {
     "RAY_worker_niceness": "0",  # 15 by default: any other program would take the cores from training
@@ -84,35 +86,41 @@ class FitResult:
 def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
+    A run that has been trained to its end before is not trained again: what it left is returned.
+
     Raises:
-        CorralError: config, data or cluster do not fit, the run failed, or a signal stopped it; one line.
+        CorralError: config, data or cluster do not fit, another process drives the run, it failed, or a signal
+            stopped it; one line.
     """
     check_trackers(config.report_to)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
     config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
-    inputs = read_inputs(config)
+    inputs = with_warning(read_inputs(config), config, parent)
     print(inputs.report.short(), file=sys.stderr)
-    run_dir = RunDir(runs_dir(config), config.run_name or fresh_run_name(config.adapter))
-    config = open_run(config, run_dir)
-    _record_data(run_dir, inputs)
-    run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
-    if parent:
-        copy_parent(parent, run_dir)
+    run_dir = run_dir_of(config)
     title = f"{config.adapter} on {inputs.base.name}"
-    try:
+    with driving(run_dir):
+        config = open_run(config, run_dir)
+        _record_data(run_dir, inputs)
+        if run_dir.read_json("result.json"):
+            print(
+                f"run {run_dir.name!r} was trained before, nothing is trained again: choose another run_name for that",
+                file=sys.stderr,
+            )
+            return read_result(config, run_dir, inputs, parent)
+        run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
+        if parent:
+            copy_parent(parent, run_dir)
         with (
-            _recorded(run_dir),
+            _reported(run_dir),
+            failure_recorded(run_dir, 0),
             ray_session(on_cluster, debug),
-            show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0),
+            show_progress_of(run_dir, title),
         ):
             write_progress(run_dir, Progress("starting Ray Train"))
             _run_workers(config, run_dir, debug)
-    except CorralError:
-        with contextlib.suppress(CorralError):  # the disk may be full
-            write_report(run_dir)
-        raise
     return read_result(config, run_dir, inputs, parent)
 
 
@@ -134,9 +142,14 @@ def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent:
     )
 
 
-def fresh_run_name(adapter: str) -> str:
-    """A name that no other run has, in order of time: ADAPTER-YYYYMMDD-HHMMSS-xxxx (UTC)."""
-    return f"{adapter}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+def run_dir_of(config: TrainConfig) -> RunDir:
+    """The directory of the run that `config` names, or of a new one."""
+    return RunDir(runs_dir(config), config.run_name or fresh_run_name(config))
+
+
+def fresh_run_name(config: TrainConfig) -> str:
+    """A name that no other run has, in order of time: [sweep-]ADAPTER-YYYYMMDD-HHMMSS-xxxx (UTC)."""
+    return f"{config.run_name_prefix}{config.adapter}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def runs_dir(config: TrainConfig) -> str:
@@ -166,7 +179,7 @@ def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
             config = config.model_copy(update=changes)
     else:
         run_dir.write_json("config.json", told)
-    run_dir.remove("failure.json", "result.json", "progress.json", "registered.json", "phases.json")
+    run_dir.remove(*_OF_AN_ATTEMPT)
     return config
 
 
@@ -182,21 +195,14 @@ def _record_data(run_dir: RunDir, inputs: RunInputs) -> None:
 
 
 @contextlib.contextmanager
-def _recorded(run_dir: RunDir) -> Iterator[None]:
-    """Tell in `driver.json` which process drives the run and until when, and in `failure.json` why it failed."""
-    driver = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time(), "ended": None}
-    run_dir.write_json("driver.json", driver)
+def _reported(run_dir: RunDir) -> Iterator[None]:
+    """Write the report of a run that ends before its result."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise RunStopped(run_dir.name) from None
-    except CorralError as error:
+    except (CorralError, KeyboardInterrupt):
         with contextlib.suppress(CorralError):  # the disk may be full
-            run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
+            write_report(run_dir)
         raise
-    finally:
-        with contextlib.suppress(CorralError):
-            run_dir.write_json("driver.json", {**driver, "ended": time.time()})
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ def objection(metrics: Mapping[str, float], min_improvement: float, *, changes: 
     """Why the adapter should not be published, or None; whoever knows better may force it.
 
     Args:
-        metrics: should have `eval_loss` and `base_eval_loss`, in nats.
+        metrics: should have `eval_loss` and `base_eval_loss`, in nats; with `parent_eval_loss`, that of the version
+            which training went on from, `eval_loss` must not be above it either.
         min_improvement: how far `eval_loss` must at least be below `base_eval_loss`, in nats.
         changes: whether the adapter can change any output.
     """
@@ -61,6 +62,12 @@ def objection(metrics: Mapping[str, float], min_improvement: float, *, changes: 
     if not tuned <= plain - min_improvement:
         needed = f", less than {min_improvement:g} below" if min_improvement else ", above"
         return f"its held-out loss is {tuned:.4f}{needed} the base's {plain:.4f}: train longer or on other data"
+    parent = metrics.get("parent_eval_loss", math.inf)
+    if not tuned <= parent:
+        return (
+            f"its held-out loss is {tuned:.4f}, above the {parent:.4f} of the version that it continues: train with a "
+            "lower learning_rate, longer or on other data"
+        )
     return None
 
 

@@ -65,6 +65,7 @@ class LlamaShape:
         """All parameters of the base."""
         return self.num_linear_parameters + self.num_other_parameters
 
-    def num_trainable(self, lora: LoraSettings) -> int:
-        """Parameters of an adapter: A [r, in] and B [out, r] of every target."""
-        return self.num_layers * sum(lora.r * sum(self.linears[name]) for name in lora.targets)
+    def num_trainable(self, lora: LoraSettings, *, matrices_from: int = 0) -> int:
+        """Parameters of an adapter: A [r, in] and B [out, r] of every target; of matrices that have `matrices_from`."""
+        matrices = [lora.r * width for name in lora.targets for width in self.linears[name]]
+        return self.num_layers * sum(size for size in matrices if size >= matrices_from)

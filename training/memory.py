@@ -23,6 +23,7 @@ _NF4_DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Two moments of AdamW, in bytes a trained parameter. Paged ones lie in unified memory, which moves to the host
 # when the GPU is short of it and which torch does not count.
 _OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
+_PAGED_FROM = 100_000  # parameters of a matrix: bitsandbytes pages the moments of no smaller one
 LOGITS_CHUNK = 1024  # labelled tokens whose logits `training.trainer` holds at once
 EVAL_BATCH_TOKENS = 2048  # in one forward of the held-out loss, which has the logits of all labelled ones at once
 SCORES_UP_TO = 512  # on a CPU `training.attention` holds all scores of documents of up to so many tokens
@@ -42,7 +43,7 @@ class MemoryEstimate:
         base_4bit: NF4 weights with their scales; with `fsdp` this worker's part, and two layers that are whole.
         base_other: embeddings, lm_head and norms in the compute dtype.
         adapter: LoRA weights in float32.
-        optimizer: AdamW's moments, where they are not paged.
+        optimizer: AdamW's moments, where they are not paged; those of small matrices never are.
         gradients: of the adapter.
         activations: what the forward pass leaves for the backward pass.
         workspace: what single operators need: a dequantized weight, tiles of logits, gradients of activations.
@@ -147,7 +148,8 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
         dropout: per adapter its own input and mask instead of the shared input, (c + 1) in
 
     With gradient checkpointing a layer keeps its input only, c h, and one layer at a time has all of the above.
-    Under autocast the graph keeps copies of A and B in the compute dtype. Logits exist for `LOGITS_CHUNK` labelled
+    Under autocast there are copies of A and B in the compute dtype: all of them while the forward pass lasts, in the
+    backward pass those that the graph keeps. Logits exist for `LOGITS_CHUNK` labelled
     tokens at once, in float32: log-probabilities, their gradient and the gradient of the logits.
 
     Workspace is the largest of: the logits and the gradient of the last hidden state; or the largest weight,
@@ -163,17 +165,19 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     if step.num_shards > 1:  # the layer that runs and the one on its way, see `training.sharding`
         base_4bit = base_4bit / step.num_shards + 2 * base_4bit / shape.num_layers
     states = num_trainable * _OPTIMIZER_BYTES[step.optim]
-    paged = step.optim.startswith("paged") and step.on_gpu  # without a GPU they are ordinary ones
+    paged = 0
+    if step.optim.startswith("paged") and step.on_gpu:  # without a GPU they are ordinary ones
+        paged = shape.num_trainable(lora, matrices_from=_PAGED_FROM) * _OPTIMIZER_BYTES[step.optim]
     gradients = 4 * num_trainable  # data parallelism exchanges them where they lie
 
     layer = tokens * _layer_bytes_per_token(shape, step)
     adapter_copies = 0 if c == 4 else c * num_trainable
     last = tokens * (4 * shape.hidden + 4) + labelled * c * shape.hidden  # final norm, positions that are scored
     if step.gradient_checkpointing:
-        kept = shape.num_layers * tokens * c * shape.hidden + adapter_copies
-        one_layer = layer
+        kept = shape.num_layers * tokens * c * shape.hidden
+        one_layer, in_graph = layer, adapter_copies // shape.num_layers
     else:
-        kept, one_layer = shape.num_layers * layer + adapter_copies, 0
+        kept, one_layer, in_graph = shape.num_layers * layer, 0, adapter_copies
         # Nothing flows back into the embeddings: the first norm and the dropout before the first q, k, v keep nothing.
         into_first = sum(shape.linears[name][0] for name in lora.targets if name in ("q_proj", "k_proj", "v_proj"))
         kept -= tokens * (4 * shape.hidden + 4 + (_noise_bytes(step) * into_first if lora.lora_dropout else 0))
@@ -183,11 +187,12 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     dequantized = max(a * b for a, b in shape.linears.values()) * c
     flowing = tokens * (c if step.on_gpu else 4) * 2 * (shape.hidden + shape.intermediate)
     earlier = gradients if step.gradient_accumulation_steps > 1 else 0  # of the micro-batches before
-    adamw = 4 * num_trainable if step.on_gpu else 0  # its denominators, of all parameters at once
+    # torch's AdamW has the denominators of all parameters at once; bitsandbytes updates in place.
+    adamw = 4 * num_trainable if step.on_gpu and step.optim == "adamw_torch" else 0
     evaluated = round(EVAL_BATCH_TOKENS * step.labelled_share) * shape.vocab * (c + 2 * 4)
     moments: dict[Phase, tuple[int, int, int]] = {  # gradients, activations, workspace
-        "loss": (earlier, kept + last, loss_workspace),
-        "backward": (earlier, kept + one_layer, dequantized + flowing),
+        "loss": (earlier, kept + adapter_copies + last, loss_workspace),
+        "backward": (earlier, kept + in_graph + one_layer, dequantized + flowing),
         "end of backward": (gradients, layer + tokens * c * shape.hidden, dequantized + flowing),
         "optimizer step": (gradients, 0, adamw),
     }
@@ -200,11 +205,11 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
         base_4bit=int(base_4bit),
         base_other=shape.num_other_parameters * c,
         adapter=4 * num_trainable,
-        optimizer=0 if paged else states,
+        optimizer=states - paged,
         gradients=at_peak[0],
         activations=at_peak[1],
         workspace=at_peak[2] + (_CUBLAS_WORKSPACE if step.on_gpu else 0),
-        paged=states if paged else 0,
+        paged=paged,
         context=_CUDA_CONTEXT if step.on_gpu else _CPU_PROCESS,
         on_gpu=step.on_gpu,
     )

@@ -4,6 +4,7 @@
 trains is TRL's, and a test holds that both are the same. Knows neither TRL nor Ray.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,7 +36,7 @@ class HeldOutPreferences:
 
     def __init__(self, model: PeftModel, settings: PreferenceSettings, rows: PreferenceRows) -> None:
         self._settings = settings
-        self._pairs = scored_pairs(rows, len(rows))
+        self._pairs = scored_pairs(rows)
         labels = [row["label"] for row in cast("Sequence[UnpairedRow]", rows)] if "label" in rows[0] else []
         self._labels = torch.tensor(labels, dtype=torch.bool)  # [num_rows], of kto only
         self._lengths = torch.tensor([len(completion) for _, completion in self._pairs]).chunk(2)
@@ -135,24 +136,25 @@ def kto_losses(settings: PreferenceSettings, ratios: Tensor, labels: Tensor, kl:
     return torch.where(labels, desirable, undesirable)
 
 
-def scored_pairs(rows: PreferenceRows, group_size: int) -> list[Pair]:
+def scored_pairs(rows: PreferenceRows) -> list[Pair]:
     """Every prompt with its chosen answer, then with the rejected one; of KTO's rows with their answer, then with that
-    of the row before in the same group of `group_size`, from which the KL is estimated."""
+    of another row, from which the KL is estimated."""
     if rows and "label" in rows[0]:
         unpaired = cast("Sequence[UnpairedRow]", rows)
         own = [(row["prompt_ids"], row["completion_ids"]) for row in unpaired]
-        others = mismatched_completions(unpaired, group_size)
+        others = mismatched_completions(unpaired)
         return own + [(row["prompt_ids"], other) for row, other in zip(unpaired, others, strict=True)]
     paired = cast("Sequence[PreferenceRow]", rows)
     chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in paired]
     return chosen + [(row["prompt_ids"], row["rejected_ids"]) for row in paired]
 
 
-def mismatched_completions(rows: Sequence[UnpairedRow], group_size: int) -> list[list[int]]:
-    """For each row the completion of the row before it in its group, the last one's for the first."""
-    completions = [row["completion_ids"] for row in rows]
-    groups = [completions[start : start + group_size] for start in range(0, len(rows), group_size)]
-    return [completion for group in groups for completion in [group[-1], *group[:-1]]]
+def mismatched_completions(rows: Sequence[UnpairedRow]) -> list[list[int]]:
+    """For each row the completion of another, each taken once: of the row before it in a shuffled order, the last one's
+    for the first. In the order of a file neighbours often answer the same prompt."""
+    order = random.Random(0).sample(range(len(rows)), len(rows))
+    before = dict(zip(order, [order[-1], *order[:-1]], strict=True)) if order else {}
+    return [rows[before[at]]["completion_ids"] for at in range(len(rows))]
 
 
 def reference_logps(model: PeftModel, settings: PreferenceSettings, pairs: Sequence[Pair]) -> Tensor:

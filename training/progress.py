@@ -1,7 +1,7 @@
 """What a run is doing, from the worker that does it to the terminal of the person who waits.
 
 The worker writes `progress.json` into the run's directory with `write_progress`; the driver shows it with
-`show_progress`, which is told how to read it. A terminal gets a bar, a log a line now and then.
+`show_progress_of`. A terminal gets a bar, a log a line now and then.
 """
 
 import contextlib
@@ -97,6 +97,11 @@ def show_progress(read: ProgressReader, title: str, poll_s: float = 0.3) -> Iter
     finally:
         done.set()
         thread.join()
+
+
+def show_progress_of(run_dir: RunDir, title: str) -> contextlib.AbstractContextManager[None]:
+    """As `show_progress`, of the run in `run_dir`; an object store is asked less often."""
+    return show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0)
 
 
 def _show_bar(console: "Console", read: ProgressReader, title: str, poll_s: float, done: threading.Event) -> None:

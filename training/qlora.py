@@ -31,14 +31,19 @@ def start_adapter(
     """
     if parent_dir is None:
         return attach_lora(model, lora, weights_dir)
+    peft_model = attach_lora(model, lora.model_copy(update={"init_lora_weights": "default"}))
+    load_adapter(peft_model, parent_dir)
+    return peft_model
+
+
+def load_adapter(model: "PeftModel", directory: Path) -> None:
+    """Give the attached adapter the weights in `directory`, which has one of the same shape, bit for bit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    peft_model = attach_lora(model, lora.model_copy(update={"init_lora_weights": "default"}))
-    loaded = set_peft_model_state_dict(peft_model, load_file(parent_dir / WEIGHTS_FILE))
+    loaded = set_peft_model_state_dict(model, load_file(directory / WEIGHTS_FILE))
     wrong = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if "lora_" in key)]
-    assert not wrong, f"{wrong[0]}: the registry and resolve_parent checked the shape"
-    return peft_model
+    assert not wrong, f"{wrong[0]}: whoever calls has checked the shape"
 
 
 def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path | None = None) -> "PeftModel":

@@ -124,11 +124,12 @@ class AdapterRegistry:
         """Check the PEFT adapter in `source_dir` and publish it as the next version of `draft.name`.
 
         The adapter must change something, and its held-out loss be at least `min_improvement` (nats) below the
-        base's. `force` overrides these two, and no other check; the manifest then says `forced` and why.
+        base's and not above its parent's. `force` overrides these three, and no other check; the manifest then says
+        `forced` and why.
 
         Raises:
-            AdapterRefused: the files are not a plain LoRA adapter of this base, it is no better than the base, or the
-                weights are not those that were evaluated.
+            AdapterRefused: the files are not a plain LoRA adapter of this base, it is no better than the base or
+                worse than its parent, or the weights are not those that were evaluated.
         """
         _check_name(draft.name, RegistryError)
         if draft.chat_format == "auto":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import TrainConfig, resolved
+from training.driver import Driver, read_driver
 from training.metrics_read import Metrics, read_metrics
 from training.plan import memory_lines
 from training.run_dir import RunDir
@@ -47,7 +48,7 @@ def build_report(run_dir: RunDir) -> str:
         ("Curve", _curve(metrics)),
         ("Answers to held-out prompts", _samples(files["result"].get("samples", []))),
         ("Memory", _memory(files, metrics)),
-        ("Speed and cost", _speed(files, metrics, result)),
+        ("Speed and cost", _speed(files, metrics, result, read_driver(run_dir))),
         ("Data", _data(files["data"])),
         ("Configuration that is not default", _changed(files["config"])),
         ("Environment", _environment(files["environment"], files["trackers"])),
@@ -55,7 +56,7 @@ def build_report(run_dir: RunDir) -> str:
     return "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections if text) + "\n"
 
 
-_FILES = ("config", "plan", "data", "result", "failure", "registered", "driver", "phases", "environment", "trackers")
+_FILES = ("config", "plan", "data", "result", "failure", "registered", "phases", "environment", "trackers")
 
 
 def _headline(name: str, files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float]) -> str:
@@ -113,7 +114,7 @@ def _memory(files: Mapping[str, Any], metrics: Metrics) -> str:
     return _table(("peak of a worker", ""), rows) + f"\n\nMeasured is {of}. The estimate in parts:{parts}"
 
 
-def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float]) -> str:
+def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float], driver: Driver | None) -> str:
     if not metrics.steps:
         return ""
     rows = [
@@ -125,16 +126,16 @@ def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, floa
     rows.append(("tokens trained", f"{tokens:,.0f}"))
     if train_s := result.get("train_s"):
         rows.append(("time in training", _clock(train_s)))
-    started, ended = files["driver"].get("started"), files["driver"].get("ended") or metrics.times[-1]
+    ended = (driver.ended if driver else None) or metrics.times[-1]
     phases = files["phases"] or []
     begins = [*(phase["time"] for phase in phases), ended]
     for phase, begin, end in zip(phases, begins, begins[1:], strict=False):
         rows.append((f"time of: {phase['phase']}", _clock(end - begin)))
     price = files["config"].get("price_per_hour")
-    if started:
-        rows.append(("time of the whole run", _clock(ended - started)))
+    if driver:
+        rows.append(("time of the whole run", _clock(ended - driver.started)))
         if price is not None:
-            cost = price * (ended - started) / 3600
+            cost = price * (ended - driver.started) / 3600
             rows.append((f"cost at {price:g} an hour", f"{cost:.4g}"))
             rows.append(("cost of a million tokens", f"{cost / (tokens / 1e6):.4g}" if tokens else ""))
     return _table(("", ""), rows)

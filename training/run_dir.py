@@ -1,6 +1,6 @@
 """The directory of one run, on a disk or in an object store: what a run leaves, and what is read back while it runs.
 
-    config.json      the resolved configuration      driver.json     who drives it: pid, host, started, ended
+    config.json      the resolved configuration      drivers/        who drives it and drove it: training/driver.py
     data.json        what was found in the data      progress.json   what it is doing now
     metrics.jsonl    one line per logged step        result.json     figures and samples, at the end
     failure.json     why it failed                   adapter/        the trained adapter, parent/ what it started from
@@ -22,7 +22,7 @@ from typing import Any
 
 from training.errors import TrainingError
 from training.home import corral_home
-from training.storage import Storage
+from training.storage import TEMPORARY_PREFIX, Storage
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -64,6 +64,17 @@ class RunDir:
         """Put `value` in place of the file, at once."""
         self.write_text(file, json.dumps(value, indent=1))
 
+    def create_json(self, file: str, value: Any) -> bool:
+        """Make the file with `value`; False if it is there. One caller of many gets True."""
+        with self._storage.guard(f"write {file}"):
+            return self._storage.create(file, json.dumps(value, indent=1).encode())
+
+    def files(self, folder: str) -> list[str]:
+        """Names of all whole files in `folder`, sorted, with it before them."""
+        with self._storage.guard(f"list {folder}"):
+            found = self._storage.find(folder)  # of a folder that appears meanwhile s3fs finds the folder itself
+        return [file for file in found if file.startswith(f"{folder}/") and TEMPORARY_PREFIX not in file]
+
     def append(self, file: str, line: str) -> None:
         """Add a line to a file on a disk; an object store cannot."""
         path = self._storage.local_path(file)
@@ -76,6 +87,14 @@ class RunDir:
         with self._storage.guard(f"remove {', '.join(files)}"):
             for file in files:
                 self._storage.remove(file)
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder that nobody writes to any more."""
+        if local := self._storage.local_path(folder):
+            shutil.rmtree(local, ignore_errors=True)
+            return
+        with self._storage.guard(f"remove {folder}"):
+            self._storage.remove_folder(folder)
 
     def keep_newest(self, prefix: str, number: int) -> None:
         """Remove all folders whose name begins with `prefix` but the last `number` by name."""

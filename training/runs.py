@@ -1,16 +1,16 @@
 """Training runs as they lie in their directories, at work or long over: `read_runs`, `read_run`, `stop_run`.
 
 Reads run directories (`training.run_dir`) on any fsspec path, for `corral runs`; starts nothing and writes nothing. A
-run's state is decided from its files, its driver's process where that is on this machine, and otherwise from how long
-ago it last wrote.
+run's state is decided from its files and from whether its driver lives (`training.driver`). A sweep is a run, and so is
+each of its trials, as SWEEP/trials/NUMBER.
 """
 
 import contextlib
 import difflib
 import json
 import os
+import re
 import signal
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,42 +19,20 @@ from typing import Any, Literal
 import fsspec
 import psutil
 
+from training.driver import Driver, read_driver
 from training.errors import CorralError
 from training.home import corral_home
 from training.run_dir import RUN_NAME, MetricsLog, RunDir
 
 RunState = Literal["running", "finished", "failed", "stopped", "interrupted"]
 
-_SILENT_S = 900.0  # a driver elsewhere that wrote nothing for so long is taken for dead: a 70B model loads for minutes
+_NAME = re.compile(rf"{RUN_NAME.pattern}(/trials/\d{{3,}})?")
 _STOP_S = 120.0
 _POLL_S = 0.1
 
 
 class RunError(CorralError):
     """A run that does not exist, cannot be read or cannot be stopped from here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Driver:
-    """The process that drives a run: `started` and `ended` (None while it runs, or where it was killed) in seconds
-    since the epoch."""
-
-    pid: int
-    host: str
-    started: float
-    ended: float | None
-
-    def process(self) -> psutil.Process | None:
-        """The process, if it is on this machine and alive; never another one that has its number now."""
-        if self.host != socket.gethostname() or self.ended is not None:
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            # The driver had this number when it wrote `started`; whoever has it since was created later.
-            is_driver = process.create_time() <= self.started + 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return None
-        return process if is_driver else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +90,7 @@ def read_run(address: str, name: str) -> Run:
         RunError: there is none.
         CorralError: it cannot be read.
     """
-    run = _read(RunDir(address, name)) if RUN_NAME.fullmatch(name) else None
+    run = _read(RunDir(address, name)) if _NAME.fullmatch(name) else None
     if run is None:
         known = [other for other, is_folder in _listing(address) if is_folder]
         near = difflib.get_close_matches(name, known, n=1)
@@ -143,6 +121,9 @@ def stop_run(run: Run) -> None:
     """
     if run.state != "running":
         raise RunError(f"run {run.name!r} is not running, it is {run.state}")
+    sweep_name, is_trial, _ = run.name.partition("/")
+    if is_trial:
+        raise RunError(f"{run.name!r} is a trial: 'corral runs stop {sweep_name}' stops the whole sweep")
     process = run.driver.process() if run.driver else None
     if process is None:
         where = f"on {run.driver.host}: run this there" if run.driver else "unknown"
@@ -167,13 +148,15 @@ def _read(directory: RunDir) -> Run | None:
     config = directory.read_json("config.json")
     if config is None:
         return None
-    driver = _driver(directory.read_json("driver.json") or {})
+    sweep_name, is_trial, _ = directory.name.partition("/")
+    driver = read_driver(RunDir(directory.parent, sweep_name))
     progress = directory.read_json("progress.json") or {}
     result, failure = directory.read_json("result.json"), directory.read_json("failure.json")
     metrics: dict[str, float] = (result or {}).get("metrics", {})
     num_steps = int(metrics["num_steps"]) if "num_steps" in metrics else None
-    wrote_at = max(progress.get("time", 0.0), driver.started if driver else 0.0)
-    state = _state(driver, bool(result), bool(failure), silent_s=time.time() - wrote_at)
+    has_result = bool(result or directory.read_json("sweep.json"))
+    state = _state(driver, has_result, bool(failure), is_trial=bool(is_trial))
+    wrote_at = max(progress.get("time", 0.0), driver.seen if driver else 0.0)
     return Run(
         name=directory.name,
         directory=directory.address,
@@ -195,15 +178,15 @@ def _read(directory: RunDir) -> Run | None:
     )
 
 
-def _state(driver: Driver | None, has_result: bool, has_failure: bool, *, silent_s: float) -> RunState:
-    here = driver is not None and driver.host == socket.gethostname()
-    if driver is not None and (driver.process() if here else driver.ended is None and silent_s < _SILENT_S):
+def _state(driver: Driver | None, has_result: bool, has_failure: bool, *, is_trial: bool) -> RunState:
+    is_over = is_trial and (has_result or has_failure)  # its sweep may go on
+    if driver and driver.is_alive and not is_over:
         return "running"
     if has_failure:
         return "failed"
     if has_result:
         return "finished"
-    return "stopped" if driver is not None and driver.ended is not None else "interrupted"
+    return "stopped" if driver and driver.ended is not None else "interrupted"
 
 
 def _listing(address: str) -> list[tuple[str, bool]]:
@@ -217,10 +200,3 @@ def _listing(address: str) -> list[tuple[str, bool]]:
     except Exception as error:  # an object store's client has its own
         raise RunError(f"runs at {address!r} cannot be listed: {' '.join(str(error).split())[:300]}") from error
     return sorted((entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory") for entry in entries)
-
-
-def _driver(record: Mapping[str, Any]) -> Driver | None:
-    try:
-        return Driver(int(record["pid"]), str(record["host"]), float(record["started"]), record["ended"])
-    except (KeyError, TypeError, ValueError):
-        return None

@@ -26,7 +26,7 @@ from training.errors import TrainingError
 from training.evaluate import evaluate_files, held_out_loss
 from training.gate import GateReport
 from training.inputs import RunInputs, read_inputs
-from training.qlora import start_adapter
+from training.qlora import load_adapter, start_adapter
 from training.row_store import TokenizedRow
 from training.samples import Sample, sample_answers
 from training.sharding import leave_to_ranks, load_sharded
@@ -115,6 +115,10 @@ def _fit(
     if resume_from:
         watch.resume(resume_from)
     started = time.monotonic()
+    if watch.finished:  # a worker that ended after its last checkpoint
+        assert resume_from is not None
+        load_adapter(model, resume_from)
+        return {**watch.last, "train_s": 0.0, "num_steps": float(watch.last_step), **watch.take_best(model)}
     with ExitStack() as training:
         if config.method == "sft":
             training.enter_context(training_forward(model))
@@ -129,16 +133,13 @@ def _fit(
 
 
 def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path) -> Trainer:
-    rank, world_size = _rank_and_world_size()
+    batches, shape = step_batches(config, inputs, *_rank_and_world_size())
+    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     if config.method != "sft":
         from training.preference_trainer import preference_trainer
 
-        shape = StepShape(config.step_size, world_size, config.micro_batch_size)
-        arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
-        trainer: Trainer = preference_trainer(config, inputs, model, arguments, [watch])
+        trainer: Trainer = preference_trainer(config, inputs, model, batches, arguments, [watch])
         return trainer
-    batches, shape = step_batches(config, inputs, rank, world_size)
-    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     return DocumentTrainer(
         model,
         TrainingArguments(**arguments),

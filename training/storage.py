@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,14 @@ class Storage:
             return time.time() - os.stat(self._at(path)).st_mtime
         return time.time() - float(self._fs.modified(self._at(path)).timestamp())
 
-    def create(self, path: str) -> bool:
-        """Make an empty file; False if somebody else has made it. One caller of many gets True."""
+    def create(self, path: str, data: bytes = b"") -> bool:
+        """Make a file with `data`; False if somebody else has made it. One caller of many gets True."""
         try:
             if self._is_local:
-                self._make_parent(path)
-                os.close(os.open(self._at(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+                with self._replacing(path, put=_rename_if_new) as file:
+                    file.write(data)
             else:
-                self._fs.pipe_file(self._at(path), b"", mode="create")
+                self._fs.pipe_file(self._at(path), data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -155,7 +155,7 @@ class Storage:
         return FileLock(self._at(path), timeout=_LOCK_TIMEOUT_S)
 
     @contextmanager
-    def _replacing(self, path: str) -> Iterator[Any]:
+    def _replacing(self, path: str, put: Callable[[str, str], None] = os.replace) -> Iterator[Any]:
         if not self._is_local:
             with self._fs.open(self._at(path), "wb") as file:
                 yield file
@@ -168,11 +168,10 @@ class Storage:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
+            put(temporary, target)
+        finally:
+            with suppress(OSError):  # renamed already
                 os.unlink(temporary)
-            raise
         _sync_directory(os.path.dirname(target))
 
     def _at(self, path: str) -> str:
@@ -193,6 +192,17 @@ def _walk(directory: str, prefix: str) -> Iterator[str]:
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         else:
             yield f"{prefix}{entry.name}"
+
+
+def _rename_if_new(source: str, target: str) -> None:
+    """Rename, but raise FileExistsError where there is a file."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links there; for a moment the file is empty
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        os.replace(source, target)
 
 
 def _sync_directory(path: str) -> None:

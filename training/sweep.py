@@ -11,36 +11,37 @@ checkpoints are kept. A sweep that is taken up again runs the trials that have n
 import io
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from training.base_models import resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.errors import CorralError, RunStopped
+from training.driver import driving
+from training.errors import CorralError
 from training.fit import (
     equal_share,
-    fresh_run_name,
     one_line,
     open_run,
     ray_is_running_here,
     ray_session,
     ray_storage,
     read_result,
-    runs_dir,
+    run_dir_of,
     with_absolute_paths,
 )
 from training.inputs import read_inputs
-from training.parent import PARENT_DIR, copy_parent, resolve_parent
-from training.progress import Progress, read_progress, show_progress, write_progress
+from training.parent import PARENT_DIR, copy_parent, resolve_parent, split_warning
+from training.progress import Progress, show_progress_of, write_progress
+from training.registration import register
 from training.registry import AdapterManifest
 from training.run_dir import RunDir
 from training.sweep_config import SweepConfig, Trial, plan
-from training.sweep_result import SweepResult, as_json, is_done, ranked, read_outcome, report, trial_dir
+from training.sweep_report import report
+from training.sweep_result import SweepResult, as_json, is_done, ranked, read_outcome, trial_dir
 from training.worker import RayRun, failure_recorded, scratch_of, train_into
 
 _SMOOTHING = 0.9  # of the training loss that asha compares: batches differ
@@ -50,8 +51,8 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
     """Run every trial that has not been run, rank them, and register the best one's adapter.
 
     Raises:
-        CorralError: config, data or machine do not fit. A trial that fails, or a best adapter that the gate refuses, is
-            in the result instead.
+        CorralError: config, data or machine do not fit, another process drives the sweep, or a signal stopped it. A
+            trial that fails, or a best adapter that the gate refuses, is in the result instead.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not ray_is_running_here():
@@ -60,24 +61,24 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
     base = resolve_base_model(config.base_model, config.base_revision)
     checked = [(trial, *resolve_parent(trial.config, base)) for trial in plan(config)]
     parent = checked[0][2]
+    if warning := parent and split_warning(config, inputs.dataset, parent):
+        print(f"data: note: {warning}", file=sys.stderr)
     trials = [replace(trial, config=with_absolute_paths(trial_config)) for trial, trial_config, _ in checked]
-    run_dir = RunDir(runs_dir(config), config.run_name or f"sweep-{fresh_run_name(config.adapter)}")
-    open_run(config, run_dir)
-    if parent:
-        copy_parent(parent, run_dir)
-    try:
-        title = f"{run_dir.name} on {inputs.base.name}"
-        with ray_session(on_cluster, debug), show_progress(lambda: read_progress(run_dir), title):
+    run_dir = run_dir_of(config)
+    title = f"{run_dir.name} on {inputs.base.name}"
+    with driving(run_dir):
+        open_run(config, run_dir)
+        if parent:
+            copy_parent(parent, run_dir)
+        with failure_recorded(run_dir, 0), ray_session(on_cluster, debug), show_progress_of(run_dir, title):
             write_progress(run_dir, Progress(f"starting {len(trials)} trials"))
             crashes = _run_trials(config, trials, run_dir, debug)
-    except KeyboardInterrupt:
-        raise RunStopped(run_dir.name) from None
-    outcomes = [read_outcome(trial, trial_dir(run_dir, trial.number), crashes.get(trial.number)) for trial in trials]
-    outcomes = ranked(outcomes, config.sweep.metric, config.sweep.mode)
-    result = SweepResult(run_dir.name, run_dir.address, config.sweep.metric, outcomes)
-    result = _register_best(config, result, run_dir, trials, parent, force=force)
-    run_dir.write_json("sweep.json", as_json(result))
-    run_dir.write_text("sweep.md", report(result))
+        outcomes = [read_outcome(t, trial_dir(run_dir, t.number), crashes.get(t.number)) for t in trials]
+        outcomes = ranked(outcomes, config.sweep.metric, config.sweep.mode)
+        result = SweepResult(run_dir.name, run_dir.address, config.sweep.metric, outcomes)
+        result = _register_best(config, result, run_dir, trials, parent, force=force)
+        run_dir.write_json("sweep.json", as_json(result))
+        run_dir.write_text("sweep.md", report(result))
     return result
 
 
@@ -92,6 +93,7 @@ def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: RunDir, d
     if not left:
         return {}
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial's files are our own
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would return what there is, as if that were all
     if not debug:
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
     from ray import tune
@@ -119,10 +121,12 @@ def _run_trials(config: SweepConfig, trials: Sequence[Trial], run_dir: RunDir, d
             callbacks=[_progress(run_dir, len(left))],
         ),
     )
-    with redirect_stdout(sys.stderr if debug else io.StringIO()):  # Tune prints, however quiet it is told to be
-        grid: Any = tuner.fit()
-    if own_state := run_dir.local_path("tune"):
-        shutil.rmtree(own_state, ignore_errors=True)  # what counts is in the trials' directories
+    try:
+        with redirect_stdout(sys.stderr if debug else io.StringIO()):  # Tune prints, however quiet it is told to be
+            grid: Any = tuner.fit()
+    finally:
+        with suppress(CorralError):  # a store that is away
+            run_dir.remove_folder("tune")  # what counts is in the trials' directories
     results = [grid[index] for index in range(len(grid))]
     return {result.config["task"]["number"]: one_line(result.error) for result in results if result.error}
 
@@ -216,8 +220,6 @@ def _register_best(
     *,
     force: bool,
 ) -> SweepResult:
-    from training.__main__ import register
-
     best = result.best
     if best is None:
         failed = next((outcome.reason for outcome in result.outcomes if outcome.reason), "none finished")

@@ -10,11 +10,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from training.config import TrainConfig, build_config_of, explain, read_yaml
+from training.config import TrainConfig, build_config_of, explain, load_config, read_yaml
 from training.errors import ConfigError
 
 Value = bool | int | float | str | list[str]
@@ -93,6 +93,8 @@ class SweepSettings(_Section):
 class SweepConfig(TrainConfig):
     """A training configuration with `search` (dotted keys and their domains) and `sweep`."""
 
+    run_name_prefix: ClassVar[str] = "sweep-"
+
     search: dict[str, Domain]
     sweep: SweepSettings = SweepSettings()
 
@@ -135,6 +137,15 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         for value in domain.examples:
             _trial_config(config, {key: value}, f"{path}: search")
     return config
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read what a YAML describes: a sweep where it has `search`, else one training.
+
+    Raises:
+        ConfigError: naming file, key and value.
+    """
+    return (load_sweep if "search" in read_yaml(Path(path)) else load_config)(path, overrides)
 
 
 def plan(config: SweepConfig) -> list[Trial]:

@@ -1,4 +1,4 @@
-"""What came of a sweep's trials, read from their directories: ranked, as JSON and as a Markdown table.
+"""What came of a sweep's trials, read from their directories: ranked, and as plain values.
 
 `training.sweep` makes it, `corral sweep` shows it. Imports neither torch nor Ray.
 """
@@ -107,18 +107,3 @@ def as_json(result: SweepResult) -> dict[str, Any]:
             for outcome in result.outcomes
         ],
     }
-
-
-def report(result: SweepResult) -> str:
-    """`sweep.md`: the searched keys and a table of the trials, the best first."""
-    keys = list(result.outcomes[0].values)
-    header = ["trial", *keys, result.metric, "status", "steps"]
-    lines = [f"# {result.name}", "", f"Searched {', '.join(keys)}; {len(result.outcomes)} trials.", ""]
-    lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for outcome in result.outcomes:
-        metric = outcome.metrics.get(result.metric)
-        cells = [outcome.number, *(outcome.values[key] for key in keys), "" if metric is None else f"{metric:.4f}"]
-        lines.append(f"| {' | '.join(map(str, [*cells, outcome.status, outcome.num_steps]))} |")
-    lines += [""] + [f"- trial {o.number} failed: {o.reason}" for o in result.outcomes if o.reason]
-    registered = f"Registered: {result.manifest.model_id}" if result.manifest else f"Not registered: {result.refused}"
-    return "\n".join([*lines, "", registered, ""])

@@ -119,7 +119,7 @@ class DocumentTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[TokenizedRow]:
         """This worker's micro-batches; accelerate is not asked to divide them again."""
         rows: Any = self._rows
-        return _EpochLoader(rows, batch_sampler=self._batches, collate_fn=collate)
+        return EpochLoader(rows, batch_sampler=self._batches, collate_fn=collate)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -172,8 +172,11 @@ class DocumentTrainer(Trainer):
         return {name: t if name == "cu_seq_lens" else t.to(self.args.device) for name, t in inputs.items()}
 
 
-class _EpochLoader(DataLoader[TokenizedRow]):
+class EpochLoader(DataLoader[Any]):
+    """Tells its batch sampler of every epoch, so that `StepBatches` shuffles anew."""
+
     def set_epoch(self, epoch: int) -> None:
+        """Of the iterations that follow; transformers' loop calls it."""
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)
 

@@ -21,7 +21,8 @@ from training.config import TrainConfig
 from training.errors import TrainingError
 from training.qlora import adapters_to_float32
 
-_BEST_FILE, _BEST_WEIGHTS_FILE = "best.json", "best.safetensors"
+_WATCH_FILE, _BEST_WEIGHTS_FILE = "watch.json", "best.safetensors"  # in a checkpoint
+_SCALER_HALVINGS = 16  # of torch's GradScaler from 2^16 down to 1, each for a step whose float16 gradients overflowed
 
 
 class Run(Protocol):
@@ -60,23 +61,25 @@ class Watch(TrainerCallback):
         evaluate: Callable[[PeftModel], Mapping[str, float]] | None = None,
     ) -> None:
         self.last: dict[str, float] = {}
-        self.stopped_early = False
+        self.last_step = 0
+        self.finished = False  # no step is left: the run took all, or stopped early
         self._config, self._run, self._evaluate = config, run, evaluate
         self._highest_loss, self._compared = highest_loss, compared
         self._evaluated: dict[str, float] = {}  # of the present step
         self._best_step, self._best_loss, self._best_weights = 0, math.inf, dict[str, torch.Tensor]()
         self._misses = 0  # evaluations since the last that counted as better
         self._to_beat = math.inf
+        self._overflows = 0  # steps in a row that the GradScaler skipped
         self._seen_tokens, self._seen_step, self._seen_at = 0.0, 0, time.monotonic()
 
     def resume(self, checkpoint: Path) -> None:
         """Take up what an earlier worker knew at this checkpoint."""
-        if (checkpoint / _BEST_FILE).exists():
-            known = json.loads((checkpoint / _BEST_FILE).read_text())
-            self._best_step, self._best_loss = known["step"], known["loss"]
-            self._misses, self._to_beat = known["misses"], known["to_beat"]
-            if (checkpoint / _BEST_WEIGHTS_FILE).exists():
-                self._best_weights = load_file(checkpoint / _BEST_WEIGHTS_FILE)
+        known = json.loads((checkpoint / _WATCH_FILE).read_text())
+        self.last_step, self.finished, self.last = known["step"], known["finished"], known["last"]
+        self._best_step, self._best_loss = known["best_step"], known["best_loss"]
+        self._misses, self._to_beat = known["misses"], known["to_beat"]
+        if (checkpoint / _BEST_WEIGHTS_FILE).exists():
+            self._best_weights = load_file(checkpoint / _BEST_WEIGHTS_FILE)
 
     def take_best(self, model: PeftModel) -> dict[str, float]:
         """Give `model` the weights of the lowest held-out loss, where they were kept; returns `best_step`."""
@@ -97,8 +100,8 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        every = self._config.eval_steps
-        if self._evaluate is None or every is None or state.global_step % every:
+        every, is_last = self._config.eval_steps, state.global_step == state.max_steps
+        if self._evaluate is None or every is None or (state.global_step % every and not is_last):
             return
         started = time.monotonic()
         model.eval()
@@ -108,7 +111,7 @@ class Watch(TrainerCallback):
         self._compare(state.global_step, self._evaluated["eval_loss"], model)
         patience = self._config.early_stopping_patience
         if patience is not None and self._misses >= patience:
-            self.stopped_early = control.should_training_stop = True
+            control.should_training_stop = True
 
     def on_log(
         self,
@@ -121,7 +124,7 @@ class Watch(TrainerCallback):
         if not logs or "loss" not in logs:  # the summary at the end
             return
         loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        self._check(state.global_step, loss, grad_norm)
+        self._check(state.global_step, loss, grad_norm, args)
         now, tokens = time.monotonic(), float(logs.get("num_tokens", state.num_input_tokens_seen))
         passed_s = max(now - self._seen_at, 1e-6)
         metrics = {
@@ -136,20 +139,21 @@ class Watch(TrainerCallback):
             **{key: float(value) for key, value in logs.items() if key.startswith("rewards/")},
             **self._evaluated,
         }
-        self.last = {"train_loss": loss, "num_train_tokens": tokens}
-        last = state.global_step == state.max_steps or control.should_training_stop
-        if state.global_step % self._config.logging_steps == 0 or self._evaluated or last:
+        self.last, self.last_step = {"train_loss": loss, "num_train_tokens": tokens}, state.global_step
+        self.finished = state.global_step == state.max_steps or control.should_training_stop
+        if state.global_step % self._config.logging_steps == 0 or self._evaluated or self.finished:
             self._run.on_log(state.global_step, state.max_steps, metrics)
             self._seen_tokens, self._seen_step, self._seen_at = tokens, state.global_step, now
             self._evaluated = {}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         directory = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if self._run.rank == 0 and self._best_step:
+        if self._run.rank == 0:
             known = {
-                "step": self._best_step, "loss": self._best_loss, "misses": self._misses, "to_beat": self._to_beat,
+                "step": self.last_step, "finished": self.finished, "last": self.last, "best_step": self._best_step,
+                "best_loss": self._best_loss, "misses": self._misses, "to_beat": self._to_beat,
             }  # fmt: skip
-            (directory / _BEST_FILE).write_text(json.dumps(known))
+            (directory / _WATCH_FILE).write_text(json.dumps(known))
             if self._best_weights:
                 save_file(self._best_weights, directory / _BEST_WEIGHTS_FILE)
         self._run.on_checkpoint(directory, state.global_step, self.last)
@@ -164,11 +168,13 @@ class Watch(TrainerCallback):
         else:
             self._misses += 1
 
-    def _check(self, step: int, loss: float, grad_norm: float) -> None:
+    def _check(self, step: int, loss: float, grad_norm: float, args: TrainingArguments) -> None:
         advice = (
             f"lower learning_rate ({self._config.learning_rate:g}) or max_grad_norm ({self._config.max_grad_norm:g})"
         )
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        self._overflows = 0 if math.isfinite(grad_norm) else self._overflows + 1
+        skipped = args.fp16 and self._overflows <= _SCALER_HALVINGS
+        if not math.isfinite(loss) or (self._overflows and not skipped):
             what, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
             raise TrainingError(f"training stopped at step {step}: the {what} became {value}: {advice}")
         if loss > self._highest_loss:
