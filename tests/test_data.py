@@ -225,6 +225,9 @@ def test_b10_a_missing_file_is_named(prepare: Prepare, tmp_path: Path, monkeypat
     [
         {"path": "a.jsonl", "heldout": 0.1},
         {"path": "a.jsonl", "held_out": 0.6},
+        {"path": "a.jsonl", "held_out": 1.5},
+        {"path": "a.jsonl", "held_out": -1},
+        {"path": "a.jsonl", "held_out": True},
         {"path": "a.jsonl", "on_bad_row": "ignore"},
         {"path": "a.jsonl", "on_too_long": "cut"},
         {"path": "a.jsonl", "max_rows": 0},
@@ -407,6 +410,18 @@ def test_held_out_is_the_asked_share_and_deterministic(
     assert (asked(reordered)[::-1], asked(reordered, "held_out")[::-1]) == (train, held)
     other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=2)
     assert num < 100 or asked(other, "held_out") != held
+
+
+def test_held_out_may_be_a_number_of_rows(prepare: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *questions(50), *(row("question 3", f"again {n}") for n in range(5)))
+    prepared = prepare(path, held_out=20)
+    train, held = asked(prepared), asked(prepared, "held_out")
+    assert 20 <= len(held) <= 25
+    assert len(train) + len(held) == 55
+    assert not set(train) & set(held)
+    for number in (55, 56, 10**12):
+        with pytest.raises(DatasetError, match=f"data.held_out is {number} and there are 55 rows, so none would be"):
+            prepare(path, held_out=number)
 
 
 def test_the_seed_of_a_run_does_not_choose_what_is_held_out(prepare: Prepare, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("num_train_epochs=1e308", "key 'num_train_epochs' has value 1e+308: "),
         ("early_stopping_threshold=.inf", "key 'early_stopping_threshold' has value inf: input should be a finite"),
         ("early_stopping_threshold=.nan", "key 'early_stopping_threshold' has value nan: "),
+        ("data.held_out=0.6", "key 'data.held_out' has value 0.6: write a share of the rows up to 0.5, or a whole num"),
         ("data.held_out=.nan", "key 'data.held_out' has value nan: "),
         ("method=orpo", "key 'method' has value 'orpo': "),
         ("preference.beta=0.2", "key 'preference' has value {'beta': 0.2}: method is 'sft', which has no preferences"),
