@@ -130,6 +130,7 @@ def _facts(report: "DataReport") -> list[tuple[str, str]]:
         ("split", f"{report.num_train_rows:,} for training, {report.num_held_out:,} held out{leaked}"),
         ("turns", ", ".join(f"{n} ({count:,} rows)" for n, count in [*report.turns.items()][:_SHOWN_TURNS])),
         ("roles", _counts(report.roles)),
+        ("not used", report.unused),
         ("tokens", f"{report.num_train_tokens:,} an epoch, {report.trained_share:.0%} of them trained"),
         ("in pieces", f"{report.num_split:,} texts are longer than max_length" if report.num_split else ""),
         ("rendered for", f"{report.base}, chat format {report.chat_format}, max_length {report.max_length}"),

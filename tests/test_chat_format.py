@@ -6,6 +6,7 @@ few of its words, with the original ids. chatml runs on the embedded model's tok
 """
 
 import json
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import get_args
@@ -117,13 +118,13 @@ def test_a_plain_text_is_trained_between_begin_and_end_of_text(
 def test_e5_mask_is_assistant_text_and_end_of_turn(
     formats: dict[str, ChatFormat], tokenizers: dict[str, Tokenizer], name: str, prompt: list[Message], answer: str
 ) -> None:
-    """P E5: each unmasked run decodes to one assistant text with its end of turn, in order, and nothing else."""
-    dialog = [*prompt, Message("assistant", answer)]
+    """P E5: each unmasked run decodes to one trained assistant text with its end of turn, in order, and no more."""
+    dialog = [*(replace(m, trained=not number % 3) for number, m in enumerate(prompt)), Message("assistant", answer)]
     rendered = formats[name].render_training(dialog)
     pairs = zip(rendered.input_ids, rendered.loss_mask, strict=True)
     runs = [[token_id for token_id, _ in run] for trained, run in groupby(pairs, key=lambda pair: pair[1]) if trained]
     learned = [tokenizers[name].decode(run, skip_special_tokens=False) for run in runs]
-    assert learned == [_learned_text(name, m.content) for m in dialog if m.role == "assistant"]
+    assert learned == [_learned_text(name, m.content) for m in dialog if m.role == "assistant" and m.trained]
     assert all(run[-1] == formats[name].stop_token_ids[0] for run in runs)
 
 

@@ -192,6 +192,18 @@ def test_b10_a_format_that_the_method_cannot_use_is_refused(prepare: Prepare, tm
         prepare(write(tmp_path / "d.jsonl", GOOD), format="preference")
 
 
+@pytest.mark.parametrize(("suffix", "label"), [("jsonl", "0"), ("csv", "false"), ("csv", "1")])
+def test_b10_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, suffix: str, label: str) -> None:
+    """P B10: one line that names the method, whatever file the verdicts are in."""
+    path = tmp_path / f"d.{suffix}"
+    csv_text = f"prompt,completion,label\nq,a,{label}\n"
+    path.write_text(csv_text if suffix == "csv" else f'{{"prompt": "q", "completion": "a", "label": {label}}}\n')
+    with pytest.raises(DatasetError, match=r"rates an answer \(label\).*set method: kto") as caught:
+        prepare(str(path))
+    assert "\n" not in str(caught.value)
+    assert len(prepare(str(path), kind="unpaired_preference").train) == 1
+
+
 def test_b10_nothing_usable_is_an_error_even_when_skipping(prepare: Prepare, tmp_path: Path) -> None:
     """P B10."""
     with pytest.raises(DatasetError, match=r"no usable row \(1 read, 1 skipped, the first because .*d.jsonl:1 is not"):
@@ -213,6 +225,9 @@ def test_b10_a_missing_file_is_named(prepare: Prepare, tmp_path: Path, monkeypat
     [
         {"path": "a.jsonl", "heldout": 0.1},
         {"path": "a.jsonl", "held_out": 0.6},
+        {"path": "a.jsonl", "held_out": 1.5},
+        {"path": "a.jsonl", "held_out": -1},
+        {"path": "a.jsonl", "held_out": True},
         {"path": "a.jsonl", "on_bad_row": "ignore"},
         {"path": "a.jsonl", "on_too_long": "cut"},
         {"path": "a.jsonl", "max_rows": 0},
@@ -255,6 +270,51 @@ def test_e5_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatForm
     assert tokenized["labels"] == [i if trained else IGNORED_LABEL for i, trained in expected]
     assert prepared.train.lengths.tolist() == [len(rendered.input_ids)]
     assert prepared.train.num_trained_tokens == sum(rendered.loss_mask) == prepared.report.num_trained_tokens
+
+
+def test_e5_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tmp_path: Path) -> None:
+    """P E5: it is there as context, in the tokens, the report's rows and what a sample asks about."""
+    marked = [
+        {"role": m.role, "content": m.content, **({"weight": 0} if m.content == "bad answer" else {})}
+        for m in dialog("q", "bad answer", "q2", "good answer")
+    ]
+    path = write(tmp_path / "d.jsonl", {"messages": marked})
+    prepared = prepare(path)
+    [segments] = prepared.report.samples
+    assert [s.text for s in segments if s.use == "trained"] == ["good answer<|im_end|>"]
+    assert "bad answer<|im_end|>" in "".join(s.text for s in segments if s.use == "context")
+    [tokenized] = prepared.train
+    learned = sum(label != IGNORED_LABEL for label in tokenized["labels"])
+    assert 0 < learned == prepared.report.num_trained_tokens
+    stored = prepared.train.conversation(0)
+    assert stored is not None
+    assert [m.trained for m in stored.messages] == [True, False, True, True]
+
+
+def test_e5_rows_that_differ_in_what_is_trained_are_no_duplicates(prepare: Prepare, tmp_path: Path) -> None:
+    """P E5."""
+    rows = []
+    for weight in (0, 1, None, 0):
+        turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in dialog("q", "a", "q2", "a2")]
+        turns[1]["weight"] = weight
+        rows.append({"messages": turns})
+    report = prepare(write(tmp_path / "d.jsonl", *rows)).report
+    assert [note.source.rpartition(":")[2] for note in report.duplicates] == ["3", "4"]
+
+
+def test_e5_truncation_keeps_up_to_the_last_trained_answer_that_fits(
+    prepare: Prepare, chatml: ChatFormat, tmp_path: Path
+) -> None:
+    """P E5."""
+    messages = dialog("q", "untrained", "q2", "trained", "q3", "untrained", "q4", "too long " * 30)
+    turns = [
+        {"role": m.role, "content": m.content} | ({"weight": 0} if m.content == "untrained" else {}) for m in messages
+    ]
+    kept = chatml.render_training(messages[:4]).input_ids
+    room = len(chatml.render_training(messages[:6]).input_ids)
+    path = write(tmp_path / "d.jsonl", {"messages": turns})
+    prepared = prepare(path, max_length=room, on_too_long="truncate")
+    assert [tokenized["input_ids"] for tokenized in prepared.train] == [kept]
 
 
 def test_e1_preferences_begin_as_the_prompt_is_served(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
@@ -350,6 +410,18 @@ def test_held_out_is_the_asked_share_and_deterministic(
     assert (asked(reordered)[::-1], asked(reordered, "held_out")[::-1]) == (train, held)
     other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=2)
     assert num < 100 or asked(other, "held_out") != held
+
+
+def test_held_out_may_be_a_number_of_rows(prepare: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *questions(50), *(row("question 3", f"again {n}") for n in range(5)))
+    prepared = prepare(path, held_out=20)
+    train, held = asked(prepared), asked(prepared, "held_out")
+    assert 20 <= len(held) <= 25
+    assert len(train) + len(held) == 55
+    assert not set(train) & set(held)
+    for number in (55, 56, 10**12):
+        with pytest.raises(DatasetError, match=f"data.held_out is {number} and there are 55 rows, so none would be"):
+            prepare(path, held_out=number)
 
 
 def test_the_seed_of_a_run_does_not_choose_what_is_held_out(prepare: Prepare, tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ def test_check_as_json_is_the_report(check: Any, csv_file: Path) -> None:
     assert report.sources[0].path == str(csv_file)
 
 
+def test_check_says_which_keys_are_not_used(check: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"instruction": "Say hi.", "output": "Hi.", "tools": [{"name": "wave"}]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"instruction": "Say ho.", "tools": None}) + "\n")
+    assert "not used  tools (1 rows)\n" in check(path).stdout
+    assert json.loads(check(path, "--json").stdout)["unused_keys"] == {"tools": 1}
+
+
 def test_check_of_a_training_yaml_sees_its_settings(
     check: Any, csv_file: Path, tiny_base: BaseModel, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """What each dataset format means, and what is said of a row that has none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ def dialog(*contents: str, system: str | None = None) -> tuple[Message, ...]:
 def parse(row: Any, kind: RowKind = "sft", **data: Any) -> tuple[str, Example]:
     [source] = DataConfig(path="d.jsonl", **data).sources
     content = row if isinstance(row, bytes) else json.dumps(row).encode()
-    return parse_row(RawRow("d.jsonl:1", content), source, kind)
+    parsed = parse_row(RawRow("d.jsonl:1", content), source, kind)
+    return parsed.format, parsed.example
+
+
+def unused(row: Any, kind: RowKind = "sft", **data: Any) -> set[str]:
+    [source] = DataConfig(path="d.jsonl", **data).sources
+    return {*parse_row(RawRow("d.jsonl:1", row), source, kind).unused_keys}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,8 @@ def test_each_format_is_read_and_found_by_auto(
     path = FIXTURES / file
     [source] = DataConfig(path=str(path), format="auto" if auto else format_name).sources
     rows = [*read_rows(source)]
-    assert [parse_row(row, source, "sft") for row in rows] == [(format_name, Dialog(messages)) for messages in expected]
+    parsed = [parse_row(row, source, "sft") for row in rows]
+    assert [(row.format, row.example) for row in parsed] == [(format_name, Dialog(m)) for m in expected]
     assert [row.place for row in rows] == [f"{path}:1", f"{path}:2"]
 
 
@@ -115,6 +123,57 @@ def test_other_shapes_of_a_dialog(row: Any, format_name: str, expected: tuple[Me
     assert parse(row) == (format_name, Dialog(expected))
 
 
+MARKS = [
+    ({"weight": 0}, {"weight": 1}),  # OpenAI
+    ({"weight": 0.0}, {"weight": None}),  # the same from Parquet
+    ({"train": False}, {"train": True}),  # Axolotl
+    ({"training": False}, {}),
+    ({"weight": 1, "train": False}, {"weight": 1, "train": True}),
+]
+
+
+@pytest.mark.parametrize(("no", "yes"), MARKS)
+@pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
+def test_e5_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tuple[str, str, str]) -> None:
+    """P E5: OpenAI's `weight` and Axolotl's `train` leave an answer in the dialog, as context."""
+    key, role, content = names
+    said = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
+    row = {key: [{role: who, content: text, **mark} for who, text, mark in said]}
+    first, bad, *rest = dialog("q", "bad", "q2", "good")
+    assert parse(row)[1] == Dialog((first, replace(bad, trained=False), *rest))
+
+
+@pytest.mark.parametrize(
+    ("user", "assistant", "reason"),
+    [
+        ({}, {"weight": 2}, "has in messages[1].weight 2, expected 0 or 1"),
+        ({}, {"weight": 0.5}, "has in messages[1].weight 0.5, expected 0 or 1"),
+        ({}, {"weight": "0"}, 'has in messages[1].weight "0", expected 0 or 1'),
+        ({}, {"train": "no"}, 'has in messages[1].train "no", expected true or false'),
+        ({"weight": 1}, {}, "has in messages[0].weight 1, expected none: only messages of the assistant are trained"),
+        ({"train": True}, {}, "has in messages[0].train true, expected none: only messages of the assistant are"),
+        ({"train": False}, {"weight": 0}, "has nothing to learn: every answer is marked as not to be trained"),
+        ({}, {"train_detail": [{"begin_offset": 0}]}, "trains parts of a message (train_detail) in messages[1]"),
+    ],
+)
+def test_b10_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
+    """P B10."""
+    turns = [{"role": "user", "content": "q"} | user, {"role": "assistant", "content": "a"} | assistant]
+    with pytest.raises(BadRow) as caught:
+        parse({"messages": turns})
+    assert reason in str(caught.value)
+
+
+def test_b10_an_answer_that_is_judged_is_learned() -> None:
+    """P B10: a comparison of answers that are not to be trained teaches nothing; earlier turns are context anyway."""
+    turns = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "q2"}]
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}, *turns], "rejected": "bad"}
+    assert isinstance(parse(row | {"chosen": "good"}, "preference")[1], AnswerPair)
+    for key, kind in (("chosen", "preference"), ("completion", "unpaired_preference")):
+        with pytest.raises(BadRow, match="marks the answer that it judges as not to be trained"):
+            parse(row | {key: [turns[0]], "label": True}, kind)  # type: ignore[arg-type]
+
+
 def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:
     assert parse({"text": "Once upon a time"}, format="text") == ("text", Document("Once upon a time"))
     assert parse({"text": "### Human: q ### Assistant: a"}, format="text")[0] == "text"
@@ -124,50 +183,88 @@ def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:
         parse({"text": " "}, format="text")
 
 
-def test_columns_leave_the_others_as_they_are() -> None:
-    row = {"question": "q", "answer": "a", "system": "S", "messages": [], "conversations": []}
-    columns = {"prompt": "question", "completion": "answer"}
-    assert parse(row, columns=columns) == ("prompt_completion", Dialog(dialog("q", "a", system="S")))
-    alpaca = {"instruction": "i", "input": "j", "response": "a"}
-    assert parse(alpaca, columns={"output": "response"}) == ("alpaca", Dialog(dialog("i\nj", "a")))
-
-
-@pytest.mark.parametrize("untrained", [{"weight": 0}, {"train": False}])
-@pytest.mark.parametrize("trained", [{"weight": 1}, {"train": True}, {}, {"weight": None}])
-def test_b10_answers_of_weight_0_are_read_and_not_trained(untrained: dict[str, Any], trained: dict[str, Any]) -> None:
-    turns = [("user", "q", {}), ("assistant", "bad", untrained), ("user", "r", {}), ("assistant", "good", trained)]
-    openai = {"messages": [{"role": role, "content": content, **more} for role, content, more in turns]}
-    sharegpt = {"conversations": [{"from": role, "value": content, **more} for role, content, more in turns]}
-    for row in (openai, sharegpt):
-        _, example = parse(row)
-        assert isinstance(example, Dialog)
-        assert [message.trained for message in example.messages] == [True, False, True, True]
-
-
-def test_b10_rows_without_a_trained_answer_and_weights_that_mean_nothing_are_refused() -> None:
-    def row(weight: Any) -> dict[str, Any]:
-        answer = {"role": "assistant", "content": "a", "weight": weight}
-        return {"messages": [{"role": "user", "content": "q"}, answer]}
-
-    with pytest.raises(BadRow, match="has nothing to learn: every answer has weight 0"):
-        parse(row(0))
-    with pytest.raises(BadRow, match=r"has in messages\[1\]\.weight 0\.5, expected 0 or 1"):
-        parse(row(0.5))
-
-
-@pytest.mark.parametrize("label", [True, False, 0, 1, "true", "False"])
-def test_b10_rated_answers_are_not_trained_as_if_all_were_good(label: Any) -> None:
-    with pytest.raises(BadRow, match="rates an answer"):
-        parse({"prompt": "q", "completion": "a", "label": label})
-    assert parse({"prompt": "q", "completion": "a", "label": "geography"})[0] == "prompt_completion"
-
-
 def test_columns_name_the_parts_of_any_row() -> None:
     row = {"question": "q", "answer": "a", "prompt": "not this", "tone": "S"}
     columns = {"prompt": "question", "completion": "answer", "system": "tone"}
     assert parse(row, columns=columns) == ("prompt_completion", Dialog(dialog("q", "a", system="S")))
     with pytest.raises(BadRow, match=r"has no 'question', which data.columns names: it has the keys answer"):
         parse({"answer": "a"}, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "format_name", "expected"),
+    [
+        (
+            {"question": "q", "answer": "a", "system": "S"},
+            {"prompt": "question", "completion": "answer"},
+            "prompt_completion",
+            dialog("q", "a", system="S"),
+        ),
+        ({"instruction": "i", "response": "o"}, {"output": "response"}, "alpaca", dialog("i", "o")),
+        (
+            {"instruction": "i", "input": "in", "response": "o"},
+            {"instruction": "instruction", "output": "response"},
+            "alpaca",
+            dialog("i\nin", "o"),
+        ),
+        (  # what is named goes before a format that the row has by itself
+            {"messages": [{"role": "user", "content": "x"}], "instruction": "x", "output": "x", "q": "q", "a": "a"},
+            {"prompt": "q", "completion": "a"},
+            "prompt_completion",
+            dialog("q", "a"),
+        ),
+        (  # two names that change places
+            {"instruction": "in", "input": "i", "output": "o"},
+            {"instruction": "input", "input": "instruction"},
+            "alpaca",
+            dialog("i\nin", "o"),
+        ),
+    ],
+)
+def test_columns_rename_and_leave_the_rest_of_a_row(
+    row: Any, columns: Any, format_name: str, expected: tuple[Message, ...]
+) -> None:
+    assert parse(row, columns=columns) == (format_name, Dialog(expected))
+
+
+def test_the_prompt_that_columns_name_is_the_prompt() -> None:
+    row = {"prompt": "not this", "question": "q", "chosen": "good", "rejected": "bad"}
+    assert parse(row, "preference", columns={"instruction": "question"}) == ("preference", PAIR)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "columns", "expected"),
+    [
+        (SHAREGPT | {"system": "S", "id": 7, "tools": [], "meta": {}, "tag": None, "note": ""}, "sft", {}, {"id"}),
+        ({"instruction": "i", "input": "", "output": "o", "history": [], "score": 0}, "sft", {}, {"score"}),
+        ({"prompt": "q", "completion": "a", "input": "in", "messages": None}, "sft", {}, {"input"}),
+        ({"text": "### Human: q ### Assistant: a", "system": "S", "prompt": "x"}, "sft", {}, {"prompt"}),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "q", "name": "Ann"},
+                    {"role": "assistant", "content": "a", "weight": 1, "refusal": None, "tool_calls": []},
+                ],
+                "tools": [{"type": "function"}],
+            },
+            "sft",
+            {},
+            {"tools", "messages[].name"},
+        ),
+        (
+            {"question": "q", "answer": "a", "prompt": "not this", "instruction": "nor this", "tone": "S", "id": 1},
+            "sft",
+            {"prompt": "question", "completion": "answer", "system": "tone"},
+            {"prompt", "instruction", "id"},
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "instruction": "i"}, "preference", {}, {"instruction"}),
+        ({"instruction": "q", "input": "i", "chosen": "a", "rejected": "b", "x": 1}, "preference", {}, {"x"}),
+        ({"prompt": "q", "completion": "a", "label": True, "chosen": "c"}, "unpaired_preference", {}, {"chosen"}),
+    ],
+)
+def test_keys_that_say_nothing_to_a_format_are_told(row: Any, kind: RowKind, columns: Any, expected: set[str]) -> None:
+    """Under the row's own names; a key without a value is none."""
+    assert unused(row, kind, columns=columns) == expected
 
 
 PAIR = AnswerPair(dialog("q"), Message("assistant", "good"), Message("assistant", "bad"))
@@ -260,5 +357,17 @@ def test_b10_supervised_training_does_not_learn_the_worse_answer() -> None:
     """P B10: rows for DPO and KTO are told apart from those for SFT."""
     with pytest.raises(BadRow, match="method dpo"):
         parse({"prompt": "q", "chosen": "a", "rejected": "b"})
-    with pytest.raises(BadRow, match="method kto"):
-        parse({"prompt": "q", "completion": "a", "label": False})
+
+
+@pytest.mark.parametrize("label", [False, True, 0, 1, 0.0, "false", " True", "0", "1"])
+def test_b10_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
+    """P B10: what one method takes for a bad answer must not be learned by the other."""
+    row = {"prompt": "q", "completion": "a", "label": label}
+    assert isinstance(parse(row, "unpaired_preference")[1], RatedAnswer)
+    with pytest.raises(BadRow, match=r"rates an answer .*set method: kto"):
+        parse(row)
+
+
+@pytest.mark.parametrize("label", [None, "", 2, -1, "sports", ["x"]])
+def test_a_label_that_is_no_verdict_is_a_column_like_any_other(label: Any) -> None:
+    assert parse({"prompt": "q", "completion": "a", "label": label})[1] == Dialog(dialog("q", "a"))

@@ -93,6 +93,19 @@ def test_warnings(prepare: Prepare, tmp_path: Path, rows: list[Any], options: An
     assert f"data: note: {report.warnings[0]}" in report.short()
 
 
+def test_keys_that_are_not_used_are_counted_in_one_line(prepare: Prepare, tmp_path: Path) -> None:
+    rows: list[Any] = [*(row(f"q{n}", "an answer", id=n + 1) for n in range(5)), row("t", "a", tools=["x"])]
+    report = prepare(write(tmp_path / "d.jsonl", *rows)).report
+    assert report.unused_keys == {"id": 5, "tools": 1}
+    assert "data: keys that are not used: id (5 rows), tools (1 rows)" in report.short().splitlines()
+    used = prepare(write(tmp_path / "u.jsonl", *MANY)).report
+    assert "not used" not in used.short()
+    wild = [row(f"q{n}", "an answer", **{f"key {n}": 1}) for n in range(1100)]
+    report = prepare(write(tmp_path / "w.jsonl", *wild)).report
+    assert len(report.unused_keys) == 1000
+    assert report.unused.endswith("key 7 (1 rows) and 992 more")
+
+
 def test_a_source_that_drowns_the_others_is_named(prepare: Prepare, tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", *(row(f"few {n}", "an answer") for n in range(3)))
     many = write(tmp_path / "many.jsonl", *MANY)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.data_split import hash_content, hash_opening, hold_out, mixed, repeat_by_weight, repeats
+from training.errors import DatasetError
 
 few_hashes = st.lists(st.integers(0, 12), min_size=2, max_size=60).map(lambda values: np.array(values, dtype=np.uint64))
 
@@ -59,6 +61,34 @@ def test_hold_out_keeps_groups_together_and_close_to_the_share(openings: np.ndar
     else:  # no group fits, so it is the smallest
         assert len(sizes[1]) == 1
         assert sizes[1][0] <= sizes[0].min()
+
+
+@given(few_hashes, st.data(), st.integers(0, 9))
+def test_hold_out_of_a_number_takes_whole_groups_until_there_are_so_many(
+    openings: np.ndarray, data: st.DataObject, seed: int
+) -> None:
+    if len(set(openings.tolist())) < 2:
+        return
+    number = data.draw(st.integers(1, len(openings) - 1))
+    try:
+        held_out = hold_out(openings, number, seed)
+    except DatasetError as error:  # all groups but the last are too few
+        [most] = map(int, re.findall(r"set it to (\d+) or less", str(error)))
+        assert most < number
+        assert most <= hold_out(openings, most, seed).sum() < len(openings)
+        return
+    assert set(openings[held_out].tolist()).isdisjoint(openings[~held_out].tolist())
+    assert number <= held_out.sum() < len(openings)
+    if number > 1:
+        fewer = hold_out(openings, number - 1, seed)
+        assert not (fewer & ~held_out).any()
+        assert fewer.sum() == held_out.sum() or fewer.sum() == number - 1  # no group more than it takes
+
+
+def test_hold_out_of_single_rows_is_the_exact_number() -> None:
+    openings = np.random.default_rng(0).integers(0, 2**63, 10_000, dtype=np.uint64)
+    assert hold_out(openings, 200, 0).sum() == 200
+    assert hold_out(openings, 1, 0).sum() == 1
 
 
 @given(few_hashes, st.integers(0, 9))

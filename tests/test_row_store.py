@@ -34,7 +34,7 @@ def stored_rows(draw: st.DrawFn, kind: str) -> StoredRow:
         lists,
         label=draw(st.booleans()) if kind == "unpaired" else None,
         place=draw(st.text(max_size=9)),
-        messages=draw(st.none() | st.tuples(st.builds(Message, st.just("user"), st.text(max_size=9)))),
+        messages=draw(st.none() | st.tuples(st.builds(Message, st.just("user"), st.text(max_size=9), st.booleans()))),
         source=draw(st.integers(0, 9)),
         opening=draw(hashes),
         content=draw(hashes),

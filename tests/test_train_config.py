@@ -72,7 +72,10 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("nonsense", "'nonsense' is not of the form key=value"),
         ("data.path=[a", "has a value that is not YAML"),
         ("num_train_epochs=.inf", "key 'num_train_epochs' has value inf: "),
+        ("num_train_epochs=1e308", "key 'num_train_epochs' has value 1e+308: "),
+        ("early_stopping_threshold=.inf", "key 'early_stopping_threshold' has value inf: input should be a finite"),
         ("early_stopping_threshold=.nan", "key 'early_stopping_threshold' has value nan: "),
+        ("data.held_out=0.6", "key 'data.held_out' has value 0.6: write a share of the rows up to 0.5, or a whole num"),
         ("data.held_out=.nan", "key 'data.held_out' has value nan: "),
         ("method=orpo", "key 'method' has value 'orpo': "),
         ("preference.beta=0.2", "key 'preference' has value {'beta': 0.2}: method is 'sft', which has no preferences"),
@@ -111,6 +114,15 @@ def test_b11_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
 def test_b11_what_only_conversations_have_is_refused_with_preferences(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml: packing is of method sft, and method is dpo: leave it out"):
         load_config(recipe, ["method=dpo", "packing=true"])
+
+
+@pytest.mark.parametrize("warmup", ["10", "0.1"])
+def test_b11_a_warm_up_that_would_be_ignored_is_refused(recipe: Path, warmup: str) -> None:
+    constant = ["lr_scheduler_type=constant", f"warmup_steps={warmup}"]
+    with pytest.raises(ConfigError, match="constant knows no warmup_steps: set it to constant_with_warmup") as caught:
+        load_config(recipe, constant)
+    assert "\n" not in str(caught.value)
+    assert load_config(recipe, [*constant, "lr_scheduler_type=constant_with_warmup"]).warmup_steps == float(warmup)
 
 
 def test_missing_file_suggests_its_neighbour(recipe: Path) -> None:

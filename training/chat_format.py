@@ -30,12 +30,17 @@ class Message:
     """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it.
 
     Attributes:
-        trained: False for an assistant turn that is only read, not learned.
+        trained: False for an assistant turn that is only read, not learned; of other turns it says nothing.
     """
 
     role: Role
     content: str
     trained: bool = True
+
+    @property
+    def learned(self) -> bool:
+        """Whether training puts loss on this turn."""
+        return self.role == "assistant" and self.trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,8 @@ def _llama_2(messages: Sequence[Message]) -> Iterator[_Piece]:
             yield _Piece(f"[INST] {(system + message.content).strip()} [/INST]")
             system = ""
         else:
-            yield _Piece(f"{message.content.strip()} ", trained=message.trained)
-            yield _control("</s>", trained=message.trained)
+            yield _Piece(f"{message.content.strip()} ", trained=message.learned)
+            yield _control("</s>", trained=message.learned)
 
 
 def _llama_3(messages: Sequence[Message]) -> Iterator[_Piece]:
@@ -77,9 +82,8 @@ def _llama_3(messages: Sequence[Message]) -> Iterator[_Piece]:
     yield _control("<|begin_of_text|>")
     for message in messages:
         yield from _llama_3_header(message.role)
-        trained = message.role == "assistant" and message.trained
-        yield _Piece(message.content.strip(), trained=trained)
-        yield _control("<|eot_id|>", trained=trained)
+        yield _Piece(message.content.strip(), trained=message.learned)
+        yield _control("<|eot_id|>", trained=message.learned)
 
 
 def _llama_3_header(role: str) -> Iterator[_Piece]:
@@ -94,11 +98,11 @@ def _chatml(messages: Sequence[Message]) -> Iterator[_Piece]:
     for message in messages:
         if message.role == "assistant":
             yield from _chatml_opening()
-            yield _Piece(message.content, trained=message.trained)
+            yield _Piece(message.content, trained=message.learned)
         else:
             yield _control("<|im_start|>")
             yield _Piece(f"{message.role}\n{message.content}")
-        yield _control("<|im_end|>", trained=message.role == "assistant" and message.trained)
+        yield _control("<|im_end|>", trained=message.learned)
         yield _Piece("\n")
 
 
@@ -213,7 +217,7 @@ class ChatFormat:
         return self._render(messages, self._layout.opening()).input_ids
 
     def render_training(self, messages: Sequence[Message]) -> Rendered:
-        """A dialog that ends with an assistant turn, with loss on assistant text and end of turn.
+        """A dialog that ends with an assistant turn, with loss on text and end of turn of every learned message.
 
         `render_prompt(m)` is exactly the beginning of `render_training([*m, answer]).input_ids`.
 

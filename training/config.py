@@ -102,7 +102,7 @@ class TrainConfig(_Section):
     train_batch_size: int | None = Field(default=None, ge=1)  # of a step, over all workers; None: from the two above
     packing: bool = False  # an example is as many rows as fit into max_length; they do not see each other
     group_by_length: bool = False
-    num_train_epochs: float = Field(default=3.0, gt=0)
+    num_train_epochs: float = Field(default=3.0, gt=0, le=1e6)
     max_steps: int = Field(default=-1, ge=-1)  # -1: as many as num_train_epochs needs
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"

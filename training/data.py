@@ -202,8 +202,8 @@ def _report(
         **about,
         **facts.model_dump(
             include={
-                "formats", "turns", "roles", "num_skipped", "skipped", "num_too_long", "too_long", "num_truncated",
-                "truncated", "num_split", "sha256",
+                "formats", "turns", "roles", "unused_keys", "num_skipped", "skipped", "num_too_long", "too_long",
+                "num_truncated", "truncated", "num_split", "sha256",
             }
         ),
         num_rows_read=sum(facts.rows_read),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator
 
 DatasetFormat = Literal[
     "messages",
@@ -66,11 +66,18 @@ class DataConfig(_Section):
     format: DatasetFormat | Literal["auto"] = "auto"
     """`auto` decides row by row from the keys. `text` must be asked for: under `auto` a text is a guanaco dialog."""
     columns: dict[Column, str] = {}
-    """Where a row has its parts under other names, such as `{prompt: question, completion: answer}`."""
+    """Where a row has its parts under other names, such as `{prompt: question, completion: answer}`.
+
+    A part that is not named here is read under its own name, such as a column `system`.
+    """
     split: str = "train"
     """The split of a hub dataset."""
-    held_out: float = Field(default=0.1, ge=0, le=0.5)
-    """Share of the rows that is kept for evaluation."""
+    held_out: StrictInt | StrictFloat = Field(default=0.1, ge=0)
+    """What is kept for evaluation: up to 0.5 a share of the rows, from 1 on a number of rows.
+
+    Conversations with the same first user message are never divided: a share is not exceeded for them, a number is
+    reached, with a few more rows where it takes them.
+    """
     split_seed: int = Field(default=0, ge=0, lt=2**32)
     """Chooses which rows are held out; not `seed`, so that runs with several seeds are compared on the same rows."""
     held_out_path: list[DataSource] = []
@@ -91,6 +98,13 @@ class DataConfig(_Section):
         if not isinstance(value, list) or not all(isinstance(item, str | Mapping | DataSource) for item in value):
             raise ValueError("name a file, a folder, a glob or a hub dataset id, or a list of {path: ..., weight: ...}")
         return [{"path": item} if isinstance(item, str) else item for item in value]
+
+    @field_validator("held_out")
+    @classmethod
+    def _share_or_number(cls, value: float) -> float:
+        if 0.5 < value < 1 or (value > 1 and value % 1):
+            raise ValueError("write a share of the rows up to 0.5, or a whole number of rows")
+        return value
 
     @field_validator("held_out_path")
     @classmethod

@@ -27,6 +27,14 @@ ACCEPTED: dict[RowKind, str] = {
 }
 
 _EXCERPT_CHARS = 80
+# What precedes an answer, the first that a row has, each with the keys that it is read from.
+_PROMPTS = {
+    "prompt": {"prompt"},
+    "conversations": {"conversations"},
+    "instruction": {"instruction", "input", "history"},
+}
+# Whether a message is trained: OpenAI's 0 or 1, and the two names of Axolotl's examples, true or false.
+_TRAINED_KEYS = ("weight", "train", "training")
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _SHAREGPT_ROLES: dict[str, Role] = {
@@ -42,7 +50,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """Messages that end with an assistant turn; assistant turns are trained but where a row says otherwise."""
+    """Messages that end with an assistant turn; at least one assistant turn is trained."""
 
     messages: tuple[Message, ...]
 
@@ -75,8 +83,20 @@ class RatedAnswer:
 Example = Dialog | Document | AnswerPair | RatedAnswer
 
 
-def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> tuple[DatasetFormat, Example]:
-    """What a row of `source` teaches, and the format that it was found to have.
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """What a row teaches, the format that it was found to have, and which of its keys say nothing to that format.
+
+    `unused_keys` are the row's own names, those of a message as in `messages[].name`; keys without a value are no keys.
+    """
+
+    format: DatasetFormat
+    example: Example
+    unused_keys: frozenset[str]
+
+
+def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> ParsedRow:
+    """What a row of `source` teaches.
 
     Args:
         source: with `format` and `columns` filled in.
@@ -87,11 +107,11 @@ def parse_row(row: RawRow, source: DataSource, kind: RowKind) -> tuple[DatasetFo
     """
     if row.problem:
         raise BadRow(row.problem)
-    fields = _fields(row.content)
-    if source.columns:
-        fields = _renamed(fields, source.columns)
-    row_format = _format_of(fields, source.format or "auto", kind, source.columns or {})
-    return row_format, _READERS[row_format](fields)
+    given = _fields(row.content)
+    columns = source.columns or {}
+    fields = _renamed(given, columns) if columns else given
+    row_format = _format_of(fields, source.format or "auto", kind, columns)
+    return ParsedRow(row_format, _READERS[row_format](fields), _unused_keys(given, fields, columns, row_format))
 
 
 def formats_of(kind: RowKind) -> tuple[DatasetFormat, ...]:
@@ -119,22 +139,29 @@ def _fields(content: Any) -> dict[str, Any]:
 
 
 def _renamed(fields: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
+    """The row with what `columns` names under our names, before anything that has such a name of its own."""
     missing = [column for column in columns.values() if column not in fields]
     if missing:
         raise BadRow(f"has no {missing[0]!r}, which data.columns names: it has the keys {_keys(fields)}")
-    others = {key: value for key, value in fields.items() if key not in columns.values()}
-    return {**others, **{name: fields[column] for name, column in columns.items()}}
+    others = set(columns.values())
+    if any(name in columns for name in _PROMPTS):  # another prompt of the row would stand in for the named one
+        others.update(_PROMPTS)
+    kept = {name: value for name, value in fields.items() if name not in others}
+    return kept | {name: fields[column] for name, column in columns.items()}
 
 
 def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind, columns: Mapping[Any, str]) -> DatasetFormat:
     possible = formats_of(kind)
-    if columns:  # those that the user has named come before what the row has besides
+    if columns:  # a format of which they name a part comes first
         possible = tuple(sorted(possible, key=lambda known: columns.keys().isdisjoint(_KEYS[known])))
     for row_format in possible:
         asked = wanted == row_format or (wanted == "auto" and row_format != "text")
         if asked and all(fields.get(key) is not None for key in _KEYS[row_format]):
-            if kind == "sft" and row_format == "prompt_completion" and _label(fields) in (0, 1):
-                raise BadRow("rates an answer (label): train on such rows with method kto, or leave label out")
+            if row_format == "prompt_completion" and _verdict(fields.get("label")) is not None:
+                raise BadRow(
+                    "rates an answer (label), which may be a bad one: set method: kto to train on such rows, or "
+                    "rename the column if it says something else"
+                )
             return row_format
     if kind == "sft" and wanted == "auto" and fields.keys() >= {"chosen", "rejected"}:
         raise BadRow("compares two answers (chosen, rejected): train on such rows with method dpo")
@@ -147,12 +174,38 @@ def _keys(fields: dict[str, Any]) -> str:
     return ", ".join(k if fields[k] is not None else f"{k} (null)" for k in sorted(fields, key=str)) or "(none)"
 
 
+def _unused_keys(
+    given: dict[str, Any], fields: dict[str, Any], columns: Mapping[Any, str], row_format: DatasetFormat
+) -> frozenset[str]:
+    """Keys of the row as it was `given` that reading its `fields` in a format makes nothing of."""
+    read = _READ[row_format]
+    if row_format in ("preference", "unpaired_preference"):
+        read |= next((parts for key, parts in _PROMPTS.items() if fields.get(key) is not None), set())
+    used = {columns.get(key, key) for key in fields.keys() & read} if columns else read
+    unused = {str(key) for key in given.keys() - used if not _is_nothing(given[key])}
+    for key in fields.keys() & read & _MESSAGE_LISTS:
+        if isinstance(fields[key], list):
+            unused.update(
+                f"{columns.get(key, key)}[].{name}"
+                for item in fields[key]
+                if isinstance(item, dict)
+                for name in item.keys() - _MESSAGE_KEYS
+                if not _is_nothing(item[name])
+            )
+    return frozenset(unused)
+
+
+def _is_nothing(value: Any) -> bool:
+    """What the rows of Parquet files and the hub fill up with, and an empty cell."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
 def _from_messages(fields: dict[str, Any]) -> Dialog:
-    return _dialog(fields, _messages(fields["messages"], "messages", weighted=True))
+    return _dialog(fields, _messages(fields["messages"], "messages"))
 
 
 def _from_sharegpt(fields: dict[str, Any]) -> Dialog:
-    return _dialog(fields, _messages(fields["conversations"], "conversations", sharegpt=True, weighted=True))
+    return _dialog(fields, _messages(fields["conversations"], "conversations", sharegpt=True))
 
 
 def _from_alpaca(fields: dict[str, Any]) -> Dialog:
@@ -208,24 +261,32 @@ def _from_preference(fields: dict[str, Any]) -> AnswerPair:
             raise BadRow(f"has in {key} {len(answer)} messages that differ, expected one answer at the end")
     if chosen == rejected:
         raise BadRow("has the same answer as chosen and as rejected")
+    _check_judged(chosen[0], rejected[0])
     return AnswerPair(_checked(fields, prompt, chosen[0]), chosen[0], _answered(rejected[0], "rejected"))
 
 
 def _from_unpaired(fields: dict[str, Any]) -> RatedAnswer:
-    label = _label(fields)
-    if label not in (True, False):  # 1 and 0 are equal to them
-        _wrong("label", "true or false", label)
+    label = _verdict(fields["label"])
+    if label is None:
+        _wrong("label", "true or false", fields["label"])
     completion = _turns(fields, "completion", "assistant")
     if len(completion) != 1 or completion[0].role != "assistant":
         raise BadRow(f"has in completion {len(completion)} messages: expected one answer from the assistant")
-    return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], bool(label))
+    _check_judged(completion[0])
+    return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], label)
 
 
-def _label(fields: dict[str, Any]) -> Any:
-    label = fields.get("label")
-    if isinstance(label, str):  # a CSV cell
-        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
-    return label
+def _verdict(label: Any) -> bool | None:
+    """Whether an answer is wanted, as JSON, Parquet and the cells of CSV files say it; None for any other value."""
+    if isinstance(label, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    return bool(label) if label in (True, False) else None  # 1 and 0 are equal to them
+
+
+def _check_judged(*answers: Message) -> None:
+    """What an answer teaches here is that it is better, worse, wanted or not; a prompt's turns are context anyway."""
+    if not all(answer.trained for answer in answers):
+        raise BadRow("marks the answer that it judges as not to be trained: leave the mark or the row out")
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
@@ -280,8 +341,8 @@ def _dialog(fields: dict[str, Any], messages: Iterable[Message]) -> Dialog:
         return Dialog(_checked(fields, [], None))
     *prompt, answer = turns
     messages = (*_checked(fields, prompt, answer), answer)
-    if not any(message.trained for message in messages if message.role == "assistant"):
-        raise BadRow("has nothing to learn: every answer has weight 0")
+    if not any(message.learned for message in messages):
+        raise BadRow("has nothing to learn: every answer is marked as not to be trained")
     return Dialog(messages)
 
 
@@ -307,8 +368,7 @@ def _answered(message: Message, where: str) -> Message:
     return message
 
 
-def _messages(items: Any, key: str, sharegpt: bool = False, weighted: bool = False) -> Iterator[Message]:
-    """The turns of a list; where `weighted`, those that are not to be trained are marked."""
+def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]:
     if isinstance(items, str) and items.lstrip().startswith("["):  # a CSV cell
         try:
             items = json.loads(items)
@@ -331,18 +391,22 @@ def _messages(items: Any, key: str, sharegpt: bool = False, weighted: bool = Fal
         role, content = (item[name] for name in names)
         if sharegpt and isinstance(role, str):
             role = _SHAREGPT_ROLES.get(role.lower(), role)
-        trained = not weighted or role != "assistant" or _is_trained(item, where)
-        yield Message(role, _content(content, f"{where}.{names[1]}"), trained)
+        yield Message(role, _content(content, f"{where}.{names[1]}"), _is_trained(item, role, where))
 
 
-def _is_trained(item: dict[str, Any], where: str) -> bool:
-    """OpenAI's `weight`, 0 or 1 on an assistant message, and Axolotl's `train`, true or false."""
-    for key in ("weight", "train"):
-        if item.get(key) is not None:
-            if item[key] not in (0, 1):
-                _wrong(f"{where}.{key}", "0 or 1, to train on the answer or not", item[key])
-            return bool(item[key])
-    return True
+def _is_trained(item: dict[str, Any], role: Any, where: str) -> bool:
+    """As OpenAI and Axolotl mark a message; an assistant's is trained unless it says otherwise."""
+    if len(item) == 2:  # nearly all: a role and a content
+        return True
+    if item.get("train_detail"):
+        raise BadRow(f"trains parts of a message (train_detail) in {where}: only whole messages can be left out")
+    marks = {key: item[key] for key in _TRAINED_KEYS if item.get(key) is not None}  # Parquet fills up with null
+    for key, mark in marks.items():
+        if mark not in (0, 1):  # false and true are equal to them
+            _wrong(f"{where}.{key}", "0 or 1" if key == "weight" else "true or false", mark)
+        if mark and role != "assistant":
+            _wrong(f"{where}.{key}", "none: only messages of the assistant are trained", mark)
+    return all(marks.values())
 
 
 def _text(fields: dict[str, Any], key: str) -> str:
@@ -378,6 +442,20 @@ _KEYS: dict[DatasetFormat, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"),
     "unpaired_preference": ("completion", "label"),
 }
+
+# What reading a format looks at; a judged answer's prompt is one of _PROMPTS.
+_READ: dict[DatasetFormat, frozenset[str]] = {
+    "messages": frozenset({"messages", "system"}),
+    "sharegpt": frozenset({"conversations", "system"}),
+    "alpaca": frozenset({"instruction", "input", "output", "history", "system"}),
+    "prompt_completion": frozenset({"prompt", "completion", "system"}),
+    "guanaco": frozenset({"text", "system"}),
+    "text": frozenset({"text"}),
+    "preference": frozenset({"chosen", "rejected", "system"}),
+    "unpaired_preference": frozenset({"completion", "label", "system"}),
+}
+_MESSAGE_LISTS = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected"})
+_MESSAGE_KEYS = frozenset({"role", "content", "from", "value", *_TRAINED_KEYS})
 
 _READERS: dict[DatasetFormat, Callable[[dict[str, Any]], Example]] = {
     "messages": _from_messages,

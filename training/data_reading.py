@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from training.data_formats import (
     RatedAnswer,
     parse_row,
 )
-from training.data_report import ReadFacts, RowNote
+from training.data_report import LISTED, ReadFacts, RowNote
 from training.data_split import hash_content, hash_opening
 from training.errors import ChatFormatError, DatasetError
 from training.row_store import StoredRow, StoreWriter, trained_spans
@@ -69,6 +69,7 @@ class _Reading:
         self._roles: Counter[str] = Counter()
         self._turns: Counter[int] = Counter()
         self._too_long: Counter[int] = Counter()
+        self._unused: Counter[str] = Counter()
         self._files = [source_files(source.path) for source in config.sources]
         self._hub_sha256 = sha256()
 
@@ -82,6 +83,7 @@ class _Reading:
             update={
                 "formats": dict(self._formats.most_common()),
                 "roles": dict(self._roles.most_common()),
+                "unused_keys": dict(self._unused.most_common()),
                 "turns": dict(sorted(self._turns.items())),
                 "lengths_too_long": dict(sorted(self._too_long.items())),
                 "sha256": digest,
@@ -96,12 +98,13 @@ class _Reading:
             if not self._files[position]:
                 self._hub_sha256.update(json.dumps(raw.content, default=str).encode())
             try:
-                row_format, example = parse_row(raw, source, self._kind)
+                row = parse_row(raw, source, self._kind)
             except BadRow as bad:
                 self._bad(RowNote(source=raw.place, reason=str(bad), excerpt=raw.excerpt))
                 continue
-            self._formats[row_format] += 1
-            parsed.append((raw, example))
+            self._formats[row.format] += 1
+            self._count_unused(row.unused_keys)
+            parsed.append((raw, row.example))
         texts = [_texts(example) for _, example in parsed]
         rendered = iter(self._chat_format.render_all([*itertools.chain(*texts)]))
         for (raw, example), its_texts in zip(parsed, texts, strict=True):
@@ -134,6 +137,8 @@ class _Reading:
             spans = tokens["spans"]
             self.facts.short_answers += sum(e - b <= 2 for b, e in zip(spans[::2], spans[1::2], strict=True))
         said = [text for message in messages for text in (message.role, message.content)]
+        # the same words with other marks teach something else
+        said += [f"untrained {at}" for at, m in enumerate(messages) if m.role == "assistant" and not m.trained]
         if isinstance(example, AnswerPair):
             said.append(example.rejected.content)
         if isinstance(example, RatedAnswer):
@@ -175,8 +180,8 @@ class _Reading:
     def _shortened(
         self, messages: tuple[Message, ...], rendered: Rendered
     ) -> tuple[tuple[Message, ...], Rendered] | None:
-        """As many whole exchanges from the start as fit; None if not even the first does."""
-        answers = [at for at, message in enumerate(messages) if message.role == "assistant" and message.trained]
+        """As many whole exchanges from the start as fit, up to a trained one; None if not even the first does."""
+        answers = [at for at, message in enumerate(messages) if message.learned]  # one for each span
         ends = trained_spans(rendered.loss_mask)[1::2]
         for fitting in range(sum(end <= self._max_length for end in ends), 0, -1):
             kept = messages[: answers[fitting - 1] + 1]
@@ -190,6 +195,10 @@ class _Reading:
         self._turns[sum(message.role == "assistant" for message in messages)] += 1
         self.facts.empty_system += any(m.role == "system" and not m.content.strip() for m in messages)
         self.facts.markup += any(_MARKUP.search(message.content) for message in messages)
+
+    def _count_unused(self, keys: Iterable[str]) -> None:
+        """Where every row has keys of its own, the first thousand will do."""
+        self._unused.update(key for key in keys if key in self._unused or len(self._unused) < LISTED)
 
     def _bad(self, note: RowNote) -> None:
         if self._config.on_bad_row == "error":

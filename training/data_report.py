@@ -15,6 +15,7 @@ SegmentUse = Literal["context", "trained", "rejected"]
 
 LISTED = 1000  # rows named in a report; all are counted
 _HISTOGRAM_BARS = 12
+_SHOWN_KEYS = 8
 _LENGTHS_ASKED = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -33,6 +34,7 @@ class ReadFacts(BaseModel):
         rows_read: by position of the source.
         turns: rows by number of their assistant turns.
         roles: messages by role.
+        unused_keys: rows by a key that says nothing to their format, such as `tools` or `messages[].name`.
         lengths_too_long: rows that were left out for their length, by tokens.
         short_answers: answers of a single token before their end of turn.
         markup: rows that hold control tokens of a chat format as text.
@@ -43,6 +45,7 @@ class ReadFacts(BaseModel):
     formats: dict[str, int] = {}
     turns: dict[int, int] = {}
     roles: dict[str, int] = {}
+    unused_keys: dict[str, int] = {}
     num_skipped: int = 0
     num_too_long: int = 0
     skipped: list[RowNote] = []
@@ -101,6 +104,7 @@ class DataReport(BaseModel):
     """A dataset as a run uses it; JSON on disk.
 
     Attributes:
+        unused_keys: rows by a key that was seen in them and not used, the first thousand such keys.
         num_rows: rows that can be used, duplicates and held-out ones included.
         num_duplicates: rows that say the same as an earlier one; left out where `deduplicated`.
         num_leaked: training rows left out because `held_out_path` asks the same.
@@ -116,6 +120,7 @@ class DataReport(BaseModel):
     formats: dict[str, int]
     turns: dict[int, int]
     roles: dict[str, int]
+    unused_keys: dict[str, int]
     num_rows_read: int
     num_rows: int
     num_skipped: int
@@ -143,8 +148,15 @@ class DataReport(BaseModel):
         """Of an epoch's tokens, those that carry loss."""
         return self.num_trained_tokens / max(1, self.num_train_tokens)
 
+    @property
+    def unused(self) -> str:
+        """The commonest keys that were not used, with the rows that have them; empty where there is none."""
+        listed = [*self.unused_keys.items()][:_SHOWN_KEYS]
+        more = len(self.unused_keys) - len(listed)
+        return ", ".join(f"{key} ({count:,} rows)" for key, count in listed) + (f" and {more:,} more" if more else "")
+
     def short(self) -> str:
-        """A line or two for the person who starts a run."""
+        """A few lines for the person who starts a run."""
         left_out = [
             f"{count:,} {what}"
             for count, what in (
@@ -162,7 +174,8 @@ class DataReport(BaseModel):
         )
         line += f"; left out: {', '.join(left_out)}" if left_out else ""
         line += f"; {self.num_truncated:,} shortened" if self.num_truncated else ""
-        return "\n".join([line, *(f"data: note: {warning}" for warning in self.warnings)])
+        unused = [f"data: keys that are not used: {self.unused}"] if self.unused_keys else []
+        return "\n".join([line, *unused, *(f"data: note: {warning}" for warning in self.warnings)])
 
 
 def length_report(lengths: NDArray[np.uint32], too_long: dict[int, int], max_length: int) -> LengthReport:

@@ -35,33 +35,48 @@ def repeats(contents: Hashes) -> tuple[Mask, Index]:
     return earliest != np.arange(len(contents)), earliest
 
 
-def hold_out(openings: Hashes, fraction: float, seed: int) -> Mask:
+def hold_out(openings: Hashes, held_out: float, seed: int) -> Mask:
     """Choose the rows to hold out, by a hash of their first user message.
 
     Rows with the same first message stay on one side, so no held-out question was trained on. Groups of such rows have
-    an order that `seed` chooses, large ones late, and are held out from its start as far as they fit into `fraction`:
-    so a larger fraction holds out the same rows and more. A fraction of 0 holds out nothing.
+    an order that `seed` chooses, large ones late, and are held out from its start: below 1, `held_out` is a share of
+    the rows into which they fit; from 1 on a number of rows, and they are held out until there are at least so many.
+    Either way, more of it holds out the same rows and more. 0 holds out nothing.
 
     Raises:
-        DatasetError: there are too few different rows for one on each side.
+        DatasetError: there are too few different rows for one on each side, or for the number.
     """
-    if fraction == 0:
+    if held_out == 0:
         return np.zeros(len(openings), dtype=bool)
+    if held_out >= max(1, len(openings)):
+        raise DatasetError(
+            f"data.held_out is {held_out:.0f} and there are {len(openings)} rows, so none would be left to train on: "
+            "lower it, or write a share such as 0.1"
+        )
     groups, group_of, sizes = np.unique(mixed(openings, seed), return_inverse=True, return_counts=True)
     if len(groups) < 2:
         raise DatasetError(
             f"{len(openings)} conversations with {len(groups)} different first user messages cannot be split into "
             "training and held-out rows: add different ones, or set data.held_out to 0"
         )
-    room = min(max(1, round(fraction * len(openings))), len(openings) - 1)
     order = np.argsort(groups.astype(np.float64) * sizes, kind="stable")
     smallest = order[np.argmin(sizes[order])]
     order = np.concatenate([[smallest], order[order != smallest]])  # it is held out even where nothing fits
-    fitting = int(np.searchsorted(np.cumsum(sizes[order]), room, side="right"))
+    num_rows = np.cumsum(sizes[order])  # [num_groups], of the groups up to each
+    if held_out < 1:
+        room = min(max(1, round(held_out * len(openings))), len(openings) - 1)
+        num_chosen = max(1, int(np.searchsorted(num_rows, room, side="right")))
+    else:
+        num_chosen = int(np.searchsorted(num_rows, held_out, side="left")) + 1
+    if num_chosen == len(groups):
+        raise DatasetError(
+            f"data.held_out is {held_out:.0f} of {len(openings)} rows, and conversations with the same first user "
+            f"message stay together, so none would be left to train on: set it to {num_rows[-2]} or less"
+        )
     chosen = np.zeros(len(groups), dtype=bool)
-    chosen[order[: max(1, fitting)]] = True
-    held_out: Mask = chosen[group_of]
-    return held_out
+    chosen[order[:num_chosen]] = True
+    mask: Mask = chosen[group_of]
+    return mask
 
 
 def repeat_by_weight(index: Index, contents: Hashes, weight: float, seed: int) -> Index:

@@ -7,7 +7,7 @@ other programs read it too: `rows.arrow` holds what training takes (token ids, t
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, overload
@@ -26,7 +26,7 @@ _ROWS_SCHEMA = pa.schema(
         *((name, pa.list_(pa.uint32())) for name in _TOKEN_LISTS),
         ("label", pa.bool_()),
         ("place", pa.string()),
-        ("messages", pa.string()),  # JSON: [[role, content], ...]; null behind a plain text
+        ("messages", pa.string()),  # JSON: [[role, content, trained], ...]; null behind a plain text
     ]
 )
 _INDEX_SCHEMA = pa.schema(
@@ -181,7 +181,7 @@ class RowStore:
         text = self._value(row, "messages")
         if text is None:
             return None
-        return Conversation(tuple(Message(*turn) for turn in json.loads(text)), self.place(row))
+        return Conversation(tuple(Message(*fields) for fields in json.loads(text)), self.place(row))
 
     def _value(self, row: int, name: str) -> Any:
         return self._batch(row)[name][row % _BATCH_ROWS].as_py()
@@ -270,4 +270,4 @@ def _labels(input_ids: list[int], spans: list[int]) -> list[int]:
 def _dumped(messages: Sequence[Message] | None) -> str | None:
     if messages is None:
         return None
-    return json.dumps([astuple(message) for message in messages], ensure_ascii=False)
+    return json.dumps([[m.role, m.content, m.trained] for m in messages], ensure_ascii=False)

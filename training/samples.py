@@ -26,16 +26,16 @@ class Sample:
 def sample_answers(
     model: PeftModel, inputs: RunInputs, num_prompts: int, *, with_all_ranks: bool = False
 ) -> list[Sample]:
-    """Answers to the first question of up to `num_prompts` held-out conversations, spread over them.
+    """Answers to the first trained question of up to `num_prompts` held-out conversations, spread over them.
 
     Args:
         with_all_ranks: every rank calls this and stops with the last one; a sharded base needs it.
     """
-    conversations = [c for c in inputs.held_out_samples if any(m.role == "assistant" for m in c.messages)]
+    conversations = [c for c in inputs.held_out_samples if any(m.learned for m in c.messages)]
     chosen = conversations[:: max(1, len(conversations) // max(1, num_prompts))][:num_prompts]
     if not chosen:
         return []
-    firsts = [next(i for i, m in enumerate(c.messages) if m.role == "assistant") for c in chosen]
+    firsts = [next(i for i, m in enumerate(c.messages) if m.learned) for c in chosen]
     dialogs = [conversation.messages[:first] for conversation, first in zip(chosen, firsts, strict=True)]
     adapter = generate_answers(model, inputs, dialogs, with_all_ranks=with_all_ranks)
     with model.disable_adapter():
