@@ -203,7 +203,7 @@ def test_d14_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(clus
 def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(cluster: Cluster) -> None:
     told = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched-job")
     first, second = (Path(runs_of(), "search", "trials", number) for number in ("000", "001"))
-    client = cluster.start(*told, "max_steps=60")
+    client = cluster.start(*told, "max_steps=240")
     wait_until(lambda: (first / "result.json").exists() and (second / "metrics.jsonl").exists())
     client.send_signal(signal.SIGINT)
     _, stderr = client.communicate(timeout=60)
@@ -222,25 +222,25 @@ def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(
     assert not (second / "result.json").exists()
     trained = (first / "result.json").stat().st_mtime_ns
 
-    resumed = cluster.corral(*told, "max_steps=60")
+    resumed = cluster.corral(*told, "max_steps=240")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job search.2 of run search" in resumed.stderr
     assert "tiny-llama:searched-job@1 is registered, of trial 1" in resumed.stdout
     assert (first / "result.json").stat().st_mtime_ns == trained
     assert AdapterRegistry().resolve("searched-job").run_name == "search/trials/001"
 
-    again = cluster.corral(*told, "max_steps=60")
+    again = cluster.corral(*told, "max_steps=240")
     assert again.returncode == 0, again.stderr
     assert "is registered, of trial 1" in again.stdout
     assert AdapterRegistry().versions("searched-job") == [1]
-    other = cluster.corral(*told, "max_steps=60", "sweep.num_samples=2")
+    other = cluster.corral(*told, "max_steps=240", "sweep.num_samples=2")
     assert other.returncode == 2
     assert "submitted with sweep.num_samples=1, now sweep.num_samples is 2" in other.stderr.splitlines()[-1]
     # Its first job has the id `search`: the name means the run, as it is now.
     assert "is registered, of trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
     shown = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
     assert "search: SUCCEEDED" in shown
-    assert "python -m training --config search.yaml adapter=searched-job max_steps=60 run_name=search" in shown
+    assert "python -m training --config search.yaml adapter=searched-job max_steps=240 run_name=search" in shown
 
 
 def test_a_wrong_or_missing_token_is_one_clear_line(

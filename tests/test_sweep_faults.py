@@ -53,12 +53,12 @@ def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     other = start(tmp_path)
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'search' is driven by process {driver.pid} on ")
+    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is driven by process {driver.pid} on ")
     at_work = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 1
-    assert errors.splitlines()[-1].startswith("error: run 'search' was stopped: run_name=search resumes it")
+    assert errors.splitlines()[-1].startswith("error: run 'stored' was stopped: run_name=stored resumes it")
     assert psutil.wait_procs(at_work, timeout=30)[1] == []
     assert read_run(s3, "stored").state == "stopped"
     assert not own_state_of_tune(s3)
