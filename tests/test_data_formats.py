@@ -169,9 +169,10 @@ def test_b10_an_answer_that_is_judged_is_learned() -> None:
     turns = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "q2"}]
     row: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}, *turns], "rejected": "bad"}
     assert isinstance(parse(row | {"chosen": "good"}, "preference")[1], AnswerPair)
-    for key, kind in (("chosen", "preference"), ("completion", "unpaired_preference")):
+    judged: dict[str, RowKind] = {"chosen": "preference", "completion": "unpaired_preference"}
+    for key, kind in judged.items():
         with pytest.raises(BadRow, match="marks the answer that it judges as not to be trained"):
-            parse(row | {key: [turns[0]], "label": True}, kind)  # type: ignore[arg-type]
+            parse(row | {key: [turns[0]], "label": True}, kind)
 
 
 def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:

@@ -163,6 +163,9 @@ def test_d14_finished_run_is_neither_trained_nor_registered_twice(
     again = run_training(config, force=True)
     assert (registered.version, again) == (1, registered)
     assert RunDir(str(config.storage_path), "once").read_text("result.json") == trained
+    assert RunDir(str(config.storage_path), "once").files("drivers") == [
+        "drivers/0001.json"
+    ]  # whose times are reported
     assert "nothing is trained again" in capsys.readouterr().err
 
 

@@ -237,7 +237,7 @@ def test_trl_given_the_same_order_and_first_weights_has_the_same_loss_at_every_s
     assert result.metrics["eval_loss"] == pytest.approx(trained, abs=1e-3)
 
 
-class _InOrder(SFTTrainer):  # type: ignore[misc]
+class _InOrder(SFTTrainer):  # type: ignore[misc]  # TRL has no types
     def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 

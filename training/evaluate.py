@@ -99,9 +99,7 @@ def held_out_loss(model: PeftModel | LlamaForCausalLM, rows: Sequence[TokenizedR
         dist.all_reduce(most, dist.ReduceOp.MAX)
         batches += [[]] * (int(most) - len(batches))  # a sharded base takes all ranks at every forward
     for numbers in batches:
-        batch = [rows[number] for number in numbers] or [
-            _NO_LABEL
-        ]  # read when they are needed: they may not fit memory
+        batch = [rows[number] for number in numbers] or [_NO_LABEL]  # read only now: all may not fit memory
         input_ids = _padded([row["input_ids"] for row in batch], 0, causal_lm.device)
         labels = _padded([row["labels"] for row in batch], IGNORED_LABEL, causal_lm.device)[:, 1:]
         # Padding is on the right, where causal attention does not look: no mask is needed.

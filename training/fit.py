@@ -17,7 +17,7 @@ from training import errors
 from training.adapter_manifest import Environment
 from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
-from training.driver import driving
+from training.driver import driving, read_driver
 from training.errors import ConfigError, CorralError, TrainingError
 from training.home import corral_home
 from training.inputs import RunInputs, read_inputs
@@ -38,8 +38,8 @@ _MAY_CHANGE = {
     "fsdp", "gate", "logging_steps", "max_failures", "num_workers", "price_per_hour", "report_to",
     "resources_per_worker", "run_name", "sample_prompts", "save_steps", "storage_path", "sweep", "use_gpu",
 }  # fmt: skip
-# What an attempt leaves; the next one begins without it.
-_OF_AN_ATTEMPT = ("failure.json", "sweep.json", "progress.json", "registered.json", "phases.json")
+# What an attempt leaves beside its failure; the next one begins without it, where the run has no result.
+_OF_AN_ATTEMPT = ("sweep.json", "progress.json", "registered.json", "phases.json")
 # Of a Ray on this machine alone; every process that it starts inherits them.
 _PRIVATE_RAY = {
     "RAY_worker_niceness": "0",  # 15 by default: any other program would take the cores from training
@@ -100,16 +100,16 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     inputs = with_warning(read_inputs(config), config, parent)
     print(inputs.report.short(), file=sys.stderr)
     run_dir = run_dir_of(config)
+    if _is_over(run_dir):  # without a driver, whose times the report would show
+        config = open_run(config, run_dir)
+        _record_data(run_dir, inputs)
+        note = f"run {run_dir.name!r} was trained before, nothing is trained again: choose another run_name for that"
+        print(note, file=sys.stderr)
+        return read_result(config, run_dir, inputs, parent)
     title = f"{config.adapter} on {inputs.base.name}"
     with driving(run_dir):
         config = open_run(config, run_dir)
         _record_data(run_dir, inputs)
-        if run_dir.read_json("result.json"):
-            print(
-                f"run {run_dir.name!r} was trained before, nothing is trained again: choose another run_name for that",
-                file=sys.stderr,
-            )
-            return read_result(config, run_dir, inputs, parent)
         run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
         if parent:
             copy_parent(parent, run_dir)
@@ -179,8 +179,16 @@ def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
             config = config.model_copy(update=changes)
     else:
         run_dir.write_json("config.json", told)
-    run_dir.remove(*_OF_AN_ATTEMPT)
+    run_dir.remove("failure.json", *(() if run_dir.read_json("result.json") else _OF_AN_ATTEMPT))
     return config
+
+
+def _is_over(run_dir: RunDir) -> bool:
+    """Whether the run was trained to its end and nobody drives it any more."""
+    if run_dir.read_json("result.json") is None:
+        return False
+    driver = read_driver(run_dir)
+    return driver is None or not driver.is_alive
 
 
 def _record_data(run_dir: RunDir, inputs: RunInputs) -> None:

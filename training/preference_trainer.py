@@ -6,6 +6,7 @@ for each of them and, in KTO, the same KL for every number of workers and micro-
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, ClassVar
@@ -39,7 +40,7 @@ from training.trainer import EpochLoader
 Row = dict[str, Any]
 
 
-class _StepTrainer(Trainer):
+class _StepTrainer(Trainer, ABC):
     """Takes the rows of a step from `batches`; its loss is their mean, however they are dealt.
 
     TRL gives the mean of a micro-batch, and wants equally many rows on every worker. So micro-batches are filled up
@@ -85,15 +86,15 @@ class _StepTrainer(Trainer):
         share: torch.Tensor = summed * (self.args.world_size / int(num_items_in_batch))
         return share
 
+    @abstractmethod
     def filler_loss(self) -> float:
         """What a filler adds to the sum."""
-        raise NotImplementedError
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
-class _DPOTrainer(_StepTrainer, DPOTrainer):  # type: ignore[misc]
+class _DPOTrainer(_StepTrainer, DPOTrainer):  # type: ignore[misc]  # TRL has no types
     filler: ClassVar[Row] = {
         "prompt_ids": [0, 0], "chosen_ids": [], "rejected_ids": [], "ref_chosen_logps": 0, "ref_rejected_logps": 0,
     }  # fmt: skip
@@ -113,7 +114,7 @@ class _DPOTrainer(_StepTrainer, DPOTrainer):  # type: ignore[misc]
         return loss
 
 
-class _KTOTrainer(_StepTrainer, KTOTrainer):  # type: ignore[misc]
+class _KTOTrainer(_StepTrainer, KTOTrainer):  # type: ignore[misc]  # TRL has no types
     filler: ClassVar[Row] = {
         "prompt_ids": [0, 0], "completion_ids": [], "KL_completion_ids": [], "label": True,
         "ref_logps": 0, "ref_KL_logps": 0,

@@ -53,7 +53,9 @@ def _version_of(registry: AdapterRegistry, name: str, result: FitResult) -> Adap
     """The version that this run's very weights became before."""
     if name not in registry.names():
         return None
-    weights_sha256 = read_adapter(result.adapter_dir, result.inputs.base).weights_sha256
     manifests = (registry.manifest(name, version) for version in registry.versions(name))
-    of_run = (manifest for manifest in manifests if manifest.run_name == result.run_name)
+    of_run = [manifest for manifest in manifests if manifest.run_name == result.run_name]
+    if not of_run:  # nearly always: the weights need not be read
+        return None
+    weights_sha256 = read_adapter(result.adapter_dir, result.inputs.base).weights_sha256
     return next((manifest for manifest in of_run if manifest.weights_sha256 == weights_sha256), None)

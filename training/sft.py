@@ -109,16 +109,15 @@ def _fit(
     config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path, resume_from: Path | None
 ) -> dict[str, float]:
     """The steps; leaves the weights to publish in `model`."""
+    if resume_from:
+        watch.resume(resume_from)
+        if watch.finished:  # a worker ended after its last checkpoint
+            load_adapter(model, resume_from)
+            return {**watch.last, "train_s": 0.0, "num_steps": float(watch.last_step), **watch.take_best(model)}
     trainer = _trainer(config, inputs, model, watch, scratch_dir)
     if trainer.accelerator.ddp_handler:
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise each gradient is held twice
-    if resume_from:
-        watch.resume(resume_from)
     started = time.monotonic()
-    if watch.finished:  # a worker that ended after its last checkpoint
-        assert resume_from is not None
-        load_adapter(model, resume_from)
-        return {**watch.last, "train_s": 0.0, "num_steps": float(watch.last_step), **watch.take_best(model)}
     with ExitStack() as training:
         if config.method == "sft":
             training.enter_context(training_forward(model))
