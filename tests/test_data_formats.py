@@ -367,6 +367,8 @@ def test_b10_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
     assert isinstance(parse(row, "unpaired_preference")[1], RatedAnswer)
     with pytest.raises(BadRow, match=r"rates an answer .*set method: kto"):
         parse(row)
+    assert parse(row, format="prompt_completion")[1] == Dialog(dialog("q", "a"))
+    assert unused(row, format="prompt_completion") == {"label"}
 
 
 @pytest.mark.parametrize("label", [None, "", 2, -1, "sports", ["x"]])

@@ -106,7 +106,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: 
     disk = tmp_path / "disk"
     disk.mkdir()
     recipe = tmp_path / "recipe.yaml"
-    told = config.model_dump(mode="json") | {"run_name": "full", "report_to": [], "save_steps": 2}
+    named = {"adapter": "full-disk", "run_name": "full"}  # no other test registers an adapter of this name
+    told = config.model_dump(mode="json") | named | {"report_to": [], "save_steps": 2}
     recipe.write_text(yaml.safe_dump(told))
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", _FILL_AND_RESUME, "sh"]
     done = subprocess.run(
@@ -117,4 +118,4 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: 
     assert len(errors) == 1
     assert "No space left" in errors[0] or "no space is left" in errors[0]
     assert "run_name=full" in errors[0] or "free some" in errors[0]
-    assert "tiny-llama:tiny@1 is registered" in done.stdout.split("---")[1]
+    assert "tiny-llama:full-disk@1 is registered" in done.stdout.split("---")[1]

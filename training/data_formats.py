@@ -157,10 +157,10 @@ def _format_of(fields: dict[str, Any], wanted: str, kind: RowKind, columns: Mapp
     for row_format in possible:
         asked = wanted == row_format or (wanted == "auto" and row_format != "text")
         if asked and all(fields.get(key) is not None for key in _KEYS[row_format]):
-            if row_format == "prompt_completion" and _verdict(fields.get("label")) is not None:
+            if wanted == "auto" and row_format == "prompt_completion" and _verdict(fields.get("label")) is not None:
                 raise BadRow(
                     "rates an answer (label), which may be a bad one: set method: kto to train on such rows, or "
-                    "rename the column if it says something else"
+                    "data.format: prompt_completion to learn all of the answers"
                 )
             return row_format
     if kind == "sft" and wanted == "auto" and fields.keys() >= {"chosen", "rejected"}:
