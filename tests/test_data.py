@@ -104,10 +104,18 @@ def test_relative_paths_and_max_rows(prepare: Prepare, tmp_path: Path, monkeypat
     assert prepared.report.num_rows_read == 2
 
 
-def test_max_rows_counts_over_all_sources(prepare: Prepare, tmp_path: Path) -> None:
-    paths = [write(tmp_path / f"{n}.jsonl", *(row(f"{n} {i}") for i in range(5))) for n in "abc"]
-    prepared = prepare(paths, max_rows=7)
-    assert [source.num_rows_read for source in prepared.report.sources] == [5, 2, 0]
+@pytest.mark.parametrize(
+    ("max_rows", "expected"), [(7, [2, 2, 3]), (9, [2, 3, 4]), (10, [2, 4, 4]), (2, [0, 1, 1]), (99, [2, 6, 5])]
+)
+def test_max_rows_are_shared_by_the_sources(
+    prepare: Prepare, tmp_path: Path, max_rows: int, expected: list[int]
+) -> None:
+    """Equally, as far as they have rows; those that are evaluated only are no part of it."""
+    sizes = {"a": 2, "b": 6, "c": 5}
+    paths = [write(tmp_path / f"{n}.jsonl", *(row(f"{n} {i}") for i in range(size))) for n, size in sizes.items()]
+    held_out = write(tmp_path / "h.jsonl", *(row(f"h {i}") for i in range(3)))
+    prepared = prepare(paths, max_rows=max_rows, held_out_path=held_out)
+    assert [source.num_rows_read for source in prepared.report.sources] == [*expected, 3]
 
 
 BAD_ROWS: list[tuple[str, bytes, str]] = [

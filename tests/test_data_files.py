@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from training import data_files
-from training.data_config import DataSource
+from training.data_config import DataConfig, DataSource
 from training.data_files import fingerprint, hub_rows, read_rows, source_files
 from training.errors import DatasetError
 
@@ -168,12 +170,48 @@ def test_rows_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "owner" / "name" / "train.jsonl").write_text(as_lines(ROWS))
-    rows = [*hub_rows("owner/name", "train")]
+    rows = [*hub_rows(DataSource(path="owner/name"))]
     assert [row.content for row in rows] == ROWS
     assert [row.place for row in rows] == ["owner/name:row 1", "owner/name:row 2"]
     assert not [*(tmp_path / "cache").rglob("*.arrow")]  # streamed, not copied
-    with pytest.raises(DatasetError, match="hub dataset 'owner/name', split 'validation', cannot be loaded"):
-        next(hub_rows("owner/name", "validation"))
+    with pytest.raises(DatasetError, match="hub dataset 'owner/name', split 'validation' cannot be loaded"):
+        next(hub_rows(DataSource(path="owner/name", split="validation")))
+
+
+def test_a_configuration_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "name"
+    for name, content in (("short", ROWS[:1]), ("whole", ROWS)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text(as_lines(content))
+    listed = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("short", "whole"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    [source] = DataConfig(path="owner/name", name="whole").sources
+    assert [row.content for row in hub_rows(source)] == ROWS
+    with pytest.raises(DatasetError, match=r"'owner/name', split 'train' cannot be loaded .*'short'.*check data.path, "):
+        next(hub_rows(DataSource(path="owner/name", split="train")))
+
+
+def test_a_revision_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of its rows is known by the commit of the revision that was asked for."""
+    import huggingface_hub.constants
+
+    commits = {"/api/datasets/owner/name": "a" * 40, "/api/datasets/owner/name/revision/v2": "b" * 40}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"id": "owner/name", "sha": commits[self.path]}).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        found = [fingerprint(DataSource(path="owner/name", revision=revision))[-1] for revision in (None, "v2")]
+        hub.shutdown()
+    assert found == ["a" * 40, "b" * 40]
 
 
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,8 @@ class DataSource(_Section):
     format: DatasetFormat | Literal["auto"] | None = None  # None: data.format
     columns: dict[Column, str] | None = None  # None: data.columns
     split: str | None = None  # None: data.split
+    name: str | None = None  # None: data.name
+    revision: str | None = None  # None: data.revision
 
 
 class DataConfig(_Section):
@@ -72,6 +74,10 @@ class DataConfig(_Section):
     """
     split: str = "train"
     """The split of a hub dataset."""
+    name: str | None = None
+    """The configuration of a hub dataset that has several, as `datasets.load_dataset` calls it."""
+    revision: str | None = None
+    """The commit, tag or branch of a hub dataset; None: its main branch as it is now."""
     held_out: StrictInt | StrictFloat = Field(default=0.1, ge=0)
     """What is kept for evaluation: up to 0.5 a share of the rows, from 1 on a number of rows.
 
@@ -88,7 +94,7 @@ class DataConfig(_Section):
     on_too_long: OnTooLong | None = None
     """A row of more than `max_length` tokens; `truncate` drops a dialog's last exchanges. None: as `on_bad_row`."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Read only that many rows."""
+    """Read only that many rows, of each source of `path` equally many as far as it has them."""
 
     @field_validator("path", "held_out_path", mode="before")
     @classmethod
@@ -122,6 +128,8 @@ class DataConfig(_Section):
                     "format": source.format or self.format,
                     "columns": self.columns if source.columns is None else source.columns,
                     "split": source.split or self.split,
+                    "name": source.name or self.name,
+                    "revision": source.revision or self.revision,
                 }
             )
             for source in (*self.path, *self.held_out_path)

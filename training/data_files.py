@@ -61,7 +61,7 @@ def read_rows(source: DataSource) -> Iterator[RawRow]:
     """
     files = source_files(source.path)
     if not files:
-        yield from hub_rows(source.path, source.split or "train")
+        yield from hub_rows(source)
     for file in files:
         try:
             yield from _READERS[_suffix(file)](file)
@@ -107,7 +107,7 @@ def fingerprint(source: DataSource) -> list[Any]:
     """
     files = source_files(source.path)
     if not files:
-        return [source.path, source.split, _hub_commit(source.path)]
+        return [source.path, source.name, source.split, _hub_commit(source)]
     told: list[Any] = []
     for file in files:
         stat = file.stat()
@@ -132,37 +132,40 @@ def sha256_of(files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def hub_rows(hub_id: str, split: str) -> Iterator[RawRow]:
+def hub_rows(source: DataSource) -> Iterator[RawRow]:
     """The rows of a hub dataset, streamed: nothing but the row at hand is in memory."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    asked = {"name": source.name, "split": source.split or "train", "revision": source.revision}
     try:
-        for number, row in enumerate(load_dataset(hub_id, split=split, streaming=True), start=1):
-            yield RawRow(f"{hub_id}:row {number}", row)
+        for number, row in enumerate(load_dataset(source.path, **asked, streaming=True), start=1):
+            yield RawRow(f"{source.path}:row {number}", row)
     except (OSError, ValueError, DatasetsError) as error:
-        raise _hub_error(hub_id, split, error) from error
+        raise _hub_error(source, error) from error
 
 
-def _hub_commit(hub_id: str) -> str:
+def _hub_commit(source: DataSource) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return str(HfApi().dataset_info(hub_id).sha)
+        return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise _hub_error(hub_id, None, error) from error
+        raise _hub_error(source, error) from error
     except Exception as error:  # the HTTP client's own errors, of whatever library it is
         if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests"):
-            raise _hub_error(hub_id, None, error) from error
+            raise _hub_error(source, error) from error
         raise
 
 
-def _hub_error(hub_id: str, split: str | None, error: Exception) -> DatasetError:
+def _hub_error(source: DataSource, error: Exception) -> DatasetError:
     first_line = str(error).partition("\n")[0]
-    named = f"hub dataset {hub_id!r}" + (f", split {split!r}," if split else "")
+    asked = {"name": source.name, "split": source.split, "revision": source.revision}
+    named = "".join(f", {key} {value!r}" for key, value in asked.items() if value)
     return DatasetError(
-        f"{named} cannot be loaded ({first_line}): check data.path and data.split, or name a file or folder here"
+        f"hub dataset {source.path!r}{named} cannot be loaded ({first_line}): check data.path, data.name, data.split "
+        "and data.revision, or name a file or folder here"
     )
 
 

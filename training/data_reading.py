@@ -45,15 +45,27 @@ def read_into(
         DatasetError: a source cannot be read, or a row is refused as `on_bad_row` and `on_too_long` have it.
     """
     reading = _Reading(config, chat_format, kind, max_length)
+    limits = _limits(config)
     with StoreWriter(directory) as store:
         for position, source in enumerate(config.sources):
-            rows = read_rows(source)
-            if position < len(config.path) and config.max_rows is not None:
-                rows = itertools.islice(rows, config.max_rows - sum(reading.facts.rows_read))
+            rows = itertools.islice(read_rows(source), limits.get(position))
             while chunk := [*itertools.islice(rows, _CHUNK_ROWS)]:
                 for row in reading.stored_rows(position, source, chunk):
                     store.append(row)
     return reading.finished()
+
+
+def _limits(config: DataConfig) -> dict[int, int]:
+    """How many rows of which source are read: `max_rows` in equal parts, the rest of a short source to the others."""
+    if config.max_rows is None:
+        return {}
+    training = config.sources[: len(config.path)]
+    there = [sum(1 for _ in itertools.islice(read_rows(source), config.max_rows)) for source in training]
+    limits: dict[int, int] = {}
+    for position in sorted(range(len(there)), key=there.__getitem__):
+        share = (config.max_rows - sum(limits.values())) // (len(there) - len(limits))
+        limits[position] = min(there[position], share)
+    return limits
 
 
 class _Reading:

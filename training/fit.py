@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training import errors
+from training import errors, private_ray
 from training.adapter_manifest import Environment
 from training.base_models import Quantization, resolve_base_model
 from training.config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
@@ -24,7 +24,6 @@ from training.inputs import RunInputs, read_inputs
 from training.parent import copy_parent, resolve_parent, with_warning
 from training.plan import make_plan
 from training.progress import Progress, show_progress_of, write_progress
-from training.ray_token import ask_for_a_token
 from training.registry import AdapterManifest
 from training.report import write_report
 from training.run_dir import RunDir
@@ -40,11 +39,6 @@ _MAY_CHANGE = {
 }  # fmt: skip
 # What an attempt leaves beside its failure; the next one begins without it, where the run has no result.
 _OF_AN_ATTEMPT = ("sweep.json", "progress.json", "registered.json", "phases.json")
-# Of a Ray on this machine alone; every process that it starts inherits them.
-_PRIVATE_RAY = {
-    "RAY_worker_niceness": "0",  # 15 by default: any other program would take the cores from training
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # watches for nodes that leave
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +110,11 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
         with (
             _reported(run_dir),
             failure_recorded(run_dir, 0),
-            ray_session(on_cluster, debug),
+            ray_session(on_cluster, debug) as is_private,
             show_progress_of(run_dir, title),
         ):
             write_progress(run_dir, Progress("starting Ray Train"))
-            _run_workers(config, run_dir, debug)
+            _run_workers(config, run_dir, is_private, debug)
     return read_result(config, run_dir, inputs, parent)
 
 
@@ -214,15 +208,16 @@ def _reported(run_dir: RunDir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
-    """Ray for the block: the cluster of RAY_ADDRESS, one that the caller started, or a private one that ends here."""
+def ray_session(on_cluster: bool, debug: bool) -> Iterator[bool]:
+    """Ray for the block: the cluster of RAY_ADDRESS, one that the caller started, or a private one that ends here;
+    yields whether it is the last."""
     import logging
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it Ray warns about its own future
     import ray
 
     if ray_is_running_here():
-        yield
+        yield False
         return
     quiet: dict[str, Any] = {} if debug else {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -230,15 +225,12 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[None]:
             if on_cluster:
                 ray.init(**quiet)
             else:
-                for name, value in _PRIVATE_RAY.items():
-                    os.environ.setdefault(name, value)
-                ask_for_a_token()
-                ray.init(address="local", include_dashboard=False, **quiet)
+                private_ray.start(**quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
         raise TrainingError(f"{where} cannot be reached: {one_line(error)}") from error
     try:
-        yield
+        yield not on_cluster
     finally:
         with undisturbed():
             ray.shutdown()
@@ -249,7 +241,7 @@ def ray_is_running_here() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
+def _run_workers(config: TrainConfig, run_dir: RunDir, is_private: bool, debug: bool) -> None:
     import ray
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -263,7 +255,7 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, debug: bool) -> None:
     use_gpu = wants_gpu(config, gpus)
     elastic = (config.min_workers, config.max_workers)
     filesystem, storage_path = ray_storage(run_dir)
-    trainer = TorchTrainer(
+    trainer = (private_ray.trainer_class() if is_private else TorchTrainer)(
         train_func,
         train_loop_config={
             "config": with_absolute_paths(config).model_dump(mode="json"),

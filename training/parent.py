@@ -16,7 +16,10 @@ from training.run_dir import RunDir
 
 PARENT_DIR = "parent"  # in the run's directory
 # Beside the files, what decides which rows are held out.
-_SPLIT_KEYS = ("split_seed", "deduplicate", "max_rows", "format", "columns", "split", "on_bad_row", "on_too_long")
+_SPLIT_KEYS = (
+    "split_seed", "deduplicate", "max_rows", "format", "columns", "name", "split", "revision", "on_bad_row",
+    "on_too_long",
+)  # fmt: skip
 
 
 def resolve_parent(

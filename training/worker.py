@@ -20,6 +20,7 @@ from training.config import TrainConfig, resolved
 from training.environment import environment_here
 from training.errors import CorralError, TrainingError
 from training.parent import PARENT_DIR
+from training.priority import step_forward
 from training.progress import Progress, write_progress
 from training.run_dir import MetricsLog, RunDir
 from training.trackers import TrackedRun, open_trackers
@@ -47,6 +48,7 @@ def train_func(loop_config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
+    step_forward()  # before torch starts this thread's helpers
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     rank = get_context().get_world_rank()
     with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
