@@ -188,7 +188,9 @@ def test_a_configuration_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     [source] = DataConfig(path="owner/name", name="whole").sources
     assert [row.content for row in hub_rows(source)] == ROWS
-    with pytest.raises(DatasetError, match=r"'owner/name', split 'train' cannot be loaded .*'short'.*check data.path, "):
+    with pytest.raises(
+        DatasetError, match=r"'owner/name', split 'train' cannot be loaded .*'short'.*check data.path, "
+    ):
         next(hub_rows(DataSource(path="owner/name", split="train")))
 
 

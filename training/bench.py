@@ -1,8 +1,8 @@
 """`python -m training.bench`: one recipe trained by TRL alone, by Corral's loop without Ray, and by Corral on Ray.
 
-The three take turns, each in a process of its own, on the same rows with the same batch size, learning rate and NF4
-base; TRL has its own defaults for the rest. What counts is the time of the steps, without loading and evaluating.
-`make bench-train` runs it; its last line is JSON.
+The three take turns of a second, each in a process of its own, on the same rows with the same batch size, learning
+rate and NF4 base; TRL has its own defaults for the rest. What counts is the time of the steps, without loading and
+evaluating. `make bench-train` runs it; its last line is JSON.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config import TrainConfig, load_config
+from training.run_dir import RunDir
+from training.turns import run_by_turns
 
 _WAYS = {"trl": "TRL alone", "loop": "Corral without Ray", "ray": "Corral on Ray"}
 
@@ -36,12 +37,11 @@ class Timed:
 
 
 def run_bench(config: TrainConfig, ways: Sequence[str], num_rounds: int) -> dict[str, list[Timed]]:
-    """Train `num_rounds` times each way, by turns and with a seed for each round, showing each result as it comes."""
+    """Train `num_rounds` times each way, with a seed for each round, showing the results of each."""
     results: dict[str, list[Timed]] = {way: [] for way in ways}
     for number in range(num_rounds):
         seeded = config.model_copy(update={"seed": config.seed + number})
-        for way in ways:
-            timed = _in_a_process(seeded, way)
+        for way, timed in _one_round(seeded, ways).items():
             results[way].append(timed)
             rate = timed.num_examples / timed.train_s
             print(f"round {number + 1}: {_WAYS[way]:<18} {timed.train_s:6.1f} s  {rate:5.1f} examples/s", flush=True)
@@ -92,25 +92,41 @@ def print_table(results: Mapping[str, Sequence[Timed]]) -> None:
     Console(width=100, highlight=False).print(table)
 
 
-def _in_a_process(config: TrainConfig, way: str) -> Timed:
-    command = [sys.executable, "-m", "training.bench", "--way", way, "--json-config", config.model_dump_json()]
-    started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"error: {_WAYS[way]} failed:\n{done.stderr[-3000:]}")
-    return Timed(**json.loads(done.stdout.splitlines()[-1]), whole_s=time.monotonic() - started)
+def _one_round(config: TrainConfig, ways: Sequence[str]) -> dict[str, Timed]:
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def phases(way: str) -> list[dict[str, Any]]:
+            return RunDir(scratch, way).read_json("phases.json") or []
+
+        def is_training(way: str) -> bool:
+            return any(begun["phase"] == "training" for begun in phases(way))
+
+        command = [sys.executable, "-m", "training.bench", "--scratch", scratch]
+        told = {way: config.model_copy(update={"storage_path": scratch, "run_name": way}) for way in ways}
+        commands = {way: [*command, "--way", way, "--json-config", told[way].model_dump_json()] for way in ways}
+        try:
+            done = run_by_turns(commands, is_training)
+        except RuntimeError as error:
+            raise SystemExit(f"error: {error}") from error
+        timed = {}
+        for way, (taker, printed) in done.items():
+            figures = json.loads(printed.splitlines()[-1])
+            names = [begun["phase"] for begun in phases(way)]
+            ended = phases(way)[names.index("training") + 1]["time"]
+            figures["train_s"] = taker.active_s(ended - figures["train_s"], ended)  # the others' turns are in it
+            timed[way] = Timed(**figures, whole_s=taker.active_s(0, math.inf))
+        return timed
 
 
-def _train(config: TrainConfig, way: str) -> dict[str, float]:
-    """What the process of one way does; returns the fields of `Timed` but the last."""
+def _train(config: TrainConfig, way: str, scratch: Path) -> dict[str, float]:
+    """What the process of one way does; returns the fields of `Timed` but the last, with `train_s` by the clock."""
     if way == "ray":
         metrics = _by_ray(config)
     else:
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
-        with tempfile.TemporaryDirectory() as scratch:
-            metrics = (_by_trl if way == "trl" else _by_loop)(config, Path(scratch))
+        metrics = (_by_trl if way == "trl" else _by_loop)(config, _Phases(RunDir(scratch, way)), scratch / way)
     from training.inputs import read_inputs
 
     num_rows = len(read_inputs(config).train_rows)
@@ -128,34 +144,40 @@ def _train(config: TrainConfig, way: str) -> dict[str, float]:
 def _by_ray(config: TrainConfig) -> dict[str, float]:
     from training.fit import fit
 
-    with tempfile.TemporaryDirectory() as storage:
-        return fit(config.model_copy(update={"storage_path": storage})).metrics
+    return fit(config).metrics
 
 
-class _Silent:
-    """A `training.watch.Run` that nobody listens to."""
+class _Phases:
+    """A `training.watch.Run` of which nothing is kept but when its phases began, in `phases.json` as Ray's worker
+    does."""
 
     rank = 0
 
-    def on_phase(self, phase: str) -> None: ...
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._begun: list[dict[str, Any]] = []
+
+    def on_phase(self, phase: str) -> None:
+        self._begun.append({"phase": phase, "time": time.time()})
+        self._run_dir.write_json("phases.json", self._begun)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None: ...
 
     def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
-def _by_loop(config: TrainConfig, scratch: Path) -> dict[str, float]:
+def _by_loop(config: TrainConfig, phases: _Phases, scratch: Path) -> dict[str, float]:
     import torch
 
     from training.sft import train
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return train(
-        config, _Silent(), adapter_dir=scratch / "adapter", scratch_dir=scratch / "checkpoints", device=device
+        config, phases, adapter_dir=scratch / "adapter", scratch_dir=scratch / "checkpoints", device=device
     ).metrics
 
 
-def _by_trl(config: TrainConfig, scratch: Path) -> dict[str, float]:
+def _by_trl(config: TrainConfig, phases: _Phases, scratch: Path) -> dict[str, float]:
     """SFTTrainer as its documentation has it, over rows that are tokenized and masked already."""
     import torch
     from datasets import Dataset
@@ -201,9 +223,11 @@ def _by_trl(config: TrainConfig, scratch: Path) -> dict[str, float]:
         processing_class=AutoTokenizer.from_pretrained(inputs.base.path, local_files_only=True),
         peft_config=lora,
     )
+    phases.on_phase("training")
     started = time.monotonic()
     trainer.train()
     train_s = time.monotonic() - started
+    phases.on_phase("held-out loss")
     trainer.model.eval()
     loss, _ = held_out_loss(trainer.model, inputs.held_out_rows)
     counted = [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
@@ -224,9 +248,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as max_steps=46; default: one epoch")
     parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--json-config", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if args.way:
-        print(json.dumps(_train(TrainConfig.model_validate_json(args.json_config), args.way)))
+        print(json.dumps(_train(TrainConfig.model_validate_json(args.json_config), args.way, args.scratch)))
         return 0
     fixed = ["num_train_epochs=1", "sample_prompts=0", "report_to=[]", "save_steps=1000000", *args.overrides]
     ways = [way for way in _WAYS if way in args.ways.split(",")]
