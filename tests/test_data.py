@@ -105,7 +105,7 @@ def test_relative_paths_and_max_rows(prepare: Prepare, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("max_rows", "expected"), [(7, [2, 2, 3]), (9, [2, 3, 4]), (10, [2, 4, 4]), (2, [0, 1, 1]), (99, [2, 6, 5])]
+    ("max_rows", "expected"), [(7, [2, 3, 2]), (9, [2, 4, 3]), (10, [2, 4, 4]), (2, [0, 1, 1]), (99, [2, 6, 5])]
 )
 def test_max_rows_are_shared_by_the_sources(
     prepare: Prepare, tmp_path: Path, max_rows: int, expected: list[int]
