@@ -28,6 +28,7 @@ _MAX_CELL_CHARS = 1 << 26  # of a CSV cell; the library's own limit is 131,072
 _PARQUET_BATCH_ROWS = 256
 _HASHED_WHOLE_BYTES = 64 << 20
 _EXCERPT_CHARS = 80
+_ERROR_CHARS = 300  # of what a library says on several lines
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -160,11 +161,11 @@ def _hub_commit(source: DataSource) -> str:
 
 
 def _hub_error(source: DataSource, error: Exception) -> DatasetError:
-    first_line = str(error).partition("\n")[0]
+    told = " ".join(str(error).split())[:_ERROR_CHARS]
     asked = {"name": source.name, "split": source.split, "revision": source.revision}
     named = "".join(f", {key} {value!r}" for key, value in asked.items() if value)
     return DatasetError(
-        f"hub dataset {source.path!r}{named} cannot be loaded ({first_line}): check data.path, data.name, data.split "
+        f"hub dataset {source.path!r}{named} cannot be loaded ({told}): check data.path, data.name, data.split "
         "and data.revision, or name a file or folder here"
     )
 
