@@ -19,7 +19,7 @@ from training.errors import AdapterNotFound, AdapterRefused, ConfigError
 from training.inputs import read_inputs
 from training.parent import copy_parent, parent_ref, resolve_parent, with_warning
 from training.preference_trainer import preference_trainer
-from training.preferences import completion_logps, scored_pairs
+from training.preferences import ScoredPairs, completion_logps
 from training.qlora import exact_adapters, start_adapter
 from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
 from training.run_dir import RunDir
@@ -241,12 +241,12 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     batches, shape = step_batches(config, inputs, 0, 1)
     arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
     trainer = preference_trainer(config, inputs, model, batches, arguments, [])
-    with_parent = completion_logps(model, scored_pairs(rows)).chunk(2)[0]
+    with_parent = completion_logps(model, ScoredPairs(rows)).chunk(2)[0]
     with model.disable_adapter():
-        of_base = completion_logps(model, scored_pairs(rows)).chunk(2)[0]
+        of_base = completion_logps(model, ScoredPairs(rows)).chunk(2)[0]
     assert (with_parent - of_base).abs().max() > 0.1
     expected = with_parent if reference == "initial" else of_base
-    assert trainer.train_dataset["ref_chosen_logps"][:] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [row["ref_chosen_logps"] for row in trainer.train_dataset] == pytest.approx(expected.tolist(), abs=1e-4)
     (batch, *_), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
     loss = float(trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["size"]).detach())
     assert (loss == pytest.approx(math.log(2), abs=1e-4)) == (reference == "initial")

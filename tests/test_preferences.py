@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -19,19 +20,19 @@ from tests.conftest import free_port
 from training.base_models import BaseModel, load_quantized
 from training.config import PreferenceSettings, TrainConfig
 from training.errors import TrainingError
-from training.inputs import read_inputs
+from training.inputs import RunInputs, read_inputs
 from training.plan import make_plan
 from training.preference_trainer import preference_trainer
 from training.preferences import (
     HeldOutPreferences,
+    ScoredPairs,
     completion_logps,
     dpo_losses,
     kto_losses,
     loss_at_reference,
-    mismatched_completions,
 )
 from training.qlora import start_adapter
-from training.row_store import PreferenceRow, UnpairedRow
+from training.row_store import PreferenceRow, Rows, UnpairedRow
 from training.sft import SftResult, step_batches, train, training_arguments
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
@@ -131,8 +132,8 @@ def logp(model: PeftModel, prompt: list[int], completion: list[int]) -> torch.Te
     return sum((logps[len(prompt) - 1 + i, token] for i, token in enumerate(completion)), torch.tensor(0.0))
 
 
-def trainer_for(config: TrainConfig, model: PeftModel, tmp_path: Path) -> Any:
-    inputs = read_inputs(config)
+def trainer_for(config: TrainConfig, model: PeftModel, tmp_path: Path, inputs: RunInputs | None = None) -> Any:
+    inputs = inputs or read_inputs(config)
     batches, shape = step_batches(config, inputs, 0, 1)
     arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
     return preference_trainer(config, inputs, model, batches, arguments, [])
@@ -222,18 +223,72 @@ def test_loss_at_the_reference_is_ln_2_and_half_the_weights() -> None:
 def test_sequence_log_probability_does_not_depend_on_the_batch(tiny_base: BaseModel, tmp_path: Path) -> None:
     config = config_of("dpo", tiny_base, tmp_path)
     model = shaken(config).eval()
-    pairs = [(row["prompt_ids"], row["chosen_ids"]) for row in cast(Any, read_inputs(config).train_rows)]
+    pairs = ScoredPairs(read_inputs(config).train_rows)
     together = completion_logps(model, pairs)
-    alone = [float(logp(model, prompt, completion)) for prompt, completion in pairs[:5]]
+    alone = [float(logp(model, *pairs[at])) for at in range(5)]
     assert together[:5].tolist() == pytest.approx(alone, abs=1e-3)
 
 
 def test_mismatched_completions_are_those_of_other_rows_each_once() -> None:
     rows: list[UnpairedRow] = [{"prompt_ids": [9], "completion_ids": [n], "label": True} for n in range(50)]
-    others = mismatched_completions(rows)
+    pairs = ScoredPairs(rows)
+    others = [pairs[len(rows) + at][1] for at in range(len(rows))]
     assert sorted(others) == [[n] for n in range(50)]
     assert all(other != [n] for n, other in enumerate(others))
     assert sum(abs(other[0] - n) == 1 for n, other in enumerate(others)) < 10  # a file's neighbours share prompts
+
+
+@dataclass
+class Reads:
+    """How many token ids were read from a store, and how many of those are in memory still, or were at once."""
+
+    read: int = 0
+    alive: int = 0
+    most_alive: int = 0
+
+
+class _TokenIds(list[int]):
+    def __init__(self, ids: list[int], reads: Reads) -> None:
+        super().__init__(ids)
+        self._reads = reads
+        reads.read += len(self)
+        reads.alive += len(self)
+        reads.most_alive = max(reads.most_alive, reads.alive)
+
+    def __del__(self) -> None:
+        self._reads.alive -= len(self)
+
+
+class _WatchedRows(Rows[Any]):
+    def __init__(self, rows: Rows[Any], reads: Reads) -> None:
+        super().__init__(rows.store, rows.numbers)
+        self._reads = reads
+
+    def __getitem__(self, at: Any) -> Any:
+        row: dict[str, Any] = super().__getitem__(at)
+        return {name: _TokenIds(ids, self._reads) if isinstance(ids, list) else ids for name, ids in row.items()}
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_rows_are_read_from_the_store_and_never_held_in_memory(
+    tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Data may be larger than memory: what is held are the tokens of a forward or micro-batch and those of the next."""
+    monkeypatch.setattr("training.evaluate._BATCH_TOKENS", 256)
+    config = config_of(method, tiny_base, tmp_path)
+    inputs = read_inputs(config)
+    reads = Reads()
+    rows = _WatchedRows(Rows(inputs.train_rows.store, np.tile(inputs.train_rows.numbers, 5)), reads)
+    model = shaken(config)
+    trainer = trainer_for(config, model, tmp_path, replace(inputs, train_rows=rows))
+    held_out = HeldOutPreferences(model, config.preference, rows)
+    held_out.metrics(model)
+    before = reads.read
+    num_rows = sum(len(batch) for batch in trainer.get_train_dataloader())
+    assert num_rows == len(rows)
+    assert reads.read - before >= rows.num_tokens  # from the store, not from a copy that Arrow holds
+    assert reads.most_alive < 600 < rows.num_tokens / 4
+    assert reads.alive == 0  # with `trainer` and `held_out` there
 
 
 def assert_same_run(

@@ -93,7 +93,7 @@ def held_out_loss(model: PeftModel | LlamaForCausalLM, rows: Sequence[TokenizedR
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
     rows = rows[rank::world_size]
-    batches = [*_batches(_lengths(rows))]
+    batches = [*length_batches(_lengths(rows))]
     if world_size > 1:
         most = torch.tensor(len(batches), device=causal_lm.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -119,7 +119,7 @@ def num_labelled(rows: Sequence[TokenizedRow]) -> int:
     return sum(label != IGNORED_LABEL for row in rows for label in row["labels"][1:])
 
 
-def _batches(lengths: Sequence[int] | NDArray[np.int64]) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int] | NDArray[np.int64]) -> Iterator[list[int]]:
     """Rows of like length by number, as many at once as `_BATCH_TOKENS` hold."""
     batch: list[int] = []
     for row in np.argsort(lengths, kind="stable").tolist():

@@ -27,17 +27,33 @@ from trl.trainer.kto_trainer import KTOTrainer
 from training.batches import StepBatches
 from training.config import PreferenceSettings, TrainConfig
 from training.inputs import RunInputs
-from training.preferences import (
-    kto_losses,
-    loss_at_reference,
-    mismatched_completions,
-    reference_logps,
-    scored_pairs,
-)
+from training.preferences import ScoredPairs, kto_losses, loss_at_reference, reference_logps
 from training.qlora import exact_adapters
+from training.row_store import Rows
 from training.trainer import EpochLoader
 
 Row = dict[str, Any]
+
+
+class _ScoredRows:
+    """Rows as TRL's collators take them; each is read when asked for, as all may not fit memory.
+
+    Args:
+        pairs: of `rows`.
+        columns: what the reference gives the rows, by the collator's name for it, each [num_rows].
+    """
+
+    def __init__(self, rows: Rows[Any], pairs: ScoredPairs, columns: dict[str, torch.Tensor]) -> None:
+        self._rows, self._pairs, self._columns = rows, pairs, columns
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, at: int) -> Row:
+        row: Row = self._rows[at] | {name: float(column[at]) for name, column in self._columns.items()}
+        if "label" in row:
+            _, row["KL_completion_ids"] = self._pairs[len(self) + at]
+        return row
 
 
 class _StepTrainer(Trainer, ABC):
@@ -170,25 +186,23 @@ def preference_trainer(
     # On CUDA, TRL projects only labelled positions onto the vocabulary; on the CPU too it pays.
     setattr(trl_utils, "_use_triton", lambda device: device.type in ("cuda", "cpu"))  # noqa: B010
     trainer: DPOTrainer | KTOTrainer
-    rows = [*inputs.train_rows]
-    dataset = Dataset.from_list(rows)
+    first_row = Dataset.from_list([inputs.train_rows[0]])  # TRL wants a dataset; it looks at the first row's columns
     with exact_adapters(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that transformers is about to change
         if config.method == "dpo":
             columns = ("ref_chosen_logps", "ref_rejected_logps")
             args = DPOConfig(**arguments, loss_type=[settings.loss_type], label_smoothing=settings.label_smoothing)
-            trainer = _DPOTrainer(args=args, train_dataset=dataset, **common)
+            trainer = _DPOTrainer(args=args, train_dataset=first_row, **common)
         else:
             columns = ("ref_logps", "ref_KL_logps")
-            dataset = dataset.add_column("KL_completion_ids", mismatched_completions(rows))
             weights = {name: getattr(settings, name) for name in ("desirable_weight", "undesirable_weight")}
-            trainer = _KTOTrainer(args=KTOConfig(**arguments, **weights), train_dataset=dataset, **common)
+            trainer = _KTOTrainer(args=KTOConfig(**arguments, **weights), train_dataset=first_row, **common)
+    pairs = ScoredPairs(inputs.train_rows)
     model.delete_adapter("ref")  # the copy that TRL makes of the adapter to be the reference
     with trainer.accelerator.autocast():  # as the loss is computed
-        logps = reference_logps(model, settings, scored_pairs(rows))
-    for name, column in zip(columns, logps.chunk(2), strict=True):
-        dataset = dataset.add_column(name, column.tolist())
-    trainer.train_dataset, trainer.batches, trainer.settings = dataset, batches, settings
+        logps = reference_logps(model, settings, pairs)
+    trainer.train_dataset = _ScoredRows(inputs.train_rows, pairs, dict(zip(columns, logps.chunk(2), strict=True)))
+    trainer.batches, trainer.settings = batches, settings
     trainer.precompute_ref_logps = True
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -5,24 +5,24 @@ trains is TRL's, and a test holds that both are the same. Knows neither TRL nor 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from training.config import PreferenceSettings
-from training.evaluate import load_adapter
+from training.evaluate import length_batches, load_adapter
 from training.gate import GateReport
 from training.row_store import PreferenceRow, UnpairedRow
-
-_BATCH_TOKENS = 2048  # padded tokens in one forward
 
 PreferenceRows = Sequence[PreferenceRow] | Sequence[UnpairedRow]
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
@@ -36,10 +36,10 @@ class HeldOutPreferences:
 
     def __init__(self, model: PeftModel, settings: PreferenceSettings, rows: PreferenceRows) -> None:
         self._settings = settings
-        self._pairs = scored_pairs(rows)
+        self._pairs = ScoredPairs(rows)
         labels = [row["label"] for row in cast("Sequence[UnpairedRow]", rows)] if "label" in rows[0] else []
         self._labels = torch.tensor(labels, dtype=torch.bool)  # [num_rows], of kto only
-        self._lengths = torch.tensor([len(completion) for _, completion in self._pairs]).chunk(2)
+        self._lengths = torch.from_numpy(self._pairs.completion_lengths).chunk(2)
         self._reference = reference_logps(model, settings, self._pairs)
 
     def metrics(self, model: PeftModel) -> dict[str, float]:
@@ -79,7 +79,7 @@ class HeldOutPreferences:
         finally:
             model.unload()
         loss, base_loss = figures["eval_loss"], figures["base_eval_loss"]
-        num_tokens = sum(len(completion) for _, completion in self._pairs)
+        num_tokens = int(self._pairs.completion_lengths.sum())
         return GateReport(loss, base_loss, num_tokens, loss != base_loss, sha256, figures)
 
     def _loss(self, ratios: Tensor) -> float:
@@ -136,28 +136,48 @@ def kto_losses(settings: PreferenceSettings, ratios: Tensor, labels: Tensor, kl:
     return torch.where(labels, desirable, undesirable)
 
 
-def scored_pairs(rows: PreferenceRows) -> list[Pair]:
-    """Every prompt with its chosen answer, then with the rejected one; of KTO's rows with their answer, then with that
-    of another row, from which the KL is estimated."""
-    if rows and "label" in rows[0]:
-        unpaired = cast("Sequence[UnpairedRow]", rows)
-        own = [(row["prompt_ids"], row["completion_ids"]) for row in unpaired]
-        others = mismatched_completions(unpaired)
-        return own + [(row["prompt_ids"], other) for row, other in zip(unpaired, others, strict=True)]
-    paired = cast("Sequence[PreferenceRow]", rows)
-    chosen = [(row["prompt_ids"], row["chosen_ids"]) for row in paired]
-    return chosen + [(row["prompt_ids"], row["rejected_ids"]) for row in paired]
+class ScoredPairs:
+    """Two pairs of each row, of which there is at least one; read when asked for, as all may not fit memory.
+
+    Pair i is the prompt of row i with its chosen answer, pair num_rows + i with the rejected one; of KTO's rows with
+    their answer, and with that of another row, from which the KL is estimated.
+
+    Attributes:
+        lengths: tokens of each pair, [num_pairs].
+        completion_lengths: those of the completion alone, [num_pairs].
+    """
+
+    def __init__(self, rows: PreferenceRows) -> None:
+        unpaired = "label" in rows[0]
+        self._rows = cast("Sequence[Any]", rows)
+        self._names = ("completion_ids", "completion_ids") if unpaired else ("chosen_ids", "rejected_ids")
+        # The row whose answer a row's second pair has, [num_rows].
+        self._answered = mismatched_rows(len(rows)) if unpaired else np.arange(len(rows))
+        of_each = (tuple(len(row[name]) for name in ("prompt_ids", *self._names)) for row in self._rows)
+        prompts, firsts, seconds = np.fromiter(of_each, dtype=np.dtype((np.int64, 3)), count=len(rows)).T
+        self.completion_lengths: NDArray[np.int64] = np.concatenate((firsts, seconds[self._answered]))
+        self.lengths: NDArray[np.int64] = np.tile(prompts, 2) + self.completion_lengths
+
+    def __len__(self) -> int:
+        return 2 * len(self._rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        second, at = divmod(index, len(self._rows))
+        row = self._rows[at]
+        answer = self._rows[self._answered[at]] if second else row
+        return row["prompt_ids"], answer[self._names[second]]
 
 
-def mismatched_completions(rows: Sequence[UnpairedRow]) -> list[list[int]]:
-    """For each row the completion of another, each taken once: of the row before it in a shuffled order, the last one's
-    for the first. In the order of a file neighbours often answer the same prompt."""
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    before = dict(zip(order, [order[-1], *order[:-1]], strict=True)) if order else {}
-    return [rows[before[at]]["completion_ids"] for at in range(len(rows))]
+def mismatched_rows(num_rows: int) -> NDArray[np.int64]:
+    """For each row another whose completion is put after its prompt, each taken once, [num_rows]: the row before it in
+    a shuffled order, the last one for the first. In the order of a file neighbours often answer the same prompt."""
+    order = np.array(random.Random(0).sample(range(num_rows), num_rows), dtype=np.int64)
+    before = np.empty_like(order)
+    before[order] = np.roll(order, 1)
+    return before
 
 
-def reference_logps(model: PeftModel, settings: PreferenceSettings, pairs: Sequence[Pair]) -> Tensor:
+def reference_logps(model: PeftModel, settings: PreferenceSettings, pairs: ScoredPairs) -> Tensor:
     """What the reference gives each completion, [num_pairs]: the base, or the adapter as it is now, at the start."""
     model.eval()
     off = settings.reference == "base"
@@ -167,17 +187,20 @@ def reference_logps(model: PeftModel, settings: PreferenceSettings, pairs: Seque
 
 
 @torch.no_grad()
-def completion_logps(model: PeftModel, pairs: Sequence[Pair]) -> Tensor:
+def completion_logps(model: PeftModel, pairs: ScoredPairs) -> Tensor:
     """Log-probability of each completion after its prompt, summed over tokens, [num_pairs]; ranks share the work."""
     causal_lm = model.get_base_model()
     assert isinstance(causal_lm, LlamaForCausalLM)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     logps = torch.zeros(len(pairs), dtype=torch.float64)
-    for batch in _batches(pairs, range(rank, len(pairs), world_size)):
-        texts = [pairs[index][0] + pairs[index][1] for index in batch]
+    mine = range(rank, len(pairs), world_size)
+    for places in length_batches(pairs.lengths[rank::world_size]):
+        batch = [mine[place] for place in places]
+        read = [pairs[index] for index in batch]
+        texts = [prompt + completion for prompt, completion in read]
         width = max(map(len, texts))
         input_ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=model.device)
-        spans = [(len(pairs[index][0]), len(text)) for index, text in zip(batch, texts, strict=True)]
+        spans = [(len(prompt), len(text)) for (prompt, _), text in zip(read, texts, strict=True)]
         answered = torch.tensor([[start <= at < end for at in range(1, width)] for start, end in spans])
         # Padding is on the right, where causal attention does not look: no mask is needed.
         hidden = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
@@ -191,17 +214,3 @@ def completion_logps(model: PeftModel, pairs: Sequence[Pair]) -> Tensor:
         dist.all_reduce(shared)
         logps = shared.cpu()
     return logps
-
-
-def _batches(pairs: Sequence[Pair], indices: Sequence[int]) -> Iterator[list[int]]:
-    def length(index: int) -> int:
-        return len(pairs[index][0]) + len(pairs[index][1])
-
-    batch: list[int] = []
-    for index in sorted(indices, key=length):
-        if batch and length(index) * (len(batch) + 1) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
