@@ -76,7 +76,9 @@ def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
     )  # fmt: skip
     changes = {"num_workers": num_workers, "fsdp": fsdp, "max_failures": 2, "run_name": "elastic"}
     fewest, most = num_workers
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": fewest, "include_dashboard": False})
+    soon = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 500}  # that a node is gone
+    head = {"num_cpus": fewest, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     leaving = cluster.add_node(num_cpus=most - fewest)
     try:
         ray.init(address=cluster.address, log_to_driver=False)

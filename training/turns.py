@@ -5,12 +5,14 @@ to the next. A process whose turn it is not is stopped with all that it started.
 """
 
 import contextlib
+import math
 import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO
 
 import psutil
@@ -38,19 +40,17 @@ class TurnTaker:
         return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in self.turns)
 
     def run(self, until: Callable[[], bool], at_most_s: float) -> bool:
-        """Let it run until it ends or `until` says so; returns whether it has ended."""
+        """Let it run until it ends, `until` says so, or its time is over; returns whether it has ended."""
         _signal(self.process, signal.SIGCONT)
         began = time.time()
-        while (ended := self.process.poll() is not None) is False and not until():
-            left_s = began + at_most_s - time.time()
-            if left_s <= 0:
-                break
+        while self.process.poll() is None and not until() and time.time() < began + at_most_s:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(min(left_s, _LOOKS_EVERY_S))
-        if not ended:
+                self.process.wait(min(_LOOKS_EVERY_S, at_most_s))
+        has_ended = self.process.returncode is not None
+        if not has_ended:
             _signal(self.process, signal.SIGSTOP)
         self.turns.append((began, time.time()))
-        return ended
+        return has_ended
 
 
 def run_by_turns(
@@ -69,7 +69,7 @@ def run_by_turns(
     with contextlib.ExitStack() as stack:
         for name, command in commands.items():
             taker = takers[name] = stack.enter_context(_started(command))
-            taker.run(lambda name=name: is_ready(name), float("inf"))  # type: ignore[misc]
+            taker.run(partial(is_ready, name), math.inf)
         running = dict(takers)
         while running:
             for name, taker in [*running.items()]:
@@ -94,20 +94,27 @@ def _started(command: Sequence[str]) -> Iterator[TurnTaker]:
             yield TurnTaker(process, stdout, stderr)
         finally:
             if process.poll() is None:
+                all_of_it = _tree(process)
                 process.send_signal(signal.SIGINT)  # as Ctrl-C does: Ray goes down in order
                 _signal(process, signal.SIGCONT)
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_ENDS_WITHIN_S)
-                except subprocess.TimeoutExpired:
-                    _signal(process, signal.SIGKILL)
-                    process.wait()
+                for one in all_of_it:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+                process.wait()
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:
     """Send a signal to a process and all that came from it; twice, for those that were being started."""
     for _ in range(2):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(process.pid)
-            for one in (root, *root.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.send_signal(number)
+        for one in _tree(process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+
+
+def _tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        return [root, *root.children(recursive=True)]
+    return []
