@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import TrainConfig, load_config
-from training.run_dir import RunDir
+from training.run_dir import PhaseLog, RunDir
 from training.turns import run_by_turns
 
 _WAYS = {"trl": "TRL alone", "loop": "Corral without Ray", "ray": "Corral on Ray"}
@@ -95,11 +95,12 @@ def print_table(results: Mapping[str, Sequence[Timed]]) -> None:
 def _one_round(config: TrainConfig, ways: Sequence[str]) -> dict[str, Timed]:
     with tempfile.TemporaryDirectory() as scratch:
 
-        def phases(way: str) -> list[dict[str, Any]]:
-            return RunDir(scratch, way).read_json("phases.json") or []
+        def phases(way: str) -> dict[str, float]:
+            begun = RunDir(scratch, way).read_json(PhaseLog.FILE) or []
+            return {one["phase"]: one["time"] for one in begun}
 
         def is_training(way: str) -> bool:
-            return any(begun["phase"] == "training" for begun in phases(way))
+            return "training" in phases(way)
 
         command = [sys.executable, "-m", "training.bench", "--scratch", scratch]
         told = {way: config.model_copy(update={"storage_path": scratch, "run_name": way}) for way in ways}
@@ -111,8 +112,8 @@ def _one_round(config: TrainConfig, ways: Sequence[str]) -> dict[str, Timed]:
         timed = {}
         for way, (taker, printed) in done.items():
             figures = json.loads(printed.splitlines()[-1])
-            names = [begun["phase"] for begun in phases(way)]
-            ended = phases(way)[names.index("training") + 1]["time"]
+            begun = phases(way)
+            ended = min(at for at in begun.values() if at > begun["training"])
             figures["train_s"] = taker.active_s(ended - figures["train_s"], ended)  # the others' turns are in it
             timed[way] = Timed(**figures, whole_s=taker.active_s(0, math.inf))
         return timed
@@ -148,18 +149,15 @@ def _by_ray(config: TrainConfig) -> dict[str, float]:
 
 
 class _Phases:
-    """A `training.watch.Run` of which nothing is kept but when its phases began, in `phases.json` as Ray's worker
-    does."""
+    """A `training.watch.Run` of which nothing is kept but when its phases began."""
 
     rank = 0
 
     def __init__(self, run_dir: RunDir) -> None:
-        self._run_dir = run_dir
-        self._begun: list[dict[str, Any]] = []
+        self._log = PhaseLog(run_dir)
 
     def on_phase(self, phase: str) -> None:
-        self._begun.append({"phase": phase, "time": time.time()})
-        self._run_dir.write_json("phases.json", self._begun)
+        self._log.add(phase)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None: ...
 

@@ -60,6 +60,8 @@ def _limits(config: DataConfig) -> dict[int, int]:
     if config.max_rows is None:
         return {}
     training = config.sources[: len(config.path)]
+    if len(training) == 1:  # nothing to share, nothing to count
+        return {0: config.max_rows}
     there = [sum(1 for _ in itertools.islice(read_rows(source), config.max_rows)) for source in training]
     limits: dict[int, int] = {}
     for position in sorted(range(len(there)), key=there.__getitem__):

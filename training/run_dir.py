@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,21 @@ class RunDir:
 
     def __str__(self) -> str:
         return self.address
+
+
+class PhaseLog:
+    """`phases.json` of a run: what it did in turn, each with when it began."""
+
+    FILE = "phases.json"
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._begun: list[dict[str, Any]] = []
+
+    def add(self, phase: str) -> None:
+        """`phase` begins now."""
+        self._begun.append({"phase": phase, "time": time.time()})
+        self._run_dir.write_json(self.FILE, self._begun)
 
 
 class MetricsLog:

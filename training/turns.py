@@ -77,13 +77,8 @@ def run_by_turns(
                     continue
                 del running[name]
                 if taker.process.returncode != 0:
-                    taker.stderr.seek(0)
-                    raise RuntimeError(f"{name} failed:\n{taker.stderr.read()[-3000:]}")
-        printed = {}
-        for name, taker in takers.items():
-            taker.stdout.seek(0)
-            printed[name] = taker.stdout.read()
-    return {name: (taker, printed[name]) for name, taker in takers.items()}
+                    raise RuntimeError(f"{name} failed:\n{_content(taker.stderr)[-3000:]}")
+        return {name: (taker, _content(taker.stdout)) for name, taker in takers.items()}
 
 
 @contextlib.contextmanager
@@ -103,6 +98,11 @@ def _started(command: Sequence[str]) -> Iterator[TurnTaker]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         one.kill()
                 process.wait()
+
+
+def _content(output: IO[str]) -> str:
+    output.seek(0)
+    return output.read()
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:

@@ -22,7 +22,7 @@ from training.errors import CorralError, TrainingError
 from training.parent import PARENT_DIR
 from training.priority import step_forward
 from training.progress import Progress, write_progress
-from training.run_dir import MetricsLog, RunDir
+from training.run_dir import MetricsLog, PhaseLog, RunDir
 from training.trackers import TrackedRun, open_trackers
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def train_func(loop_config: dict[str, Any]) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    step_forward()  # before torch starts this thread's helpers
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     rank = get_context().get_world_rank()
     with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
@@ -72,6 +71,7 @@ def train_into(
 
     from training import sft
 
+    step_forward()  # before torch starts this thread's helpers
     _keep_quiet()
     if run.rank == 0:
         num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -115,7 +115,7 @@ class RayRun:
         )
         self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
-        self._phases: list[dict[str, Any]] = []  # each with when it began
+        self._phases = PhaseLog(run_dir)
         self._written_at = 0.0
         self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
 
@@ -137,8 +137,7 @@ class RayRun:
         if self._metrics:
             self._metrics.flush()
             self._show(Progress(phase), now=True)
-            self._phases.append({"phase": phase, "time": time.time()})
-            self._run_dir.write_json("phases.json", self._phases)
+            self._phases.add(phase)
 
     def on_log(self, step: int, num_steps: int, metrics: Mapping[str, float]) -> None:
         if not self._metrics or not self._trackers:
