@@ -20,7 +20,7 @@ test: setup
 
 # The API against clients that other people wrote: openai, LangChain, litellm, lm-eval, schemathesis.
 test-clients: setup $(CLIENTS_READY)
-	@$(CLIENTS_VENV)/bin/python -m pytest tests/clients $(ARGS)
+	@$(CLIENTS_VENV)/bin/python -m pytest tests/third_party $(ARGS)
 
 # The quickstart server over HTTP, and the bare engine without Ray and HTTP: what is between them is the cost of serving.
 bench: setup

@@ -15,10 +15,10 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from deployments.adapter_protocol import Adapter, AdapterChange, AdapterList, DeletedVersion
-from deployments.origins import is_loopback as is_loopback_host
-from deployments.protocol import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
-from training.chat_format import Message
+from deployments.auth.origin import is_loopback as is_loopback_host
+from deployments.protocol.adapters import Adapter, AdapterChange, AdapterList, DeletedVersion
+from deployments.protocol.chat import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
+from training.chat.chat_format import Message
 from training.errors import CorralError
 
 DEFAULT_URL = "http://127.0.0.1:8000"

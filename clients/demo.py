@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clients.server import (
+from clients.local_server import (
     http_address,
     own_key,
     read_serve_config,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from openai import OpenAI
 
-    from training.registry import AdapterManifest
+    from training.registry.registry import AdapterManifest
 
 ADAPTER = "ranch-hand"
 NUM_SHOWN = 3
@@ -64,7 +64,7 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
     Raises:
         CorralError: one of the steps failed.
     """
-    from deployments.launch import check_port
+    from deployments.launch.local_server import check_port
 
     content = read_serve_config(None, port)
     check_port(*http_address(content))
@@ -87,7 +87,7 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
 
 def trained_adapter(debug: bool = False) -> "AdapterManifest":
     """The newest version of the quickstart's adapter; trained now if there is none."""
-    from training.registry import AdapterRegistry
+    from training.registry.registry import AdapterRegistry
 
     registry = AdapterRegistry()
     if ADAPTER in registry.names():

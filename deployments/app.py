@@ -13,9 +13,9 @@ from deployments.config import ServeArgs, UIArgs
 
 def build_app(args: ServeArgs) -> Application:
     """The OpenAI-compatible API: ingress in front of model replicas, and the ledger beside them."""
-    from deployments.ingress import ChatIngress
-    from deployments.ledger import Ledger
-    from deployments.model import LlamaModel
+    from deployments.accounting.ledger import Ledger
+    from deployments.api.ingress import ChatIngress
+    from deployments.replica.model import LlamaModel
 
     ingress, ledger, model = (cast(Deployment, each) for each in (ChatIngress, Ledger, LlamaModel))
     return ingress.bind(model.bind(args), ledger.bind(), args)
@@ -23,6 +23,6 @@ def build_app(args: ServeArgs) -> Application:
 
 def build_ui(args: UIArgs) -> Application:
     """The chat page; one replica, because Gradio keeps its sessions in process."""
-    from deployments.frontend import ChatUI
+    from deployments.ui.deployment import ChatUI
 
     return cast(Deployment, ChatUI).bind(args)

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deployments.auth.keys import KeyStore
 from deployments.errors import ServeConfigError
-from deployments.keys import KeyStore
-from deployments.tls import check_tls_files
-from training.base_models import EMBEDDED_MODEL, Quantization
+from deployments.launch.tls import check_tls_files
+from training.base_models.resolve import EMBEDDED_MODEL, Quantization
 
 
 class _Closed(BaseModel):

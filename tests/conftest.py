@@ -25,8 +25,8 @@ import psutil
 import pytest
 import yaml
 
-from training.base_models import EMBEDDED_MODEL, BaseModel, resolve_base_model
-from training.registry import AdapterDraft, AdapterManifest, AdapterRegistry, import_adapter
+from training.base_models.resolve import EMBEDDED_MODEL, BaseModel, resolve_base_model
+from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, import_adapter
 
 _SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
@@ -300,7 +300,7 @@ def register_three(registry: AdapterRegistry, base: BaseModel, adapter: Path) ->
 
 @dataclass(frozen=True, slots=True)
 class InProcessApi:
-    """`tests.in_process.serving` on the tiny model. `model` is the object behind the replica."""
+    """`tests.deployments.in_process.serving` on the tiny model. `model` is the object behind the replica."""
 
     url: str
     base: BaseModel
@@ -317,8 +317,8 @@ def tiny_api(
     import torch
 
     from deployments.config import EngineArgs, ServeArgs
-    from deployments.model import LlamaModel
-    from tests.in_process import behind, serving
+    from deployments.replica.model import LlamaModel
+    from tests.deployments.in_process import behind, serving
 
     root = tmp_path_factory.mktemp("tiny-api") / "registry"
     import_adapter(AdapterRegistry(root), tiny_adapter, "tuned", tiny_base, chat_format="chatml", force=True)

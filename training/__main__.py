@@ -9,18 +9,18 @@ import contextlib
 import sys
 from typing import Any
 
-from training.config import TrainConfig
+from training.config.train_config import TrainConfig
 from training.errors import ConfigError, CorralError, RunStopped
-from training.fit import FitResult, fit
-from training.plan import dry_run
-from training.registration import register
-from training.registry import AdapterManifest
-from training.report import REPORT_FILE, write_report
-from training.run_dir import RunDir
-from training.signals import sigterm_interrupts
-from training.sweep import run_sweep
-from training.sweep_config import SweepConfig, load_run_config, plan
-from training.sweep_report import print_plan, print_result
+from training.local_ray.signals import sigterm_interrupts
+from training.planning.plan import dry_run
+from training.ray_train.fit import FitResult, fit
+from training.registry.registry import AdapterManifest
+from training.runs.register import register
+from training.runs.report import REPORT_FILE, write_report
+from training.runs.run_dir import RunDir
+from training.sweep.config import SweepConfig, load_run_config, plan
+from training.sweep.report import print_plan, print_result
+from training.sweep.run import run_sweep
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:

@@ -19,9 +19,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments.engine.engine import Engine
-from deployments.engine.llama import TARGETS, kv_sizes
+from deployments.engine.llama.interface import TARGETS, kv_sizes
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
-from training.base_models import EMBEDDED_MODEL, Quantization, compute_dtype_on, load_quantized, resolve_base_model
+from training.base_models.resolve import (
+    EMBEDDED_MODEL,
+    Quantization,
+    compute_dtype_on,
+    load_quantized,
+    resolve_base_model,
+)
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: the released models' config.json
 _SHAPES = {

@@ -1,7 +1,7 @@
 """Which tokens an answer may go on with, so that its text is of a grammar: one `Constraint` for each answer.
 
-`deployments/grammars.py` compiles them; the engine asks before it samples and tells every token that it appends.
-Knows nothing of schemas or tokenizers, and needs no torch.
+`deployments/structured_outputs/grammars.py` compiles them; the engine asks before it samples and tells every token that
+it appends. Knows nothing of schemas or tokenizers, and needs no torch.
 """
 
 from collections.abc import Sequence

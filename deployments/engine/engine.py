@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 
 from deployments.engine.constraint import PackedMask
 from deployments.engine.kv_cache import BlockPool
-from deployments.engine.llama import ForwardBatch, load_llama
-from deployments.engine.lora import NO_ADAPTER, AdapterSlots, LoraWeights
+from deployments.engine.llama.interface import ForwardBatch, load_llama
+from deployments.engine.llama.lora import NO_ADAPTER, AdapterSlots, LoraWeights
 from deployments.engine.request import Delta, EngineRequest, FinishReason, TokenLogprob
 from deployments.engine.sampling import SamplingRow, forbid, random_stream, sample, token_logprobs
 from deployments.engine.scheduler import Chunk, Scheduler, Sequence

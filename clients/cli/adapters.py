@@ -1,0 +1,301 @@
+"""`corral adapters ...`: the registry from a terminal."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from clients.api import CorralClient
+    from deployments.api.adapter_admin import AdapterAdmin
+    from deployments.protocol.adapters import Adapter, AdapterVersion
+    from training.registry.registry import AdapterManifest, AdapterRegistry
+
+app = typer.Typer(
+    help="The registry: list, show, diff, verify, export, import, promote, roll back, delete.", no_args_is_help=True
+)
+
+_Registry = Annotated[
+    str | None, typer.Option("--registry", metavar="PATH", help="any fsspec path; default: CORRAL_HOME/registry")
+]
+_Url = Annotated[
+    str | None, typer.Option("--url", metavar="URL", help="of a server: its registry, with the key in CORRAL_API_KEY")
+]
+_Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)]
+_GgufType = Literal["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"]  # training.export.gguf's, not imported for `--help`
+_Onto = Literal["nf4", "original"]
+_Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
+_Version = Annotated[int, typer.Argument(metavar="VERSION", show_default=False)]
+_Alias = Annotated[str, typer.Option("--alias", help="which alias")]
+
+
+@app.command("list")
+def list_(registry: _Registry = None, url: _Url = None, as_json: _Json = False) -> None:
+    """Every version of every adapter."""
+    if as_json and url is None:  # with all of their manifests
+        store = _open(registry)
+        print(json.dumps([_record(store, manifest) for manifest in store.list()], indent=2))
+        return
+    with _admin(registry, url) as admin:
+        adapters = admin.adapters()
+    if as_json:
+        versions = [{"name": a.name, **version.model_dump(mode="json")} for a in adapters for version in a.versions]
+        print(json.dumps(versions, indent=2))
+    elif not adapters:
+        print("no adapter is registered: train one with 'corral train configs/train/quickstart.yaml'")
+    else:
+        _print_table(adapters)
+
+
+@app.command()
+def show(name: _Reference, registry: _Registry = None, as_json: _Json = False) -> None:
+    """One version and where it comes from: the champion, else the newest, or the one that is named."""
+    store = _open(registry)
+    manifest = _resolve(store, name)
+    record, ancestors = _record(store, manifest), store.ancestors(manifest)
+    if as_json:
+        lineage = [ancestor.model_dump(mode="json") for ancestor in ancestors]
+        print(json.dumps({**record, "ancestors": lineage}, indent=2))
+        return
+    from clients.cli.adapter_report import print_report, show_report
+
+    print_report(show_report(manifest, _labels(record["aliases"], record["canary_percent"]), ancestors))
+
+
+@app.command()
+def diff(a: _Reference, b: _Reference, registry: _Registry = None, as_json: _Json = False) -> None:
+    """What differs between two versions: configuration, data, figures, libraries and weights."""
+    from dataclasses import asdict
+
+    from clients.cli.adapter_report import diff_report, print_report
+    from training.registry.diff import diff_manifests, diff_weights
+
+    store = _open(registry)
+    first, second = _resolve(store, a), _resolve(store, b)
+    changes = diff_manifests(first, second)
+    weights = None
+    if first.base.weights_sha256 == second.base.weights_sha256:
+        weights = diff_weights(store.fetch(first), first.lora, store.fetch(second), second.lora)
+    if as_json:
+        fields = [asdict(change) for change in changes]
+        compared = None if weights is None else asdict(weights)
+        print(json.dumps({"a": first.model_id, "b": second.model_id, "fields": fields, "weights": compared}, indent=2))
+    else:
+        print_report(diff_report(first, second, changes, weights))
+
+
+@app.command()
+def verify(
+    name: _Reference,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="again for more; default: the recorded samples, else a few of our own"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 32,
+    registry: _Registry = None,
+    as_json: _Json = False,
+) -> int:
+    """Check a version's files, and that PEFT and Corral's engine answer alike with them (float32)."""
+    from dataclasses import asdict
+
+    from clients.cli.adapter_report import print_report, verify_report
+    from clients.verify import verify as compare
+
+    store = _open(registry)
+    manifest = _resolve(store, name)
+    compared = compare(store, manifest, prompts or [], max_tokens)
+    passed = all(one.passed for one in compared)
+    if as_json:
+        prompts_ = [{**asdict(one), "passed": one.passed} for one in compared]
+        print(json.dumps({"model_id": manifest.model_id, "passed": passed, "prompts": prompts_}, indent=2))
+    else:
+        print_report(verify_report(manifest, compared))
+    return 0 if passed else 1
+
+
+@app.command()
+def export(
+    name: _Reference,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="a folder of safetensors for transformers and vLLM")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="a file for llama.cpp")] = None,
+    gguf_type: Annotated[_GgufType, typer.Option(help="of its matrices")] = "F16",
+    onto: Annotated[
+        _Onto, typer.Option(help="merge into the 4-bit weights that it was trained on, or the original ones")
+    ] = "nf4",
+    eval_file: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE", help="measure on these rows or .txt; default: the run's held-out rows"),
+    ] = None,
+    registry: _Registry = None,
+    as_json: _Json = False,
+) -> None:
+    """Write a version as a model of its own, and measure what merging costs."""
+    from dataclasses import asdict
+
+    import torch
+
+    from training.base_models.resolve import resolve_base_model
+    from training.export.export import Targets, describe_losses
+    from training.export.export import export as write
+    from training.export.losses import evaluation_rows
+    from training.registry.registry import check_base
+
+    targets = Targets(merged, gguf, gguf_type)
+    targets.check()
+    store = _open(registry)
+    manifest = _resolve(store, name)
+    directory = store.fetch(manifest)
+    base = resolve_base_model(manifest.base.source, manifest.base.revision)
+    check_base(manifest, base)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = evaluation_rows(manifest, base, eval_file)
+    record = write(manifest, directory, base, targets, onto=onto, rows=rows, device=device)
+    if as_json:
+        print(json.dumps(asdict(record), indent=2))
+        return
+    weights = "dequantized NF4" if onto == "nf4" else "original 16-bit"
+    written = " and ".join(str(path) for path in (merged, gguf) if path is not None)
+    print(f"{manifest.model_id} is merged into the {weights} weights of {base.source}: {written}")
+    print("\n".join(describe_losses(record)))
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a PEFT folder", show_default=False)],
+    name: _Name,
+    base: Annotated[
+        str | None, typer.Option("--base", help="name, hub id or directory; default: the embedded model")
+    ] = None,
+    chat_format: Annotated[str, typer.Option(help="auto, llama-2, llama-3 or chatml")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="register it without held-out figures")] = False,
+    registry: _Registry = None,
+) -> None:
+    """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl)."""
+    from training.base_models.resolve import EMBEDDED_MODEL, resolve_base_model
+    from training.chat.chat_format import load_chat_format
+    from training.registry.audit import audited, os_user
+    from training.registry.registry import import_adapter
+
+    model = resolve_base_model(base or EMBEDDED_MODEL)
+    format_name = load_chat_format(chat_format, model).name
+    with audited(os_user(), "register", name, source=str(directory)) as record:
+        manifest = import_adapter(_open(registry), directory, name, model, chat_format=format_name, force=force)
+        record |= {"version": manifest.version, "forced": manifest.forced}
+    print(f"{manifest.model_id} is registered" + (" (forced)" if manifest.forced else ""))
+
+
+@app.command()
+def promote(
+    name: _Name,
+    version: _Version,
+    percent: Annotated[
+        float, typer.Option(min=0, max=100, help="below 100: as a canary, for this share of the champion's traffic")
+    ] = 100,
+    alias: _Alias = "champion",
+    registry: _Registry = None,
+    url: _Url = None,
+) -> None:
+    """Point an alias at a version; requests that name no version get the champion."""
+    with _admin(registry, url) as admin:
+        change = admin.promote(name, version, alias, percent)
+    print(f"{change.base_model}:{name}@{alias} is version {change.version}", end="")
+    print(f", and version {version} for {percent:g} % of its traffic" if change.canary else "")
+
+
+@app.command()
+def rollback(name: _Name, alias: _Alias = "champion", registry: _Registry = None, url: _Url = None) -> None:
+    """End the canary; where there is none, point an alias at what it pointed at before."""
+    with _admin(registry, url) as admin:
+        change = admin.rollback(name, alias)
+    ended = change.previous_canary
+    print(f"{change.base_model}:{name}@{alias} is version {change.version}", end="")
+    print(f" alone: its canary, version {ended.version}, has ended" if ended else "")
+
+
+@app.command()
+def delete(name: _Name, version: _Version, registry: _Registry = None, url: _Url = None) -> None:
+    """Remove a version for good; its number is not used again."""
+    with _admin(registry, url) as admin:
+        admin.delete_version(name, version)
+    print(f"{name}@{version} is deleted")
+
+
+@contextmanager
+def _admin(registry: str | None, url: str | None) -> "Iterator[AdapterAdmin | CorralClient]":
+    """A registry, or a server that has one: both list and change it in the same words."""
+    if url is None:
+        from deployments.api.adapter_admin import AdapterAdmin
+        from training.registry.audit import os_user
+
+        yield AdapterAdmin(_open(registry), os_user())
+        return
+    from clients.api import CorralClient
+    from training.errors import ConfigError
+
+    if registry is not None:
+        raise ConfigError(f"--registry {registry} and --url {url}: give one of them")
+    with CorralClient(url, os.environ.get("CORRAL_API_KEY")) as client:
+        yield client
+
+
+def _open(path: str | None) -> "AdapterRegistry":
+    from training.registry.registry import AdapterRegistry
+
+    return AdapterRegistry(path)
+
+
+def _resolve(store: "AdapterRegistry", text: str) -> "AdapterManifest":
+    """Accept `ranch-hand`, `ranch-hand@2` and the whole model id."""
+    from training.errors import AdapterNotFound
+
+    base, colon, rest = text.rpartition(":")
+    name, at, ref = rest.partition("@")
+    manifest = store.resolve(name, ref if at else None)
+    if colon and base != manifest.base.name:
+        raise AdapterNotFound(f"adapter {name!r} is not one of {base!r}: it was trained on {manifest.base.name!r}")
+    return manifest
+
+
+def _record(store: "AdapterRegistry", manifest: "AdapterManifest") -> dict[str, Any]:
+    aliases, canary = store.aliases(manifest.name), store.traffic(manifest.name).canary
+    return {
+        "model_id": manifest.model_id,
+        "aliases": sorted(alias for alias, version in aliases.items() if version == manifest.version),
+        "canary_percent": canary.percent if canary is not None and canary.version == manifest.version else None,
+        **manifest.model_dump(mode="json"),
+    }
+
+
+def _print_table(adapters: "Sequence[Adapter]") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "aliases", "held-out loss", "base's", "created", box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for version in (version for adapter in adapters for version in adapter.versions):
+        table.add_row(
+            version.model_id,
+            ", ".join(_labels(version.aliases, version.canary_percent)),
+            _loss(version, "eval_loss") + (" (forced)" if version.forced else ""),
+            _loss(version, "base_eval_loss"),
+            f"{version.created:%Y-%m-%d %H:%M} UTC",
+        )
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=160)
+    console.print(table)
+
+
+def _labels(aliases: Sequence[str], canary_percent: float | None) -> list[str]:
+    return [*aliases, *([] if canary_percent is None else [f"canary {canary_percent:g} %"])]
+
+
+def _loss(version: "AdapterVersion", key: str) -> str:
+    return f"{version.metrics[key]:.3f}" if key in version.metrics else "-"

@@ -1,0 +1,160 @@
+"""From the body of a request to what a model replica gets: rendering, limits and sampling parameters.
+
+The ingress calls this with the adapter that the request's model means. Knows nothing of HTTP responses or Ray.
+"""
+
+from fastapi.exceptions import RequestValidationError
+from tokenizers import Tokenizer
+
+from deployments.engine.request import SamplingParams
+from deployments.errors import ContextLengthExceeded
+from deployments.protocol.chat import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest, dialog
+from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from deployments.replica.request import GenerationRequest
+from deployments.structured_outputs.grammars import grammar_of
+from deployments.text.detokenizer import Vocabulary
+from deployments.text.text_encoder import TextEncoder
+from training.base_models.resolve import BaseModel
+from training.chat.chat_format import ChatFormat, load_chat_format
+from training.registry.registry import AdapterManifest
+
+
+class RequestRenderer:
+    """Renders requests for one base model and its adapters.
+
+    Every method raises RequestValidationError where a token id is not in the vocabulary, or a text holds what the model
+    has no token for; `chat` and `completion` raise ContextLengthExceeded where prompt and answer are longer than
+    `max_model_len` tokens.
+    """
+
+    def __init__(
+        self, base: BaseModel, chat_format: str, tokenizer: Tokenizer, vocabulary: Vocabulary, max_model_len: int
+    ) -> None:
+        self._base = base
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._base_format = load_chat_format(chat_format, base, tokenizer)
+        self._formats: dict[str, ChatFormat] = {self._base_format.name: self._base_format}
+        self._text_encoder = TextEncoder(tokenizer, vocabulary)
+        self._vocab_size = int(base.llama_config()["vocab_size"])
+        self._max_model_len = max_model_len
+
+    def chat(
+        self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str, tpm: int | None = None
+    ) -> GenerationRequest:
+        """A dialog in the adapter's own chat format.
+
+        Args:
+            tpm: the caller's limit of tokens a minute; an answer whose length was not asked for stays within it.
+
+        Raises:
+            ChatFormatError: the dialog has no rendering.
+            ResponseFormatRefused: the schema is not supported.
+        """
+        grammar = grammar_of(body.response_format)
+        chat_format = self._chat_format(adapter)
+        prompt_token_ids = chat_format.render_prompt(body.dialog())
+        num_tokens = len(prompt_token_ids)
+        max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
+        if tpm is not None and body.asked_tokens is None:
+            max_tokens = max(1, body.min_tokens, min(max_tokens, (tpm - num_tokens) // body.n))
+        sampling = self._sampling(body, max_tokens, chat_format)
+        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar)
+
+    def completion(
+        self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str
+    ) -> list[GenerationRequest]:
+        """Each prompt as it is."""
+        chat_format = self._chat_format(adapter)
+        generations: list[GenerationRequest] = []
+        for where, prompt in body.prompts():
+            prompt_token_ids = self._token_ids(where, prompt)
+            num_tokens = len(prompt_token_ids)
+            max_tokens = self._max_tokens(body, num_tokens, where, f"{where} takes {num_tokens}")
+            sampling = self._sampling(body, max_tokens, chat_format)
+            part_id = f"{request_id}-{len(generations)}"
+            generations.append(GenerationRequest(part_id, prompt_token_ids, sampling, adapter, body.n))
+        return generations
+
+    def tokenize(self, body: TokenizeRequest, adapter: AdapterManifest | None) -> TokenizeResponse:
+        """The token ids that `chat` or `completion` would make of the same input, however many they are.
+
+        Raises:
+            ChatFormatError: the dialog has no rendering.
+        """
+        if body.messages is not None:
+            token_ids = self._chat_format(adapter).render_prompt(dialog(body.messages))
+        else:
+            token_ids = self._token_ids("prompt", body.prompt or "")
+            if body.add_special_tokens is False:
+                token_ids = token_ids[len(self._text_encoder.prefix) :]
+        names = [self._vocabulary.name(token_id) for token_id in token_ids] if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(token_ids), max_model_len=self._max_model_len, tokens=token_ids, token_strs=names
+        )
+
+    def detokenize(self, body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text that token ids stand for."""
+        return DetokenizeResponse(prompt=self._vocabulary.text(self._token_ids("tokens", body.tokens)))
+
+    def _chat_format(self, adapter: AdapterManifest | None) -> ChatFormat:
+        if adapter is None:
+            return self._base_format
+        if adapter.chat_format not in self._formats:
+            self._formats[adapter.chat_format] = load_chat_format(adapter.chat_format, self._base, self._tokenizer)
+        return self._formats[adapter.chat_format]
+
+    def _token_ids(self, where: str, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            for index, token_id in enumerate(prompt):
+                self._check_token_id(token_id, f"{where}.{index}")
+            return prompt
+        try:
+            return self._text_encoder.encode(prompt)
+        except ValueError as error:
+            raise _refused(where, str(error)) from error
+
+    def _max_tokens(self, body: AnyCompletionRequest, num_prompt_tokens: int, where: str, taken: str) -> int:
+        """How long an answer may get: what was asked for, else the default or what there is room for."""
+        room = self._max_model_len - num_prompt_tokens
+        asked = body.asked_tokens
+        needed = max(1 if asked is None else asked, body.min_tokens)
+        if room < needed:
+            wanted = f" and {needed} for the answer" if needed > 1 or asked else ""
+            raise ContextLengthExceeded(
+                # clients know this error by OpenAI's words
+                f"this model's maximum context length is {self._max_model_len} tokens, and {taken}{wanted}: shorten it "
+                "or lower max_tokens",
+                where if room < 1 or asked is None else "max_tokens",
+            )
+        return min(room, body.max_tokens or room) if asked is None else asked
+
+    def _sampling(self, body: AnyCompletionRequest, max_tokens: int, chat_format: ChatFormat) -> SamplingParams:
+        for token_id in body.token_biases:
+            self._check_token_id(token_id, "logit_bias")
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias=tuple(body.token_biases.items()),
+            seed=body.seed,
+            stop_token_ids=chat_format.stop_token_ids,
+            ignore_eos=body.ignore_eos,
+            logprobs=body.num_logprobs,
+            prompt_logprobs=body.num_prompt_logprobs,
+        )
+
+    def _check_token_id(self, token_id: int, where: str) -> None:
+        if token_id >= self._vocab_size:
+            raise _refused(where, f"{token_id} is no token id of this model: they are 0 to {self._vocab_size - 1}")
+
+
+def _refused(where: str, message: str) -> RequestValidationError:
+    """What only the tokenizer can tell, refused as the fields' own types refuse."""
+    return RequestValidationError([{"type": "value_error", "loc": ("body", *where.split(".")), "msg": message}])

@@ -1,0 +1,295 @@
+"""Scripted token deltas through answers and shapes: what a client sees of n answers, log-probabilities and echo."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from deployments.api.openai_responses import ChatShape, CompletionShape, Shape, events, whole
+from deployments.api.outputs import Answers, Piece, interleaved
+from deployments.engine.request import Delta, SamplingParams, TokenLogprob
+from deployments.errors import EngineFault
+from deployments.replica.request import GenerationRequest
+from deployments.text.detokenizer import Vocabulary
+from training.base_models.resolve import BaseModel, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded_base: BaseModel) -> Tokenizer:
+    return load_tokenizer(embedded_base)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer)
+
+
+def generation(
+    prompt_token_ids: list[int], n: int = 1, *, logprobs: int | None = None, prompt_logprobs: int | None = None
+) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=99, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    return GenerationRequest("r", prompt_token_ids, sampling, None, n)
+
+
+def scored(token_id: int, *top: tuple[int, float]) -> TokenLogprob:
+    return TokenLogprob(token_id, -token_id / 1000, top)
+
+
+def delta(token_ids: list[int], index: int = 0, **more: Any) -> Delta:
+    return Delta(token_ids, index=index, logprobs=tuple(map(scored, token_ids)), **more)
+
+
+async def grow(answers: Answers, batches: Sequence[list[Delta] | Exception]) -> AsyncGenerator[list[Piece], None]:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        if pieces := answers.add(batch):
+            yield pieces
+
+
+def stream(
+    shape: Shape, answers: Answers, batches: Sequence[list[Delta] | Exception], include_usage: bool = False
+) -> list[str]:
+    async def collect() -> list[str]:
+        return [text async for text in events(shape, [answers], grow(answers, batches), include_usage=include_usage)]
+
+    return asyncio.run(collect())
+
+
+def parsed(written: Sequence[str]) -> list[Any]:
+    lines = "".join(written).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text).ids)
+
+
+def test_a1_a_stop_string_ends_one_of_n_answers_and_the_others_go_on(
+    tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    a, b = ids(tokenizer, "one STOP two"), ids(tokenizer, " red blue green")
+    answers = Answers(generation([5], n=2, logprobs=0), vocabulary, ["STOP"])
+    first = answers.add([delta(a, 0), delta(b[:1], 1)])
+    assert [(piece.index, piece.text, piece.finish_reason) for piece in first] == [
+        (0, "one ", "stop"),
+        (1, " red", None),
+    ]
+    assert not answers.finished
+    assert [piece.index for piece in answers.add([delta(a, 0), delta(b[1:2], 1)])] == [1]
+    (last,) = answers.add([delta(b[2:], 1, finish_reason="length")])
+    assert (last.index, last.text, last.finish_reason) == (1, " green", "length")
+    assert answers.finished
+    assert answers.num_tokens < len(a) + len(b)
+    sent = b"".join(vocabulary.spelling(token.token_id) for token in first[0].tokens)
+    assert sent.startswith(b"one")
+    assert b"STOP" not in sent
+
+
+def test_a6_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
+    tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    a, b = ids(tokenizer, "alpha beta"), ids(tokenizer, "gamma delta")
+    batches = [
+        [delta(a[:1], 0, num_cached_tokens=3), delta(b[:1], 1)],
+        [delta(a[1:2], 0), delta(a[2:], 0), delta(b[1:], 1, finish_reason="length")],
+        [delta([], 0, finish_reason="stop")],
+    ]
+    shape = ChatShape("chatcmpl-1", "m", vocabulary, with_logprobs=False)
+    written = stream(shape, Answers(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
+    assert len(written) == len(batches)  # what is ready together is one write
+    chunks = parsed(written)
+    assert {(chunk["id"], chunk["object"], chunk["model"]) for chunk in chunks} == {
+        ("chatcmpl-1", "chat.completion.chunk", "m")
+    }
+    for index, text, reason in ((0, "alpha beta", "stop"), (1, "gamma delta", "length")):
+        choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+        assert not any("role" in choice["delta"] for choice in choices[1:])
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == text
+        assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == [reason]
+        assert choices[-1] == {"index": index, "delta": {}, "finish_reason": reason}
+    assert sum(choice["delta"].get("content") == "gamma" for chunk in chunks for choice in chunk["choices"]) == 1
+    assert chunks[-1]["choices"] == []
+    num_tokens = len(a) + len(b)
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": num_tokens,
+        "total_tokens": 4 + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+
+
+def test_a1_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    token_ids = ids(tokenizer, "a 👩 b STOP c")
+    shape = ChatShape("x", "m", vocabulary, with_logprobs=True)
+
+    def answers() -> Answers:
+        return Answers(generation([1], logprobs=2), vocabulary, ["STOP"])
+
+    chunks = parsed(stream(shape, answers(), [[delta([token_id])] for token_id in token_ids]))
+    together = answers()
+    done = json.loads(asyncio.run(whole(shape, [together], grow(together, [[delta(token_ids)]]))))
+    (choice,) = done["choices"]
+    content = choice["logprobs"]["content"]
+    assert content == [
+        token
+        for chunk in chunks
+        for choice in chunk["choices"]
+        for token in choice.get("logprobs", {"content": []})["content"]
+    ]
+    assert choice["message"]["content"] == "a 👩 b "
+    assert bytes(byte for token in content for byte in token["bytes"]).decode().strip() == "a 👩 b"
+    partial = [token["token"] for token in content if token["token"].startswith("bytes:")]
+    assert any("\\xf0" in token for token in partial)
+    for token in content:
+        if not token["token"].startswith("bytes:"):
+            assert token["token"].encode() == bytes(token["bytes"])
+
+
+def test_top_logprobs_are_listed_likeliest_first(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    cat, dog, cow = (ids(tokenizer, word)[0] for word in (" cat", " dog", " cow"))
+    token = TokenLogprob(cow, -5.0, ((cat, -0.1), (dog, float("-inf"))))
+    batch = [Delta([cow], "length", logprobs=(token,))]
+
+    def choice(shape: Shape) -> Any:
+        answers = Answers(generation([1], logprobs=2), vocabulary, continues_prompt=True)
+        return json.loads(asyncio.run(whole(shape, [answers], grow(answers, [batch]))))["choices"][0]
+
+    (chat,) = choice(ChatShape("x", "m", vocabulary, with_logprobs=True))["logprobs"]["content"]
+    assert (chat["token"], chat["logprob"], chat["bytes"]) == (" cow", -5.0, list(b" cow"))
+    assert [(top["token"], top["logprob"]) for top in chat["top_logprobs"]] == [(" cat", -0.1), (" dog", -9999.0)]
+    legacy = choice(CompletionShape("x", "m", vocabulary, with_logprobs=True))["logprobs"]
+    assert legacy["top_logprobs"] == [{" cat": -0.1, " dog": -9999.0, " cow": -5.0}]
+
+
+def test_a2_echo_scores_the_prompt_and_every_answer_begins_with_it(
+    tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    prompt, more = ids(tokenizer, "the red"), ids(tokenizer, " house is")
+    prompt_logprobs = (None, *map(scored, prompt[1:]))
+    answers = Answers(
+        generation(prompt, n=2, logprobs=0, prompt_logprobs=0),
+        vocabulary,
+        first_index=4,
+        continues_prompt=True,
+        echo=True,
+    )
+    early = [delta(more[:1], 1)]  # answer 0 brings what answer 1 needs to begin
+    batches = [early, [delta(more, 0, finish_reason="length", prompt_logprobs=prompt_logprobs)], [delta(more[1:], 1)]]
+    batches.append([delta([], 1, finish_reason="length")])
+    shape = CompletionShape("x", "m", vocabulary, with_logprobs=True)
+    done = json.loads(asyncio.run(whole(shape, [answers], grow(answers, batches))))
+    assert [choice["index"] for choice in done["choices"]] == [4, 5]
+    for choice in done["choices"]:
+        assert choice["text"] == "the red house is"
+        assert choice["logprobs"]["tokens"] == ["the", " red", " house", " is"]
+        assert choice["logprobs"]["text_offset"] == [0, 3, 7, 13]
+        assert choice["logprobs"]["token_logprobs"] == [None, *(-token_id / 1000 for token_id in (*prompt[1:], *more))]
+        assert choice["logprobs"]["top_logprobs"][0] is None
+    assert done["usage"]["prompt_tokens"] == len(prompt)
+    assert done["usage"]["completion_tokens"] == 2 * len(more)
+
+
+def test_a2_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    prompt = ids(tokenizer, "é👩!")
+    answers = Answers(generation(prompt, logprobs=0, prompt_logprobs=0), vocabulary, continues_prompt=True, echo=True)
+    batch = [Delta([], "length", prompt_logprobs=(None, *map(scored, prompt[1:])))]
+    chunks = parsed(stream(CompletionShape("x", "m", vocabulary, with_logprobs=True), answers, [batch]))
+    ((choice,),) = [chunk["choices"] for chunk in chunks]
+    assert (choice["text"], choice["finish_reason"]) == ("é👩!", "length")
+    assert len(choice["logprobs"]["tokens"]) == len(prompt)
+    assert answers.num_tokens == 0
+
+
+def test_an_error_before_the_first_batch_is_raised_and_a_later_one_is_an_event(
+    tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    shape = ChatShape("x", "m", vocabulary, with_logprobs=False)
+    with pytest.raises(EngineFault):
+        stream(shape, Answers(generation([1]), vocabulary), [EngineFault("broke")])
+    batches = [[delta(ids(tokenizer, "hi"))], EngineFault("broke")]
+    *_, last = parsed(stream(shape, Answers(generation([1]), vocabulary), batches))
+    assert last["error"]["message"] == "broke"
+    with pytest.raises(EngineFault):
+        Answers(generation([1]), vocabulary).add([Delta([], "error")])
+
+
+def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    closed = []
+
+    async def endless(answers: Answers) -> AsyncGenerator[list[Piece], None]:
+        try:
+            while True:
+                yield answers.add([delta(ids(tokenizer, " la"))])
+        finally:
+            closed.append(True)
+
+    async def leave() -> None:
+        answers = Answers(generation([1]), vocabulary)
+        shape = ChatShape("x", "m", vocabulary, with_logprobs=False)
+        written = events(shape, [answers], endless(answers), include_usage=False)
+        await anext(written)
+        await written.aclose()
+
+    asyncio.run(leave())
+    assert closed == [True]
+
+
+async def counted(length: int, closed: list[int], fails: bool = False) -> AsyncGenerator[list[Piece], None]:
+    """`length` batches with the index `length`, then an error or the end."""
+    try:
+        for _ in range(length):
+            await asyncio.sleep(0)
+            yield [Piece(length, "", [])]
+        if fails:
+            raise EngineFault("broke")
+    finally:
+        closed.append(length)
+
+
+def test_streams_of_several_prompts_come_together_and_an_error_or_a_leaving_client_closes_them_all() -> None:
+    async def drain(fails: bool, leave_after: int) -> tuple[list[int], list[int]]:
+        seen: list[int] = []
+        closed: list[int] = []
+        lengths = (1, 5, 50)
+        streams = [counted(length, closed, fails and length == 5) for length in lengths]
+        async with aclosing(interleaved(streams)) as together:
+            try:
+                async for (piece,) in together:
+                    seen.append(piece.index)
+                    if len(seen) == leave_after:
+                        break
+            except EngineFault:
+                seen.append(-1)
+        return seen, sorted(closed)
+
+    seen, closed = asyncio.run(drain(False, 100))
+    assert sorted(seen) == [1] + [5] * 5 + [50] * 50
+    assert seen.index(50) < 3  # none waits for another's end
+    assert closed == [1, 5, 50]
+    seen, closed = asyncio.run(drain(True, 100))
+    assert seen[-1] == -1
+    assert seen.count(50) < 50
+    assert closed == [1, 5, 50]
+    _, closed = asyncio.run(drain(False, 6))
+    assert closed == [1, 5, 50]
+
+
+def test_a6_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    batches = [[delta(ids(tokenizer, "the end"), finish_reason="length")]]
+
+    async def collect() -> list[str]:
+        prompts = [Answers(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
+        shape = CompletionShape("x", "m", vocabulary, with_logprobs=False)
+        together = interleaved([grow(prompt, batches) for prompt in prompts])  # all have grown when one is seen
+        return [text async for text in events(shape, prompts, together, include_usage=False)]
+
+    chunks = parsed(asyncio.run(collect()))
+    found = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}
+    assert found == dict.fromkeys(range(3), "the end")

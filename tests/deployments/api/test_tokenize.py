@@ -1,0 +1,173 @@
+"""A4: /tokenize and /detokenize give and take what generation does (E1), on every kind of tokenizer."""
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.exceptions import RequestValidationError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from deployments.api.rendering import RequestRenderer
+from deployments.protocol.chat import ChatCompletionRequest, CompletionRequest
+from deployments.protocol.tokenize import DetokenizeRequest, TokenizeRequest, TokenizeResponse
+from deployments.text.detokenizer import Vocabulary
+from training.base_models.resolve import BaseModel, load_tokenizer
+from training.registry.registry import AdapterDraft, AdapterRegistry
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+FORMATS = {"embedded": "chatml", "llama2": "llama-2", "llama3": "llama-3"}
+CONTROL_TEXT = "<s> </s> [INST] <<SYS>> <|im_start|> <|eot_id|> <|begin_of_text|>"
+
+
+@pytest.fixture(scope="module")
+def renderers(embedded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RequestRenderer]:
+    """For the embedded model (byte-level BPE), Llama 2 (SentencePiece) and Llama 3 (byte-level BPE with BOS)."""
+    found = {}
+    for family, chat_format in FORMATS.items():
+        base = embedded_base
+        if family != "embedded":
+            folder = tmp_path_factory.mktemp(family)
+            content = (FIXTURES / f"{family}_reduced_tokenizer.json").read_text()
+            (folder / "tokenizer.json").write_text(content)
+            ids = json.loads(content)["model"]["vocab"].values()
+            added = (token["id"] for token in json.loads(content)["added_tokens"])
+            vocab_size = max(*ids, *added) + 1
+            config = json.loads((embedded_base.path / "config.json").read_text()) | {"vocab_size": vocab_size}
+            (folder / "config.json").write_text(json.dumps(config))
+            base = replace(embedded_base, path=folder)
+        tokenizer = load_tokenizer(base)
+        found[family] = RequestRenderer(base, chat_format, tokenizer, Vocabulary(tokenizer), max_model_len=8192)
+    return found
+
+
+def tokenize(renderer: RequestRenderer, **fields: Any) -> TokenizeResponse:
+    return renderer.tokenize(TokenizeRequest.model_validate(fields), None)
+
+
+def detokenize(renderer: RequestRenderer, tokens: list[int]) -> str:
+    return renderer.detokenize(DetokenizeRequest.model_validate({"tokens": tokens})).prompt
+
+
+ALPHABET = " aé漢👩\u200d\U0001f3fd\n\t\0<>|[]/sINThibcd"
+
+
+@pytest.fixture(scope="module")
+def known(renderers: dict[str, RequestRenderer]) -> dict[str, str]:
+    """Of ALPHABET, what each vocabulary has; the reduced ones lack some."""
+    found = {}
+    for family, renderer in renderers.items():
+        found[family] = ""
+        for character in ALPHABET:
+            with contextlib.suppress(RequestValidationError):
+                tokenize(renderer, prompt=character)
+                found[family] += character
+    assert found["embedded"] == found["llama3"] == ALPHABET
+    assert set(" \n\0[]/hiabc") <= set(found["llama2"])
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(alphabet=ALPHABET, max_size=60))
+def test_a4_a_text_comes_back_as_it_was(
+    renderers: dict[str, RequestRenderer], known: dict[str, str], text: str
+) -> None:
+    for family, renderer in renderers.items():
+        part = "".join(character for character in text if character in known[family])
+        tokens = tokenize(renderer, prompt=part, add_special_tokens=False).tokens
+        assert detokenize(renderer, tokens) == part
+
+
+def test_a4_special_tokens_of_a_text_are_the_bos_token_or_none(renderers: dict[str, RequestRenderer]) -> None:
+    for family, bos in (("embedded", ""), ("llama3", "<|begin_of_text|>")):
+        with_bos = tokenize(renderers[family], prompt="hi").tokens
+        without = tokenize(renderers[family], prompt="hi", add_special_tokens=False).tokens
+        assert with_bos[-len(without) :] == without
+        assert detokenize(renderers[family], with_bos) == f"{bos}hi"
+    assert detokenize(renderers["llama2"], [1, *tokenize(renderers["llama2"], prompt="hi").tokens, 2]) == "<s>hi</s>"
+
+
+def test_b5_what_looks_like_a_control_token_stays_text(renderers: dict[str, RequestRenderer]) -> None:
+    renderer = renderers["embedded"]
+    special = {1, 2}  # <|im_start|>, <|im_end|>
+    tokens = tokenize(renderer, prompt=CONTROL_TEXT).tokens
+    assert not special & set(tokens)
+    assert detokenize(renderer, tokens) == CONTROL_TEXT
+    dialog = tokenize(renderer, messages=[{"role": "user", "content": CONTROL_TEXT}]).tokens
+    plain = tokenize(renderer, messages=[{"role": "user", "content": "hi"}]).tokens
+    assert [t for t in dialog if t in special] == [t for t in plain if t in special]
+
+
+DIALOGS = [
+    [{"role": "user", "content": "hi"}],
+    [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+    [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+]
+
+
+@pytest.mark.parametrize("family", FORMATS)
+def test_e1_tokenize_gives_the_ids_that_generation_begins_from(
+    renderers: dict[str, RequestRenderer], family: str
+) -> None:
+    renderer = renderers[family]
+    for messages in DIALOGS:
+        chat = ChatCompletionRequest.model_validate({"model": "m", "messages": messages})
+        told = tokenize(renderer, messages=messages)
+        assert told.tokens == renderer.chat(chat, None, "r").prompt_token_ids
+        assert told.count == len(told.tokens)
+        assert told.max_model_len == 8192
+    for prompt in ("hi", "a b"):
+        (generation,) = renderer.completion(
+            CompletionRequest.model_validate({"model": "m", "prompt": prompt}), None, "r"
+        )
+        assert tokenize(renderer, prompt=prompt).tokens == generation.prompt_token_ids
+
+
+def test_e1_an_adapters_dialogs_are_in_its_own_format(
+    renderers: dict[str, RequestRenderer], tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+) -> None:
+    draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
+    adapter = AdapterRegistry(tmp_path / "registry").register(tiny_adapter, draft, force=True)
+    tokenizer = load_tokenizer(tiny_base)
+    other = RequestRenderer(tiny_base, "chatml", tokenizer, Vocabulary(tokenizer), 512)
+    body = TokenizeRequest.model_validate({"messages": DIALOGS[1]})
+    chat = ChatCompletionRequest.model_validate({"model": "m", "messages": DIALOGS[1]})
+    assert other.tokenize(body, adapter).tokens == other.chat(chat, adapter, "r").prompt_token_ids
+
+
+def test_a4_token_strs_are_the_vocabularys_names(renderers: dict[str, RequestRenderer]) -> None:
+    told = tokenize(renderers["embedded"], prompt="The capital", return_token_strs=True)
+    assert told.token_strs == ["The", "Ġcapital"]
+    assert tokenize(renderers["embedded"], prompt="The capital").token_strs is None
+    assert tokenize(renderers["embedded"], prompt="").tokens == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "either prompt or messages"),
+        ({"prompt": "a", "messages": DIALOGS[0]}, "either prompt or messages"),
+        ({"messages": DIALOGS[0], "add_special_tokens": True}, "leave it out"),
+        ({"prompt": [1, 2]}, "string"),
+        ({"prompt": "a", "chat_template": "x"}, "not permitted"),
+    ],
+)
+def test_b1_bodies_that_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        TokenizeRequest.model_validate(fields)
+
+
+def test_b2_ids_outside_the_vocabulary_are_refused(renderers: dict[str, RequestRenderer]) -> None:
+    assert detokenize(renderers["embedded"], []) == ""
+    assert detokenize(renderers["embedded"], [49151])
+    with pytest.raises(RequestValidationError, match="0 to 49151") as refused:
+        detokenize(renderers["embedded"], [5, 49152])
+    assert refused.value.errors()[0]["loc"] == ("body", "tokens", "1")
+    for tokens in ([-1], [1.5], ["5"], [True]):
+        with pytest.raises(ValidationError):
+            DetokenizeRequest.model_validate({"tokens": tokens})

@@ -1,0 +1,48 @@
+"""A Ray of this machine alone beside a real run: which actors it has, and how its threads are scheduled."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.training.ray_train.test_fit import tiny_run
+from training.base_models.resolve import BaseModel
+from training.runs.run_dir import RunDir
+
+
+def policies(process: psutil.Process) -> list[int]:
+    return [os.sched_getscheduler(thread.id) for thread in process.threads()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the policies are Linux's")
+def test_the_threads_of_a_step_come_before_ray(tiny_base: BaseModel, tmp_path: Path) -> None:
+    config = tiny_run(tiny_base, tmp_path).model_dump(mode="json")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config | {"run_name": "beside", "max_steps": 100_000, "save_steps": 50_000}))
+    run_dir = RunDir(tmp_path / "runs", "beside")
+    with subprocess.Popen([sys.executable, "-m", "training", "--config", str(recipe)], stderr=subprocess.PIPE) as run:
+        try:
+            while not run_dir.read_text("metrics.jsonl"):
+                assert run.poll() is None, run.stderr and run.stderr.read()
+                time.sleep(0.1)
+            others = psutil.Process(run.pid).children(recursive=True)
+            named = {process: process.name() + " " + " ".join(process.cmdline()) for process in others}
+            actors = {name.split("ray::")[1].split(".")[0].strip() for name in named.values() if "ray::" in name}
+            assert {"TrainController", "RayTrainWorker"} <= actors
+            assert not {"DatasetManager", "PlacementGroupCleaner"} & actors
+            [worker] = [process for process, name in named.items() if "RayTrainWorker" in name]
+            assert os.SCHED_OTHER in policies(worker)  # the thread of the steps
+            assert os.sched_getscheduler(worker.pid) == os.SCHED_BATCH  # Ray's own
+            for process, name in named.items():
+                if process != worker:
+                    assert {*policies(process)} == {os.SCHED_BATCH}, name
+            assert os.sched_getscheduler(run.pid) == os.SCHED_OTHER
+        finally:
+            run.terminate()
+            run.communicate(timeout=60)
+    assert not [process for process in others if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,167 @@
+"""One driver at a time: real processes that are refused, killed, put to sleep, on a disk and in a store."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from training.errors import ConfigError, RunStopped, TrainingError
+from training.runs import run_lock as driver
+from training.runs.run_dir import RunDir
+from training.runs.run_lock import driving, read_driver
+
+_DRIVE = """
+import sys, time
+from training.runs import run_lock as driver
+from training.errors import CorralError
+from training.runs.run_dir import RunDir
+
+driver._SEEN_EVERY_S = float(sys.argv[3])
+RunDir(sys.argv[1], "run").files("drivers")  # imports and connects
+time.sleep(max(0.0, float(sys.argv[4]) - time.time()))
+try:
+    with driver.driving(RunDir(sys.argv[1], "run")):
+        print("drives", flush=True)
+        time.sleep(float(sys.argv[2]))
+except CorralError as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+"""
+
+
+@pytest.fixture(params=["disk", "store"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
+    parent = str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3")
+    return RunDir(parent, "run")
+
+
+def start(run_dir: RunDir, seen_every_s: float = 15.0, *, host: str = "", at: float = 0.0) -> subprocess.Popen[str]:
+    """A process that drives the run, from the time `at` on; with `host` on a machine that has another name."""
+    command = [sys.executable, "-c", _DRIVE, run_dir.parent, "60", str(seen_every_s), str(at)]
+    if host:
+        renamed = 'hostname "$1" && shift && exec "$@"'
+        command = ["unshare", "--map-root-user", "--uts", "sh", "-c", renamed, "sh", host, *command]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def driven(run_dir: RunDir, *, seen_every_s: float = 15.0, host: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A process that drives the run at the beginning of the block, and is gone at its end."""
+    process = start(run_dir, seen_every_s=seen_every_s, host=host)
+    try:
+        assert said(process) == "drives"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refusal(run_dir: RunDir) -> str:
+    with pytest.raises(TrainingError) as refused, driving(run_dir):
+        pass
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_d14_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunDir) -> None:
+    with driven(run_dir) as first:
+        began = time.monotonic()
+        told = refusal(run_dir)
+        assert time.monotonic() - began < 5
+        assert re.match(
+            rf"run 'run' is driven by process {first.pid} on {re.escape(socket.gethostname())}, started "
+            r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it, end it with 'corral runs stop run --storage "
+            rf"{re.escape(run_dir.parent)}', or choose another run_name$",
+            told,
+        )
+        assert run_dir.files("drivers") == ["drivers/0001.json"]
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    with driving(run_dir):
+        now = read_driver(run_dir)
+        assert now
+        assert (now.pid, now.ended) == (os.getpid(), None)
+        assert f"driven by process {os.getpid()} on" in refusal(run_dir)
+    ended = read_driver(run_dir)
+    assert ended
+    assert ended.is_same(now)
+    assert ended.ended is not None
+    with driving(run_dir):
+        assert run_dir.files("drivers") == [f"drivers/000{n}.json" for n in (1, 2, 3)]
+
+
+def test_d14_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
+    at = time.time() + 4
+    processes = [start(run_dir, at=at) for _ in range(8)]
+    answers = sorted(said(process).split(": ")[0] for process in processes)
+    assert answers == [*["TrainingError"] * 7, "drives"]
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_SILENT_S", 5.0)
+    with driven(run_dir, seen_every_s=0.5, host="elsewhere") as far:
+        time.sleep(6)
+        assert re.search(r" on elsewhere, started .* UTC, seen [0-4] s ago: .* end it there with .*", refusal(run_dir))
+
+        far.send_signal(signal.SIGSTOP)
+        wait_until(lambda: (last := read_driver(run_dir)) is not None and not last.is_alive)
+        with driving(run_dir):
+            far.send_signal(signal.SIGCONT)
+            assert said(far) == (
+                f"TrainingError: run 'run' was taken over by {read_driver(run_dir)}, as this process gave no sign of "
+                "life for 120 s: it goes on there and has ended here"
+            )
+            last = read_driver(run_dir)
+            assert last
+            assert last.pid == os.getpid()
+
+
+def test_a_driver_that_is_stopped_says_so_and_when(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path, "run")
+    with pytest.raises(RunStopped, match="run_name=run resumes it"), driving(run_dir):
+        raise KeyboardInterrupt
+    last = read_driver(run_dir)
+    assert last
+    assert last.ended
+
+
+def test_a_driver_that_was_told_wrong_leaves_no_trace(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path, "run")
+    with driving(run_dir):
+        pass
+    before = read_driver(run_dir)
+    with pytest.raises(ConfigError), driving(run_dir):
+        raise ConfigError("another learning_rate")
+    assert read_driver(run_dir) == before
+
+
+def test_a_number_that_another_process_has_now_is_no_driver(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path, "run")
+    now = time.time()
+    reused = {"pid": os.getpid(), "host": socket.gethostname(), "started": now - 10**8, "seen": now, "ended": None}
+    run_dir.write_json("drivers/0001.json", reused)
+    with driving(run_dir):
+        assert json.loads((tmp_path / "run/drivers/0002.json").read_text())["pid"] == os.getpid()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

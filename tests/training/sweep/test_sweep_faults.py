@@ -1,0 +1,113 @@
+"""What a sweep survives: SIGTERM, kill -9 and a second driver, in an object store. Real processes, real Ray."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from clients.cli.main import app
+from tests.conftest import descendants
+from training.base_models.resolve import BaseModel
+from training.registry.registry import AdapterRegistry
+from training.runs.run_dir import RunDir
+from training.runs.status import read_run
+
+_STEPS = 40
+
+
+@pytest.mark.timeout(600)
+def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
+    tiny_base: BaseModel, tmp_path: Path, s3: str
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"It is {n}."}) + "\n" for n in range(40)))
+    told = {
+        "base_model": str(tiny_base.path),
+        "adapter": "searched-often",
+        "run_name": "stored",
+        "data": {"path": str(rows), "held_out": 0.2},
+        "per_device_train_batch_size": 4,
+        "max_steps": _STEPS,
+        "max_length": 64,
+        "sample_prompts": 0,
+        "use_gpu": False,
+        "resources_per_worker": {"CPU": 1},
+        "storage_path": s3,
+        "search": {"learning_rate": {"grid": [1e-5, 1e-3, 1e-2]}},
+        "sweep": {"max_concurrent_trials": 1},
+    }
+    (tmp_path / "search.yaml").write_text(json.dumps(told))
+    first, second = (RunDir(s3, f"stored/trials/{number}") for number in ("000", "001"))
+
+    driver = start(tmp_path)
+    wait_until(lambda: bool(first.read_json("result.json")), driver)
+    assert read_run(s3, "stored").state == "running"
+    other = start(tmp_path)
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is driven by process {driver.pid} on ")
+    at_work = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: run 'stored' was stopped: run_name=stored resumes it")
+    assert psutil.wait_procs(at_work, timeout=30)[1] == []
+    assert read_run(s3, "stored").state == "stopped"
+    assert not own_state_of_tune(s3)
+    result = first.read_json("result.json")
+
+    driver, began = start(tmp_path), time.time()
+    wait_until(lambda: (second.read_json("progress.json") or {"time": 0.0})["time"] > began, driver)
+    at_work = descendants(driver.pid, "_run_trial")
+    driver.kill()
+    driver.communicate()
+    assert psutil.wait_procs(at_work, timeout=60)[1] == []
+    assert read_run(s3, "stored").state == "interrupted"
+    assert "searched-often" not in AdapterRegistry().names()
+
+    driver = start(tmp_path)
+    printed, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    assert "tiny-llama:searched-often@1 is registered, of trial 2" in printed
+    assert first.read_json("result.json") == result  # with its times: it was not trained again
+    for number in range(3):
+        trial = read_run(s3, f"stored/trials/{number:03d}")
+        assert (trial.state, trial.num_steps) == ("finished", _STEPS)
+    assert not own_state_of_tune(s3)
+    assert not [file for file in files_of(s3) if "scratch" in file]
+    assert {"sweep.json", "sweep.md", "drivers/0003.json"} <= files_of(s3)
+    shown = CliRunner().invoke(app, ["runs", "show", "stored", "--storage", s3]).stdout
+    assert "stored: finished" in shown
+    assert "registered     tiny-llama:searched-often@1" in shown
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "training", "--config", str(folder / "search.yaml")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def files_of(s3: str) -> set[str]:
+    """Names of all files of the sweep."""
+    store = fsspec.filesystem("s3")
+    store.invalidate_cache()
+    return {path.split("/stored/", 1)[1] for path in store.find(f"{s3}/stored")}
+
+
+def own_state_of_tune(s3: str) -> set[str]:
+    return {file for file in files_of(s3) if file.startswith("tune/")}
+
+
+def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not holds():
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
+        time.sleep(0.1)

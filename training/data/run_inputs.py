@@ -1,0 +1,105 @@
+"""A run's base, chat format and rows, read and checked before any weights are loaded.
+
+The driver reads them to refuse a bad dataset at once, every worker reads them to train. Imports no torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from training.base_models.resolve import BaseModel, load_tokenizer, resolve_base_model
+from training.chat.chat_format import ChatFormat, load_chat_format
+from training.config.data_config import RowKind
+from training.config.train_config import TrainConfig
+from training.data.prepare import PreparedData, prepare_data
+from training.data.report import DataReport
+from training.data.row_store import Conversation, Rows
+from training.errors import ConfigError
+from training.registry.registry import DatasetRef
+
+_KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired_preference"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunInputs:
+    """What a run trains on and with.
+
+    Attributes:
+        train_rows: of one epoch, at least one, of the kind that the method takes. Mapped from disk: `train_rows[i]`
+            reads one row.
+        held_out_rows: empty where `data.held_out` is 0.
+        held_out_samples: up to a hundred of the conversations behind `held_out_rows`, from all over them.
+        report: what was found in the data and what was left out.
+        dataset: what the registry records of the data.
+    """
+
+    base: BaseModel
+    tokenizer: Tokenizer
+    chat_format: ChatFormat
+    train_rows: Rows[Any]
+    held_out_rows: Rows[Any]
+    held_out_samples: list[Conversation]
+    report: DataReport
+    dataset: DatasetRef
+
+
+def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
+    """Find the base, choose the chat format, and read, split and tokenize the dataset; the same on every worker.
+
+    Args:
+        weights: False does not ask for the base's weights, nor fetch them.
+
+    Raises:
+        CorralError: naming the base, the format, the row or the key that is wrong.
+    """
+    base, tokenizer, chat_format = _base(config, weights)
+    data = _data(config, base, tokenizer, chat_format)
+    report = data.report
+    return RunInputs(
+        base=base,
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        train_rows=data.train,
+        held_out_rows=data.held_out,
+        held_out_samples=data.held_out_samples(),
+        report=report,
+        dataset=DatasetRef(
+            sources=config.data.paths,
+            sha256=report.sha256,
+            num_rows=report.num_train_rows + report.num_held_out,
+            num_held_out=report.num_held_out,
+            weights=[source.weight for source in config.data.path],
+            formats=[*report.formats],
+            num_duplicates=report.num_duplicates,
+            num_skipped=report.num_skipped + report.num_too_long,
+            num_tokens=report.num_train_tokens,
+        ),
+    )
+
+
+def read_data(config: TrainConfig) -> PreparedData:
+    """The dataset of `read_inputs` alone, of the rows that the method takes.
+
+    Raises:
+        CorralError: naming the base, the format, the row or the key that is wrong.
+    """
+    return _data(config, *_base(config, weights=False))
+
+
+def _data(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
+    kind = _KINDS[config.method]
+    return prepare_data(
+        config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
+    )
+
+
+def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseModel, Tokenizer, ChatFormat]:
+    base = resolve_base_model(config.base_model, config.base_revision, weights=weights)
+    if config.max_length > base.context_length:
+        raise ConfigError(
+            f"max_length is {config.max_length}, but {base.source} was made for {base.context_length} tokens: "
+            f"set max_length={base.context_length} or less"
+        )
+    tokenizer = load_tokenizer(base)
+    return base, tokenizer, load_chat_format(config.chat_format, base, tokenizer)
