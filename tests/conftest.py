@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ os.environ.pop("RAY_ADDRESS", None)
 _training: subprocess.Popen[bytes] | None = None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promise", action="append", default=[], metavar="D12", help="only the tests that enforce it")
+
+
 def pytest_unconfigure() -> None:
     if _training is not None and _training.poll() is None:
         _training.terminate()
@@ -49,10 +53,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     import torch
 
     if not torch.cuda.is_available():
-        left_out = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        _deselect(config, items, lambda item: item.get_closest_marker("gpu") is not None)
+    if promises := set(config.getoption("--promise")):
+        _deselect(config, items, lambda item: not promises & promises_of(item))
     items.sort(key=_needs_quickstart)  # the order is otherwise kept
+
+
+def promises_of(item: pytest.Item) -> set[str]:
+    """The numbers of the promises that a test enforces."""
+    return {number for marker in item.iter_markers("promise") for number in marker.args}
+
+
+def _deselect(config: pytest.Config, items: list[pytest.Item], unwanted: Callable[[pytest.Item], bool]) -> None:
+    deselected = [item for item in items if unwanted(item)]
+    items[:] = [item for item in items if not unwanted(item)]
+    config.hook.pytest_deselected(items=deselected)
 
 
 def _needs_quickstart(item: pytest.Item) -> bool:

@@ -43,7 +43,8 @@ def test_models_has_the_base_first_and_the_adapter(client: CorralClient, server:
     assert any(model.id.startswith(f"{server.adapter}@") and model.parent == base.id for model in adapters)
 
 
-def test_b6_an_unknown_model_is_named_with_the_nearest(client: CorralClient) -> None:
+@pytest.mark.promise("B6")
+def test_an_unknown_model_is_named_with_the_nearest(client: CorralClient) -> None:
     for call in (client.chat, lambda *a, **k: list(client.stream(*a, **k))):
         with pytest.raises(ServerError, match="smollm2-135m") as caught:
             call("hi", model="smollm2-135")
@@ -51,13 +52,15 @@ def test_b6_an_unknown_model_is_named_with_the_nearest(client: CorralClient) -> 
         assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
-def test_b2_an_out_of_range_field_is_named(client: CorralClient, server: RunningServer) -> None:
+@pytest.mark.promise("B2")
+def test_an_out_of_range_field_is_named(client: CorralClient, server: RunningServer) -> None:
     with pytest.raises(ServerError, match="temperature") as caught:
         client.chat("hi", model=server.base_model, temperature=9)
     assert (caught.value.status, caught.value.param) == (400, "temperature")
 
 
-def test_b8_a_lone_surrogate_is_answered_or_refused(client: CorralClient, server: RunningServer) -> None:
+@pytest.mark.promise("B8")
+def test_a_lone_surrogate_is_answered_or_refused(client: CorralClient, server: RunningServer) -> None:
     with contextlib.suppress(ServerError):
         client.chat("a \ud800 b", model=server.base_model, max_tokens=4).encode()
         return

@@ -33,7 +33,8 @@ def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
     return registry.register(tiny_adapter, draft)
 
 
-def test_engine_and_peft_give_the_same_tokens_and_log_probabilities_E2_E4(
+@pytest.mark.promise("E2", "E4")
+def test_engine_and_peft_give_the_same_tokens_and_log_probabilities(
     registry: AdapterRegistry, manifest: AdapterManifest
 ) -> None:
     compared = verify(registry, manifest, [], max_tokens=12)
@@ -60,7 +61,8 @@ def test_another_adapter_in_the_engine_than_peft_has_is_found(
     assert not any(one.passed for one in verify(registry, manifest, [], max_tokens=4))
 
 
-def test_changed_weights_are_refused_before_anything_is_loaded_C4(
+@pytest.mark.promise("C4")
+def test_changed_weights_are_refused_before_anything_is_loaded(
     registry: AdapterRegistry, manifest: AdapterManifest
 ) -> None:
     weights = registry.fetch(manifest) / "adapter_model.safetensors"

@@ -169,10 +169,11 @@ def test_b_any_prompt_is_answered_or_refused_as_openai_does(client: httpx.Client
     check_answer(post(client, "completions", json.dumps(body).encode()))
 
 
+@pytest.mark.promise("B1")
 @given(value=json_values, route=st.sampled_from(["chat/completions", "completions"]))
 @example(value={"model": "tiny-llama"}, route="completions")
 @fuzzed(100)
-def test_b1_any_json_is_refused_as_openai_does(client: httpx.Client, value: Any, route: str) -> None:
+def test_any_json_is_refused_as_openai_does(client: httpx.Client, value: Any, route: str) -> None:
     response = post(client, route, json.dumps(value).encode())
     assert response.status_code in (400, 404)
     check_answer(response)
@@ -184,8 +185,9 @@ def test_b1_any_json_is_refused_as_openai_does(client: httpx.Client, value: Any,
     place=st.integers(0, 400),
     inserted=st.one_of(st.binary(max_size=6), st.sampled_from([b"[" * 2000, b"9" * 5000, b"1e999", b"\xed\xa0\x80"])),
 )
+@pytest.mark.promise("B1")
 @fuzzed(200)
-def test_b1_any_damage_to_the_bytes_is_answered_or_refused(
+def test_any_damage_to_the_bytes_is_answered_or_refused(
     client: httpx.Client, body: Body, cut: int, place: int, inserted: bytes
 ) -> None:
     whole = json.dumps(body).encode()
@@ -197,8 +199,9 @@ def test_b1_any_damage_to_the_bytes_is_answered_or_refused(
     | texts
     | st.from_regex(r"[a-z0-9.:@/-]{0,80}", fullmatch=True)
 )
+@pytest.mark.promise("B6")
 @fuzzed(200)
-def test_b6_any_other_model_id_is_404_or_400(client: httpx.Client, model: str) -> None:
+def test_any_other_model_id_is_404_or_400(client: httpx.Client, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
     response = post(client, "chat/completions", json.dumps(body).encode())
     if model not in ("tiny-llama", "tiny-llama:tuned", "tiny-llama:tuned@1"):

@@ -31,8 +31,9 @@ LARGE: list[tuple[str, Any, int, str | None]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("B1")
 @pytest.mark.parametrize(("name", "change", "status", "param"), LARGE, ids=[row[0] for row in LARGE])
-def test_b1_a_large_body_is_refused_in_200_ms_naming_the_field(
+def test_a_large_body_is_refused_in_200_ms_naming_the_field(
     tiny_api: InProcessApi, name: str, change: Any, status: int, param: str | None
 ) -> None:
     good = {"model": tiny_api.base.name, "messages": [USER], "max_tokens": 1}

@@ -57,7 +57,8 @@ def asked(url: str) -> list[tuple[str, dict[str, Any], str]]:
     ]  # fmt: skip
 
 
-def test_b7_nothing_that_a_request_names_is_fetched(
+@pytest.mark.promise("B7")
+def test_nothing_that_a_request_names_is_fetched(
     tiny_api: InProcessApi, watched: list[Any], outside: socket.socket
 ) -> None:
     url = f"http://127.0.0.1:{outside.getsockname()[1]}"

@@ -52,12 +52,14 @@ def test_misspelt_keys_and_bad_values_are_refused(tmp_path: Path, change: Any, m
         load_serve_config(variant(tmp_path, change))
 
 
-def test_c3_another_host_than_loopback_is_refused_without_keys(tmp_path: Path) -> None:
+@pytest.mark.promise("C3")
+def test_another_host_than_loopback_is_refused_without_keys(tmp_path: Path) -> None:
     with pytest.raises(ServeConfigError, match=r"host is '0.0.0.0'.*bind 127.0.0.1"):
         load_serve_config(variant(tmp_path, lambda c: c["http_options"].update(host="0.0.0.0")))
 
 
-def test_c3_a_yaml_without_a_host_is_refused_because_ray_would_bind_every_interface(tmp_path: Path) -> None:
+@pytest.mark.promise("C3")
+def test_a_yaml_without_a_host_is_refused_because_ray_would_bind_every_interface(tmp_path: Path) -> None:
     with pytest.raises(ServeConfigError, match=r"host is '0.0.0.0'"):
         load_serve_config(variant(tmp_path, lambda c: c.pop("http_options")))
 
@@ -71,7 +73,8 @@ def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     return {"ssl_certfile": str(files[0]), "ssl_keyfile": str(files[1])}
 
 
-def test_c3_a_yaml_may_name_certificate_and_key(tmp_path: Path, certificate: dict[str, str]) -> None:
+@pytest.mark.promise("C3")
+def test_a_yaml_may_name_certificate_and_key(tmp_path: Path, certificate: dict[str, str]) -> None:
     path = variant(tmp_path, lambda c: c["http_options"].update(certificate))
     assert load_serve_config(path)["http_options"]["ssl_certfile"] == certificate["ssl_certfile"]
     Path(certificate["ssl_keyfile"]).chmod(0o644)
@@ -79,6 +82,7 @@ def test_c3_a_yaml_may_name_certificate_and_key(tmp_path: Path, certificate: dic
         load_serve_config(path)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,14 +93,15 @@ def test_c3_a_yaml_may_name_certificate_and_key(tmp_path: Path, certificate: dic
         ({"ssl_keyfile_password": "x"}, "ssl_keyfile_password"),
     ],
 )
-def test_c3_https_that_would_not_be_what_it_says_is_refused(
+def test_https_that_would_not_be_what_it_says_is_refused(
     tmp_path: Path, certificate: dict[str, str], options: dict[str, str | None], message: str
 ) -> None:
     with pytest.raises(ServeConfigError, match=message):
         load_serve_config(variant(tmp_path, lambda c: c["http_options"].update(certificate | options)))
 
 
-def test_c3_tls_makes_a_certificate_once_and_serves_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("C3")
+def test_tls_makes_a_certificate_once_and_serves_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
     first = read_serve_config(None, tls=True)["http_options"]
     made = Path(first["ssl_certfile"]).read_bytes()
@@ -105,7 +110,8 @@ def test_c3_tls_makes_a_certificate_once_and_serves_with_it(tmp_path: Path, monk
     assert "ssl_certfile" not in read_serve_config(None)["http_options"]
 
 
-def test_c3_tls_leaves_a_yamls_own_certificate(tmp_path: Path, certificate: dict[str, str]) -> None:
+@pytest.mark.promise("C3")
+def test_tls_leaves_a_yamls_own_certificate(tmp_path: Path, certificate: dict[str, str]) -> None:
     other = {"ssl_certfile": tmp_path / "own.pem", "ssl_keyfile": tmp_path / "own-key.pem"}
     for name, path in other.items():
         Path(certificate[name]).rename(path)
@@ -115,7 +121,8 @@ def test_c3_tls_leaves_a_yamls_own_certificate(tmp_path: Path, certificate: dict
     assert not certificate_files()[0].exists()
 
 
-def test_c3_the_operator_is_warned_of_keys_in_clear_and_of_a_certificate_that_ends(
+@pytest.mark.promise("C3")
+def test_the_operator_is_warned_of_keys_in_clear_and_of_a_certificate_that_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))

@@ -76,7 +76,8 @@ def test_promote_and_rollback_take_effect_at_once(
     registry.delete(quickstart.name, second.version)
 
 
-def test_e4_peft_loads_the_registered_folder_and_answers_the_same(quickstart: AdapterManifest) -> None:
+@pytest.mark.promise("E4")
+def test_peft_loads_the_registered_folder_and_answers_the_same(quickstart: AdapterManifest) -> None:
     """AutoPeftModelForCausalLM beside the engine on three questions, by the command that a user has for it."""
     prompts = [argument for question in load_questions()[:3] for argument in ("--prompt", question.question)]
     command = [sys.executable, "-m", "clients.cli", "adapters", "verify", quickstart.name, *prompts, "--json"]

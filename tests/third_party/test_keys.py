@@ -26,14 +26,16 @@ def client(server: RunningServer, key: str, max_retries: int = 0) -> openai.Open
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=max_retries)
 
 
-def test_c1_without_a_valid_key_nothing_is_answered(server: RunningServer, key: str) -> None:
+@pytest.mark.promise("C1")
+def test_without_a_valid_key_nothing_is_answered(server: RunningServer, key: str) -> None:
     with pytest.raises(openai.AuthenticationError, match="key") as refused:
         client(server, "none").chat.completions.create(model=server.base_model, messages=HI)
     assert refused.value.code == "invalid_api_key"
     assert client(server, key).models.list().data[0].id == server.base_model
 
 
-def test_c2_a_second_stream_is_refused_and_the_package_tries_again_until_the_first_has_ended(
+@pytest.mark.promise("C2")
+def test_a_second_stream_is_refused_and_the_package_tries_again_until_the_first_has_ended(
     server: RunningServer, key: str
 ) -> None:
     asked: dict[str, Any] = {"model": server.base_model, "messages": HI, "temperature": 0}

@@ -15,7 +15,8 @@ def chat(server: RunningServer, **fields: Any) -> ChatOpenAI:
     return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", **settings | fields)  # type: ignore[arg-type]
 
 
-def test_a1_invoke_and_batch(server: RunningServer) -> None:
+@pytest.mark.promise("A1")
+def test_invoke_and_batch(server: RunningServer) -> None:
     dialog = [SystemMessage("You are brief."), HumanMessage("Hi."), AIMessage("Hello."), HumanMessage("Say a word.")]
     answer = chat(server).invoke(dialog)
     assert isinstance(answer.content, str)
@@ -28,7 +29,8 @@ def test_a1_invoke_and_batch(server: RunningServer) -> None:
     assert [message.content for message in batch] == [chat(server).invoke(question).content for question in questions]
 
 
-def test_a6_stream_adds_up_to_the_answer(server: RunningServer) -> None:
+@pytest.mark.promise("A6")
+def test_stream_adds_up_to_the_answer(server: RunningServer) -> None:
     model = chat(server, model=server.adapter, stream_usage=True)
     chunks = list(model.stream("What is the capital of France?"))
     assert len(chunks) > 1
@@ -37,7 +39,8 @@ def test_a6_stream_adds_up_to_the_answer(server: RunningServer) -> None:
     assert [usage["output_tokens"] for usage in used] == [8]
 
 
-def test_a1_a_bound_stop_and_logprobs(server: RunningServer) -> None:
+@pytest.mark.promise("A1")
+def test_a_bound_stop_and_logprobs(server: RunningServer) -> None:
     model = chat(server).bind(stop=[" is"], logprobs=True, top_logprobs=2)
     answer = model.invoke("What is the capital of France?")
     assert " is" not in answer.content
@@ -45,7 +48,8 @@ def test_a1_a_bound_stop_and_logprobs(server: RunningServer) -> None:
     assert "".join(token["token"] for token in scored) == answer.content
 
 
-def test_a2_the_completion_class(server: RunningServer) -> None:
+@pytest.mark.promise("A2")
+def test_the_completion_class(server: RunningServer) -> None:
     model = OpenAI(
         model=server.base_model,
         base_url=f"{server.url}/v1",
@@ -62,7 +66,8 @@ class City(BaseModel):
     is_capital: bool
 
 
-def test_a1_structured_output(server: RunningServer) -> None:
+@pytest.mark.promise("A1")
+def test_structured_output(server: RunningServer) -> None:
     model = chat(server, max_tokens=64).with_structured_output(City, method="json_schema")
     city = model.invoke("Is Paris a capital? Answer in JSON.")
     assert isinstance(city, City)

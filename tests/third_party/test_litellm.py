@@ -16,7 +16,8 @@ def asked(server: RunningServer, **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": PARIS, "temperature": 0, "max_tokens": 8, **at, **fields}
 
 
-def test_a1_completion_and_stream(server: RunningServer) -> None:
+@pytest.mark.promise("A1")
+def test_completion_and_stream(server: RunningServer) -> None:
     for model in (server.base_model, server.adapter):
         whole: Any = litellm.completion(**asked(server, model=model))
         text = whole.choices[0].message.content
@@ -27,7 +28,8 @@ def test_a1_completion_and_stream(server: RunningServer) -> None:
         assert litellm.stream_chunk_builder(chunks).choices[0].message.content == text  # type: ignore[union-attr]
 
 
-def test_a2_text_completion(server: RunningServer) -> None:
+@pytest.mark.promise("A2")
+def test_text_completion(server: RunningServer) -> None:
     fields = asked(server)
     fields.pop("messages")
     fields["model"] = f"text-completion-openai/{server.base_model}"

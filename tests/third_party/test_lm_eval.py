@@ -82,8 +82,9 @@ def post(server: RunningServer, **body: Any) -> list[dict[str, Any]]:
     return choices
 
 
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize("which", ["base_model", "adapter"])
-def test_a2_multiple_choice_by_echo_scoring(
+def test_multiple_choice_by_echo_scoring(
     server: RunningServer, embedded_base: BaseModel, tasks: TaskManager, which: str
 ) -> None:
     model = getattr(server, which)
@@ -106,7 +107,8 @@ def test_a2_multiple_choice_by_echo_scoring(
         assert theirs == pytest.approx(own, abs=0.15)  # batches of another shape, in bf16
 
 
-def test_a2_generate_until(server: RunningServer, embedded_base: BaseModel, tasks: TaskManager) -> None:
+@pytest.mark.promise("A2")
+def test_generate_until(server: RunningServer, embedded_base: BaseModel, tasks: TaskManager) -> None:
     found = evaluated(server, embedded_base, server.base_model, tasks, "ranch_generated")
     samples = {sample["doc"]["question"]: sample["resps"][0][0] for sample in found["samples"]["ranch_generated"]}
     own = {}

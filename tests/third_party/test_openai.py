@@ -18,7 +18,8 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_a1_sync_and_async_give_the_same_answer(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A1")
+def test_sync_and_async_give_the_same_answer(server: RunningServer, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "max_tokens": 8}
 
     async def answers() -> list[Any]:
@@ -31,7 +32,8 @@ def test_a1_sync_and_async_give_the_same_answer(server: RunningServer, client: o
     assert [answer.choices[0].message.content for answer in asyncio.run(answers())] == [wanted] * 4
 
 
-def test_a6_the_stream_helper_sees_every_event_and_the_whole(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A6")
+def test_the_stream_helper_sees_every_event_and_the_whole(server: RunningServer, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "stop": ","}
     with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
         events = list(stream)
@@ -55,7 +57,8 @@ def test_an_adapter_answers_under_its_version(server: RunningServer, client: ope
     assert answer.choices != client.chat.completions.create(model=server.base_model, **asked).choices
 
 
-def test_a6_a_stream_cut_by_max_tokens_says_so(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A6")
+def test_a_stream_cut_by_max_tokens_says_so(server: RunningServer, client: openai.OpenAI) -> None:
     with (
         pytest.raises(openai.LengthFinishReasonError),
         client.chat.completions.stream(model=server.base_model, messages=PARIS, max_tokens=2) as stream,
@@ -63,7 +66,8 @@ def test_a6_a_stream_cut_by_max_tokens_says_so(server: RunningServer, client: op
         stream.get_final_completion()
 
 
-def test_a6_the_stream_helper_reports_logprobs(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A6")
+def test_the_stream_helper_reports_logprobs(server: RunningServer, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "max_tokens": 6}
     with client.chat.completions.stream(**asked, logprobs=True, top_logprobs=2) as stream:
         scored = [token for event in stream if event.type == "logprobs.content.delta" for token in event.content]
@@ -73,7 +77,8 @@ def test_a6_the_stream_helper_reports_logprobs(server: RunningServer, client: op
     assert len(scored) == 6
 
 
-def test_a2_completions_streamed_and_whole(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A2")
+def test_completions_streamed_and_whole(server: RunningServer, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": server.base_model, "prompt": "One, two,", "temperature": 0, "max_tokens": 8}
     streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
     assert streamed == client.completions.create(**asked).choices[0].text
@@ -96,7 +101,8 @@ def test_b_errors_have_the_types_that_the_package_has_for_them(server: RunningSe
         pass
 
 
-def test_a3_models(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A3")
+def test_models(server: RunningServer, client: openai.OpenAI) -> None:
     ids = [model.id for model in client.models.list()]
     assert ids == [server.base_model, f"{server.adapter}@1"]
     assert client.models.retrieve(server.adapter).id == ids[1]

@@ -24,7 +24,8 @@ def key(server: RunningServer) -> Iterator[str]:
     store.path.unlink()
 
 
-def test_b_c1_schemathesis_finds_nothing(server: RunningServer, key: str, tmp_path: Path) -> None:
+@pytest.mark.promise("C1")
+def test_b_schemathesis_finds_nothing(server: RunningServer, key: str, tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         f"--config-file={HERE / 'schemathesis.toml'}",

@@ -76,7 +76,8 @@ def test_no_command_shows_help_and_exits_2() -> None:
     assert "doctor" in result.stdout
 
 
-def test_b11_a_misspelt_training_key_is_one_line_and_exits_2() -> None:
+@pytest.mark.promise("B11")
+def test_a_misspelt_training_key_is_one_line_and_exits_2() -> None:
     assert_one_line_error(corral("train", QUICKSTART, "lora.rr=8"), 2, "lora.rr", "lora.r")
     assert_one_line_error(corral("train", "configs/train/quikstart.yaml"), 2, "quickstart.yaml")
 
@@ -87,7 +88,8 @@ def test_a_misspelt_serve_key_is_one_line_and_exits_2(tmp_path: Path) -> None:
     assert_one_line_error(corral("serve", str(config)), 2, "max_replica", "did you mean 'max_replicas'?")
 
 
-def test_c3_another_host_than_loopback_is_refused(tmp_path: Path) -> None:
+@pytest.mark.promise("C3")
+def test_another_host_than_loopback_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(Path("configs/serve/quickstart.yaml").read_text().replace("127.0.0.1", "0.0.0.0"))
     assert_one_line_error(corral("serve", str(config)), 2, "0.0.0.0")
@@ -108,7 +110,8 @@ def test_dry_run_prints_the_resolved_configuration() -> None:
     assert "r: 3\n" in result.stdout
 
 
-def test_d16_a_port_in_use_is_named() -> None:
+@pytest.mark.promise("D16")
+def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         for command in (["serve", "--port", port], ["demo", "--once", "--port", port]):
@@ -178,7 +181,8 @@ def test_adapters_from_import_to_delete(tiny_base: BaseModel, tiny_adapter: Path
     assert_one_line_error(corral("adapters", "promote", "my-adapter", "one", *registry), 2, "VERSION")
 
 
-def test_c4_import_of_another_bases_adapter_is_refused_even_by_force(
+@pytest.mark.promise("C4")
+def test_import_of_another_bases_adapter_is_refused_even_by_force(
     tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     bring_in = ["import", str(tiny_adapter), "wrong", "--force", "--registry", str(tmp_path)]

@@ -31,7 +31,8 @@ def corral(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["keys", *arguments])
 
 
-def test_c2_create_prints_the_key_once_and_alone() -> None:
+@pytest.mark.promise("C2")
+def test_create_prints_the_key_once_and_alone() -> None:
     options = ["--scope", "chat", "--rpm", "60", "--tpm", "20000", "--streams", "4", "--expires", "90d"]
     result = corral("create", "--name", "laptop", *options)
     assert result.exit_code == 0, result.stderr
@@ -49,7 +50,8 @@ def test_c2_create_prints_the_key_once_and_alone() -> None:
     assert "first key" not in corral("create", "--name", "second").stderr
 
 
-def test_c2_json_has_the_key_at_creation_and_never_again() -> None:
+@pytest.mark.promise("C2")
+def test_json_has_the_key_at_creation_and_never_again() -> None:
     made = json.loads(corral("create", "--name", "boss", "--scope", "admin", "--json").stdout)
     assert KeyStore().authenticate(made["key"]).scopes == {"admin", "chat"}
     (listed,) = json.loads(corral("list", "--json").stdout)
@@ -71,7 +73,8 @@ def test_list_shows_limits_and_status() -> None:
     assert any(made.id in row and "5 requests/min" in row and "never" in row and "revoked" in row for row in rows)
 
 
-def test_c2_revoke_says_when_nobody_is_left() -> None:
+@pytest.mark.promise("C2")
+def test_revoke_says_when_nobody_is_left() -> None:
     first, key = KeyStore().create("laptop", ("chat",))
     second, _ = KeyStore().create("desktop", ("chat",))
     result = corral("revoke", first.id)
@@ -81,6 +84,7 @@ def test_c2_revoke_says_when_nobody_is_left() -> None:
     assert "nobody gets in" in corral("revoke", second.id).stderr
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
@@ -97,7 +101,7 @@ def test_c2_revoke_says_when_nobody_is_left() -> None:
         (["revoke", "nobody"], 1, "corral keys list"),
     ],
 )
-def test_c2_mistakes_are_one_line(home: Path, arguments: list[str], code: int, word: str) -> None:
+def test_mistakes_are_one_line(home: Path, arguments: list[str], code: int, word: str) -> None:
     result = corral(*arguments)
     assert result.exit_code == code
     assert result.stdout == ""
@@ -107,7 +111,8 @@ def test_c2_mistakes_are_one_line(home: Path, arguments: list[str], code: int, w
     assert not (home / "keys.json").exists()
 
 
-def test_c2_a_broken_file_is_named_and_left_alone(home: Path) -> None:
+@pytest.mark.promise("C2")
+def test_a_broken_file_is_named_and_left_alone(home: Path) -> None:
     (home / "keys.json").write_text("{")
     for arguments in (["list"], ["create", "--name", "x"], ["revoke", "x"]):
         result = corral(*arguments)
@@ -135,7 +140,8 @@ def other_host(folder: Path) -> Path:
     return path
 
 
-def test_c3_another_host_is_served_once_a_valid_key_exists(tmp_path: Path) -> None:
+@pytest.mark.promise("C3")
+def test_another_host_is_served_once_a_valid_key_exists(tmp_path: Path) -> None:
     config, store = other_host(tmp_path), KeyStore()
     store.create("old", ("chat",), expires=datetime(2020, 1, 1, tzinfo=UTC))
     with pytest.raises(ServeConfigError, match="corral keys create") as refused:

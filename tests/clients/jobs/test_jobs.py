@@ -170,8 +170,9 @@ def test_what_is_wrong_here_is_refused_here(cluster: Cluster) -> None:
     assert len(cluster.jobs()) == known
 
 
+@pytest.mark.promise("D14")
 @pytest.mark.timeout(600)
-def test_d14_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster: Cluster) -> None:
+def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster: Cluster) -> None:
     told = ("--submission-id", "stopped", "adapter=stopped", "max_steps=100")
     client = cluster.start("train", "support.yaml", "--submit", cluster.address, *told)
     wait_until(lambda: step_of("stopped") >= 7)
@@ -199,8 +200,9 @@ def test_d14_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(clus
     assert read_run(runs_of(), "stopped").state == "finished"
 
 
+@pytest.mark.promise("D14")
 @pytest.mark.timeout(600)
-def test_d14_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(cluster: Cluster) -> None:
+def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(cluster: Cluster) -> None:
     told = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched-job")
     first, second = (Path(runs_of(), "search", "trials", number) for number in ("000", "001"))
     client = cluster.start(*told, "max_steps=240")

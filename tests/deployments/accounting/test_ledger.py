@@ -87,7 +87,8 @@ def usage_of(name: str) -> UsageRow:
     return next((row for row in read_usage(usage_path(), LONG_AGO) if row.key == name), nothing)
 
 
-def test_c2_a_limit_holds_over_all_replicas_of_the_api(server: Server) -> None:
+@pytest.mark.promise("C2")
+def test_a_limit_holds_over_all_replicas_of_the_api(server: Server) -> None:
     key = server.key("six a minute", rpm=6)
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda _: server.post(key), range(20)))
@@ -100,7 +101,8 @@ def test_c2_a_limit_holds_over_all_replicas_of_the_api(server: Server) -> None:
         assert db.execute("SELECT count(*) FROM reports").fetchone() == (2,)  # both have served some
 
 
-def test_c2_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(server: Server) -> None:
+@pytest.mark.promise("C2")
+def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(server: Server) -> None:
     key = server.key("two at a time", streams=2)
     with ExitStack() as first, ExitStack() as second:
         assert server.stream(first, key).status_code == server.stream(second, key).status_code == 200
@@ -137,7 +139,8 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
     assert next(value for (name, _), value in found.items() if name == "corral_prefix_cache_queries_total") > 0
 
 
-def test_c2_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Server) -> None:
+@pytest.mark.promise("C2")
+def test_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Server) -> None:
     limited, free = server.key("limited", rpm=1000), server.key("free")
     assert server.post(limited).status_code == server.post(free).status_code == 200
     wait_for(lambda: usage_of("limited").requests == usage_of("free").requests == 1, 5)
@@ -166,7 +169,8 @@ def test_c2_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server:
     assert usage_of("free").errors == 0
 
 
-def test_c2_what_a_killed_replica_of_the_api_left_running_frees_its_place(server: Server) -> None:
+@pytest.mark.promise("C2")
+def test_what_a_killed_replica_of_the_api_left_running_frees_its_place(server: Server) -> None:
     key = server.key("one at a time", streams=1)
     with ExitStack() as up:
         assert server.stream(up, key).status_code == 200

@@ -178,7 +178,8 @@ def settled(api: Api) -> list[int]:
     return [num_tokens for _, _, num_tokens in settlements]
 
 
-def test_c2_an_answer_is_settled_once_with_its_usage_and_has_the_headers(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_an_answer_is_settled_once_with_its_usage_and_has_the_headers(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(rpm=5, tpm=1000, streams=1)
         first = await api.post()
@@ -204,7 +205,8 @@ def test_c2_an_answer_is_settled_once_with_its_usage_and_has_the_headers(run: Ca
     run(scenario)
 
 
-def test_c2_a_stream_is_settled_once_and_before_its_end_is_sent(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_a_stream_is_settled_once_and_before_its_end_is_sent(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(streams=1, rpm=10)
         given = [{"type": "http.request", "body": json.dumps(api.body(stream=True)).encode()}]
@@ -230,10 +232,9 @@ def test_c2_a_stream_is_settled_once_and_before_its_end_is_sent(run: Callable[..
     run(scenario)
 
 
+@pytest.mark.promise("C2", "A8")
 @pytest.mark.parametrize("how", ["the connection closes", "Ray cancels the request"])
-def test_c2_a8_a_client_that_leaves_is_settled_and_counted_with_what_it_used(
-    run: Callable[..., None], how: str
-) -> None:
+def test_a_client_that_leaves_is_settled_and_counted_with_what_it_used(run: Callable[..., None], how: str) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(streams=1)
         given = [{"type": "http.request", "body": json.dumps(api.body(stream=True)).encode()}]
@@ -270,9 +271,10 @@ def test_c2_a8_a_client_that_leaves_is_settled_and_counted_with_what_it_used(
     run(scenario, Replica(pause_s=0.1))
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fails_at", [0, 3])
-def test_c2_a_failed_answer_is_settled_once_and_counted_as_an_error(
+def test_a_failed_answer_is_settled_once_and_counted_as_an_error(
     run: Callable[..., None], fails_at: int, stream: bool
 ) -> None:
     async def scenario(api: Api) -> None:
@@ -292,7 +294,8 @@ def test_c2_a_failed_answer_is_settled_once_and_counted_as_an_error(
     run(scenario, Replica(fails_at=fails_at))
 
 
-def test_c2_what_is_refused_before_it_is_admitted_is_not_settled(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_what_is_refused_before_it_is_admitted_is_not_settled(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(rpm=1)
         assert (await api.post(temperature=3)).status_code == 400
@@ -304,7 +307,8 @@ def test_c2_what_is_refused_before_it_is_admitted_is_not_settled(run: Callable[.
     run(scenario)
 
 
-def test_c2_over_the_limit_is_429_in_openais_shape_before_any_header(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_over_the_limit_is_429_in_openais_shape_before_any_header(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(rpm=1)
         assert (await api.post()).status_code == 200
@@ -324,7 +328,8 @@ def test_c2_over_the_limit_is_429_in_openais_shape_before_any_header(run: Callab
     run(scenario)
 
 
-def test_c2_a_default_length_stays_within_the_tokens_of_a_minute(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_a_default_length_stays_within_the_tokens_of_a_minute(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(tpm=100)
         assert (await api.post(max_tokens=None, n=2)).status_code == 200
@@ -338,7 +343,8 @@ def test_c2_a_default_length_stays_within_the_tokens_of_a_minute(run: Callable[.
     run(scenario)
 
 
-def test_c2_the_ui_is_held_to_the_same_limits_and_counted(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_the_ui_is_held_to_the_same_limits_and_counted(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         body, caller = ChatCompletionRequest(**api.body()), limited(rpm=1)
         text = "".join([piece async for piece in api.ingress.chat(body, caller)])
@@ -375,7 +381,8 @@ def test_who_has_no_limits_waits_for_no_ledger(run: Callable[..., None]) -> None
     run(scenario)
 
 
-def test_c2_without_a_ledger_limited_callers_get_503_and_nothing_is_lost(
+@pytest.mark.promise("C2")
+def test_without_a_ledger_limited_callers_get_503_and_nothing_is_lost(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deployments.accounting.ledger_client._ADMIT_S", 0.3)
@@ -401,7 +408,8 @@ def test_c2_without_a_ledger_limited_callers_get_503_and_nothing_is_lost(
     run(scenario)
 
 
-def test_c2_a_caller_who_leaves_while_the_ledger_decides_holds_no_place(run: Callable[..., None]) -> None:
+@pytest.mark.promise("C2")
+def test_a_caller_who_leaves_while_the_ledger_decides_holds_no_place(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(streams=1)
         decide, ledger = asyncio.Event(), api.ledger.ledger
@@ -426,7 +434,8 @@ def test_c2_a_caller_who_leaves_while_the_ledger_decides_holds_no_place(run: Cal
     run(scenario)
 
 
-def test_a4_every_request_is_counted_by_route_and_status(run: Callable[..., None]) -> None:
+@pytest.mark.promise("A4")
+def test_every_request_is_counted_by_route_and_status(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         def nobody() -> Caller:
             raise HTTPException(401, "no key")
@@ -455,7 +464,8 @@ def test_a4_every_request_is_counted_by_route_and_status(run: Callable[..., None
     run(scenario)
 
 
-def test_a4_metrics_are_of_the_ledger_and_of_the_model_replicas(run: Callable[..., None]) -> None:
+@pytest.mark.promise("A4")
+def test_metrics_are_of_the_ledger_and_of_the_model_replicas(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         assert (await api.post()).status_code == 200
         await api.reported()

@@ -47,8 +47,9 @@ steps = st.lists(
 )
 
 
+@pytest.mark.promise("C2")
 @given(steps, st.integers(1, 8), st.integers(60, 200))
-def test_c2_no_minute_has_more_than_the_limit_and_retry_after_is_true(
+def test_no_minute_has_more_than_the_limit_and_retry_after_is_true(
     steps: list[tuple[float, int, float, float]], rpm: int, tpm: int
 ) -> None:
     limits = KeyLimits(rpm=rpm, tpm=tpm)
@@ -80,7 +81,8 @@ def test_c2_no_minute_has_more_than_the_limit_and_retry_after_is_true(
                 assert sooner.admit("k1", "sooner", limits, num_tokens).refusal is not None
 
 
-def test_c2_a_request_a_minute_after_the_first_passes(clock: Clock, limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_a_request_a_minute_after_the_first_passes(clock: Clock, limiter: Limiter) -> None:
     limits = KeyLimits(rpm=2)
     assert admit(limiter, limits).refusal is None
     clock.now += 20
@@ -93,7 +95,8 @@ def test_c2_a_request_a_minute_after_the_first_passes(clock: Clock, limiter: Lim
     assert admit(limiter, limits).refusal is not None
 
 
-def test_c2_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
     limits = KeyLimits(tpm=100)
     assert admit(limiter, limits, 80, "a").refusal is None
     refused = admit(limiter, limits, 30)
@@ -104,7 +107,8 @@ def test_c2_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
     assert admit(limiter, limits, 1).refusal is not None
 
 
-def test_c2_what_can_never_fit_says_so_and_is_not_to_be_sent_again(limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_what_can_never_fit_says_so_and_is_not_to_be_sent_again(limiter: Limiter) -> None:
     refused = admit(limiter, KeyLimits(tpm=100), 101)
     assert refused.refusal is not None
     assert "101 tokens" in refused.refusal
@@ -114,7 +118,8 @@ def test_c2_what_can_never_fit_says_so_and_is_not_to_be_sent_again(limiter: Limi
     assert admit(limiter, KeyLimits(tpm=100), 100).refusal is None  # the other took nothing
 
 
-def test_c2_requests_at_a_time(limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_requests_at_a_time(limiter: Limiter) -> None:
     limits = KeyLimits(streams=2)
     assert admit(limiter, limits, request_id="a").refusal is None
     assert admit(limiter, limits, request_id="b").refusal is None
@@ -125,7 +130,8 @@ def test_c2_requests_at_a_time(limiter: Limiter) -> None:
     assert admit(limiter, limits).refusal is not None
 
 
-def test_c2_what_a_dead_replica_left_running_ends_by_itself(clock: Clock, limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_what_a_dead_replica_left_running_ends_by_itself(clock: Clock, limiter: Limiter) -> None:
     limits = KeyLimits(streams=2)
     admit(limiter, limits, request_id="dead")
     admit(limiter, limits, request_id="alive")
@@ -137,21 +143,24 @@ def test_c2_what_a_dead_replica_left_running_ends_by_itself(clock: Clock, limite
     assert admit(limiter, limits).refusal is not None  # the other still runs
 
 
-def test_c2_a_new_limiter_learns_what_runs(limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_a_new_limiter_learns_what_runs(limiter: Limiter) -> None:
     limiter.renew({"k1": ["a", "b"]})
     assert admit(limiter, KeyLimits(streams=2)).refusal is not None
     limiter.settle("k1", "a", 3)
     assert admit(limiter, KeyLimits(streams=2)).refusal is None
 
 
-def test_c2_keys_do_not_share_limits(limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_keys_do_not_share_limits(limiter: Limiter) -> None:
     limits = KeyLimits(rpm=1)
     assert limiter.admit("k1", "a", limits, 1).refusal is None
     assert limiter.admit("k2", "b", limits, 1).refusal is None
     assert limiter.admit("k1", "c", limits, 1).refusal is not None
 
 
-def test_c2_the_headers_are_openais(clock: Clock, limiter: Limiter) -> None:
+@pytest.mark.promise("C2")
+def test_the_headers_are_openais(clock: Clock, limiter: Limiter) -> None:
     limits = KeyLimits(rpm=10, tpm=500)
     admit(limiter, limits, 100)
     clock.now += 15

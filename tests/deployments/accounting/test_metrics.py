@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.accounting.metrics import RequestMetrics, engine_metrics
@@ -37,7 +38,8 @@ def series(text: str) -> Series:
     return found
 
 
-def test_a4_requests_tokens_and_latencies_by_model_version() -> None:
+@pytest.mark.promise("A4")
+def test_requests_tokens_and_latencies_by_model_version() -> None:
     metrics = RequestMetrics()
     for record in (RECORD, RECORD, replace(RECORD, model="tiny:a@3", first_token_s=9.0)):
         metrics.add(record)
@@ -59,7 +61,8 @@ def test_a4_requests_tokens_and_latencies_by_model_version() -> None:
     assert not [name for name, _ in found if name.endswith("_created")]
 
 
-def test_a4_what_was_refused_is_counted_by_status() -> None:
+@pytest.mark.promise("A4")
+def test_what_was_refused_is_counted_by_status() -> None:
     metrics = RequestMetrics()
     for status in (400, 401, 404, 429, 503):
         metrics.add(RequestRecord("/v1/completions", status, 0.0))
@@ -69,7 +72,8 @@ def test_a4_what_was_refused_is_counted_by_status() -> None:
     assert not [name for name, _ in found if name.startswith("corral_prompt_tokens")]
 
 
-def test_a4_labels_are_bounded() -> None:
+@pytest.mark.promise("A4")
+def test_labels_are_bounded() -> None:
     metrics = RequestMetrics()
     for i in range(1000):
         metrics.add(replace(RECORD, model=f"tiny:a@{i}", key_name=f"key {i}"))
@@ -80,7 +84,8 @@ def test_a4_labels_are_bounded() -> None:
     assert found["corral_key_requests_total", ("other",)] == 800
 
 
-def test_a4_engines_are_shown_by_replica() -> None:
+@pytest.mark.promise("A4")
+def test_engines_are_shown_by_replica() -> None:
     busy = EngineStats(3, 2, 0.25, 4, prefix_cache_queries=100, prefix_cache_hits=60, num_preemptions=7)
     idle = EngineStats(0, 0, 0.0, 0, 0, 0, 0)
     found = series(engine_metrics({"a": busy, "b": idle}))

@@ -85,7 +85,8 @@ def test_a_report_counts_whole_or_not_at_all(path: Path) -> None:
     assert store.add("r1", 1, [RECORD])
 
 
-def test_c8_only_the_owner_may_read_it(path: Path) -> None:
+@pytest.mark.promise("C8")
+def test_only_the_owner_may_read_it(path: Path) -> None:
     store = UsageStore(path)
     store.add("r1", 1, [RECORD])
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}

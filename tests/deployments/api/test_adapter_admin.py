@@ -78,7 +78,8 @@ def assert_error(response: httpx.Response, status: int, code: str | None, words:
     assert words in error["message"]
 
 
-def test_a5_list_and_show(api: Api, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+@pytest.mark.promise("A5")
+def test_list_and_show(api: Api, tiny_base: BaseModel, tiny_adapter: Path) -> None:
     nan = {"eval_loss": float("nan"), "base_eval_loss": 2.0}
     draft = AdapterDraft(name="other", base=tiny_base, chat_format="chatml", metrics=nan)
     api.registry.register(tiny_adapter, draft, force=True)
@@ -99,7 +100,8 @@ def test_a5_list_and_show(api: Api, tiny_base: BaseModel, tiny_adapter: Path) ->
     assert other["versions"][0]["forced"]
 
 
-def test_a5_promote_roll_back_and_delete(api: Api) -> None:
+@pytest.mark.promise("A5")
+def test_promote_roll_back_and_delete(api: Api) -> None:
     changed = api.http.post("/v1/adapters/ranch/promote", json={"version": 3}).json()
     assert {key: changed[key] for key in ("alias", "version", "previous_version", "canary")} == {
         "alias": "champion",
@@ -118,7 +120,8 @@ def test_a5_promote_roll_back_and_delete(api: Api) -> None:
     assert api.registry.versions("ranch") == [1, 2]
 
 
-def test_a5_what_is_refused_and_why(api: Api) -> None:
+@pytest.mark.promise("A5")
+def test_what_is_refused_and_why(api: Api) -> None:
     api.registry.promote("ranch", 3, percent=10)
     promote, post, delete = "/v1/adapters/ranch/promote", api.http.post, api.http.delete
     assert_error(api.http.get("/v1/adapters/rnach"), 404, "model_not_found", "did you mean 'ranch'?")
@@ -159,7 +162,8 @@ def test_a_canary_answers_exactly_the_users_that_are_drawn_until_it_is_rolled_ba
     assert {answered_by(user) for user in USERS} == {champion}
 
 
-def test_a3_models_tell_parent_alias_created_and_canary(api: Api) -> None:
+@pytest.mark.promise("A3")
+def test_models_tell_parent_alias_created_and_canary(api: Api) -> None:
     api.registry.promote("ranch", 3, percent=5)
     base, *versions = api.http.get("/v1/models").json()["data"]
     assert (base["id"], base["parent"], base["canary_percent"]) == (api.base, None, None)
@@ -221,7 +225,8 @@ def test_the_command_line_shows_a_canary_and_wants_one_registry(api: Api) -> Non
     assert_one_line_error(both, 2, "give one of them")
 
 
-def test_c8_every_change_is_a_line_of_the_audit_log(api: Api) -> None:
+@pytest.mark.promise("C8")
+def test_every_change_is_a_line_of_the_audit_log(api: Api) -> None:
     body, request_id = {"version": 3, "percent": 10}, {"x-request-id": "mine"}
     api.http.post("/v1/adapters/ranch/promote", json=body, headers=request_id)
     api.http.post("/v1/adapters/ranch/rollback")
@@ -238,7 +243,8 @@ def test_c8_every_change_is_a_line_of_the_audit_log(api: Api) -> None:
     assert (deleted["target"], deleted["outcome"]) == ("ranch@3", "done")
 
 
-def test_d10_a_deleted_version_ends_its_answers_and_begins_no_more(api: Api) -> None:
+@pytest.mark.promise("D10")
+def test_a_deleted_version_ends_its_answers_and_begins_no_more(api: Api) -> None:
     long: dict[str, Any] = {"max_tokens": 480, "ignore_eos": True}
     whole = api.ask(f"{api.base}:ranch@3", **long).json()["choices"][0]["message"]["content"]
     body = {"model": f"{api.base}:ranch@3", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **long}
@@ -257,7 +263,8 @@ def test_d10_a_deleted_version_ends_its_answers_and_begins_no_more(api: Api) -> 
     assert api.ask(f"{api.base}:ranch").json()["model"] == f"{api.base}:ranch@2"
 
 
-def test_a4_tokenize_and_detokenize_over_http(api: Api) -> None:
+@pytest.mark.promise("A4")
+def test_tokenize_and_detokenize_over_http(api: Api) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     told = api.http.post("/tokenize", json={"model": f"{api.base}:ranch", "messages": messages}).json()
     usage = api.ask(f"{api.base}:ranch", messages=messages).json()["usage"]

@@ -45,7 +45,8 @@ def ask(http: httpx.Client, model: str, **fields: Any) -> httpx.Response:
     return http.post("/v1/chat/completions", json=body | fields)
 
 
-def test_a5_a_tenth_of_the_users_get_the_canary_until_it_is_rolled_back(http: httpx.Client, model: str) -> None:
+@pytest.mark.promise("A5")
+def test_a_tenth_of_the_users_get_the_canary_until_it_is_rolled_back(http: httpx.Client, model: str) -> None:
     def answered_by(user: str) -> str:
         return str(ask(http, model, user=user).json()["model"])
 
@@ -73,7 +74,8 @@ def test_a5_a_tenth_of_the_users_get_the_canary_until_it_is_rolled_back(http: ht
     assert set(answered().values()) == {champion}
 
 
-def test_a8_every_answer_has_a_request_id_the_clients_own_if_it_sent_one(server: RunningServer, model: str) -> None:
+@pytest.mark.promise("A8")
+def test_every_answer_has_a_request_id_the_clients_own_if_it_sent_one(server: RunningServer, model: str) -> None:
     def requests(http: httpx.Client) -> Iterator[tuple[int, httpx.Response]]:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
         yield 200, http.post("/v1/chat/completions", json=body)
@@ -98,7 +100,8 @@ def test_a8_every_answer_has_a_request_id_the_clients_own_if_it_sent_one(server:
             assert answer.headers.get_list("x-request-id") == ["mine-7"]
 
 
-def test_c8_changes_are_in_the_audit_log_and_prompts_answers_and_keys_in_no_log(
+@pytest.mark.promise("C8")
+def test_changes_are_in_the_audit_log_and_prompts_answers_and_keys_in_no_log(
     server: RunningServer, http: httpx.Client, model: str
 ) -> None:
     prompt, key, request_id = f"prompt-{uuid.uuid4().hex}", f"key-{uuid.uuid4().hex}", f"request-{uuid.uuid4().hex}"

@@ -53,7 +53,8 @@ def client(server: RunningServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_a2_a_text_is_continued_with_the_openai_client(server: RunningServer, client: openai.OpenAI) -> None:
+@pytest.mark.promise("A2")
+def test_a_text_is_continued_with_the_openai_client(server: RunningServer, client: openai.OpenAI) -> None:
     done = client.completions.create(model=server.base_model, prompt=PROMPT, temperature=0)
     assert done.object == "text_completion"
     assert done.model == server.base_model
@@ -64,7 +65,8 @@ def test_a2_a_text_is_continued_with_the_openai_client(server: RunningServer, cl
     assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (5, 16, 21)
 
 
-def test_a2_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, embedded_base: BaseModel) -> None:
+@pytest.mark.promise("A2")
+def test_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, embedded_base: BaseModel) -> None:
     ids = AutoTokenizer.from_pretrained(embedded_base.path)(PROMPT).input_ids
     (alone,) = choices(server)
     assert choices(server, prompt=ids) == [alone]
@@ -72,7 +74,8 @@ def test_a2_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, e
         assert [choice["text"] for choice in choices(server, prompt=many)] == [alone["text"]] * 2
 
 
-def test_a2_the_ids_of_a_dialog_are_answered_as_the_chat_route_does(
+@pytest.mark.promise("A2")
+def test_the_ids_of_a_dialog_are_answered_as_the_chat_route_does(
     server: RunningServer, embedded_base: BaseModel
 ) -> None:
     question = "What is the capital of France?"
@@ -83,7 +86,8 @@ def test_a2_the_ids_of_a_dialog_are_answered_as_the_chat_route_does(
     assert text["text"] == chat.json()["choices"][0]["message"]["content"]
 
 
-def test_a2_choices_are_numbered_by_prompt_then_answer(server: RunningServer) -> None:
+@pytest.mark.promise("A2")
+def test_choices_are_numbered_by_prompt_then_answer(server: RunningServer) -> None:
     prompts = ["One, two, three,", "Monday, Tuesday,", "The sky is"]
     sampled: dict[str, Any] = {"temperature": 1.2, "seed": 3, "n": 2}
     response = post(server, prompt=prompts, **sampled).json()
@@ -95,7 +99,8 @@ def test_a2_choices_are_numbered_by_prompt_then_answer(server: RunningServer) ->
         assert response["usage"][count] == sum(answer["usage"][count] for answer in alone)
 
 
-def test_a2_a_text_is_scored_with_echo(server: RunningServer, embedded_base: BaseModel) -> None:
+@pytest.mark.promise("A2")
+def test_a_text_is_scored_with_echo(server: RunningServer, embedded_base: BaseModel) -> None:
     text = "The capital of France is Paris. 👩 It is é."
     response = post(server, prompt=text, echo=True, logprobs=2, max_tokens=0).json()
     (choice,) = response["choices"]
@@ -114,7 +119,8 @@ def test_a2_a_text_is_scored_with_echo(server: RunningServer, embedded_base: Bas
         assert logprob in top.values()
 
 
-def test_a2_scores_are_those_of_the_model(server: RunningServer, embedded_base: BaseModel) -> None:
+@pytest.mark.promise("A2")
+def test_scores_are_those_of_the_model(server: RunningServer, embedded_base: BaseModel) -> None:
     text = "Horses are large animals, and they eat grass. Cattle do as well. " * 3
     (choice,) = choices(server, prompt=text, echo=True, logprobs=0, max_tokens=0)
     ids = torch.tensor([load_tokenizer(embedded_base).encode(text).ids])
@@ -125,7 +131,8 @@ def test_a2_scores_are_those_of_the_model(server: RunningServer, embedded_base: 
     assert (found - expected).abs().mean() < 0.1  # both in bf16
 
 
-def test_a2_a_generated_token_scores_as_it_did_when_it_was_made(server: RunningServer) -> None:
+@pytest.mark.promise("A2")
+def test_a_generated_token_scores_as_it_did_when_it_was_made(server: RunningServer) -> None:
     (made,) = choices(server, max_tokens=16, logprobs=1, echo=True)
     (scored,) = choices(server, prompt=made["text"], max_tokens=0, logprobs=1, echo=True)
     assert made["text"].startswith(PROMPT)
@@ -138,7 +145,8 @@ def test_a2_a_generated_token_scores_as_it_did_when_it_was_made(server: RunningS
     assert greedy == [max(top.values()) for top in made["logprobs"]["top_logprobs"][5:]]
 
 
-def test_a2_an_evaluation_harness_can_score_continuations(server: RunningServer, embedded_base: BaseModel) -> None:
+@pytest.mark.promise("A2")
+def test_an_evaluation_harness_can_score_continuations(server: RunningServer, embedded_base: BaseModel) -> None:
     """As lm-evaluation-harness asks: lists of token ids, one more token, the likeliest token at each place."""
     tokenizer = load_tokenizer(embedded_base)
     context = tokenizer.encode(PROMPT).ids
@@ -151,7 +159,8 @@ def test_a2_an_evaluation_harness_can_score_continuations(server: RunningServer,
     )
 
 
-def test_a6_a_stream_has_the_text_and_scores_of_the_whole(server: RunningServer) -> None:
+@pytest.mark.promise("A6")
+def test_a_stream_has_the_text_and_scores_of_the_whole(server: RunningServer) -> None:
     asked: dict[str, Any] = {"prompt": [PROMPT, "One, two,"], "n": 2, "logprobs": 1, "echo": True}
     chunks = events(server, **asked, stream_options={"include_usage": True})
     whole = post(server, **asked).json()
@@ -167,7 +176,8 @@ def test_a6_a_stream_has_the_text_and_scores_of_the_whole(server: RunningServer)
             assert [value for part in parts for value in part["logprobs"][column]] == values
 
 
-def test_a6_a_stop_string_ends_text_and_scores(server: RunningServer) -> None:
+@pytest.mark.promise("A6")
+def test_a_stop_string_ends_text_and_scores(server: RunningServer) -> None:
     (full,) = choices(server, max_tokens=20)
     at = full["text"].index(".")
     for stop in (".", full["text"][at - 2 : at + 2]):
@@ -183,7 +193,8 @@ def test_an_adapter_continues_texts_too(server: RunningServer, quickstart: Adapt
     assert response["choices"][0]["text"]
 
 
-def test_a4_the_body_is_typed_in_the_docs(server: RunningServer) -> None:
+@pytest.mark.promise("A4")
+def test_the_body_is_typed_in_the_docs(server: RunningServer) -> None:
     route = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/v1/completions"]["post"]
     assert route["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/CompletionRequest")
     assert set(route["responses"]) >= {"200", "400", "404", "413", "500", "503"}
@@ -228,7 +239,8 @@ def test_b_refusals_are_openai_errors(
     assert error["param"] == param
 
 
-def test_b8_odd_text_comes_back_unchanged(server: RunningServer) -> None:
+@pytest.mark.promise("B8")
+def test_odd_text_comes_back_unchanged(server: RunningServer) -> None:
     for text in ("\0", "👩‍👩‍👧🏽", "漢" * 300, "<|im_end|>\n<|im_start|>system</s>", " \n\t "):
         (choice,) = choices(server, prompt=text, echo=True, max_tokens=0)
         assert choice["text"] == text
@@ -248,7 +260,8 @@ def summed_logprobs(server: RunningServer, model: str, rows: Sequence[TokenizedR
     return math.fsum(sums), sum(counts)
 
 
-def test_e3_the_loss_that_training_reports_is_the_loss_over_http(
+@pytest.mark.promise("E3")
+def test_the_loss_that_training_reports_is_the_loss_over_http(
     server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel
 ) -> None:
     held_out_rows = read_inputs(load_config("configs/train/quickstart.yaml")).held_out_rows

@@ -18,7 +18,8 @@ def url(tiny_base: BaseModel) -> Iterator[str]:
         yield url
 
 
-def test_a4_every_body_and_error_is_typed(url: str) -> None:
+@pytest.mark.promise("A4")
+def test_every_body_and_error_is_typed(url: str) -> None:
     spec = httpx.get(f"{url}/openapi.json").json()
     operations = {
         f"{method.upper()} {path}": operation
@@ -54,7 +55,8 @@ def test_a4_every_body_and_error_is_typed(url: str) -> None:
                 assert content["schema"]["$ref"].endswith("/ErrorResponse"), (name, status)
 
 
-def test_c6_the_page_and_its_files_come_from_here(url: str) -> None:
+@pytest.mark.promise("C6")
+def test_the_page_and_its_files_come_from_here(url: str) -> None:
     page = httpx.get(f"{url}/docs")
     assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self';")
     assert "://" not in page.text
@@ -69,8 +71,9 @@ def test_c6_the_page_and_its_files_come_from_here(url: str) -> None:
     assert httpx.get(f"{url}/redoc").status_code == 404
 
 
+@pytest.mark.promise("A4")
 @needs_browser
-def test_a4_docs_work_in_a_browser(url: str) -> None:
+def test_docs_work_in_a_browser(url: str) -> None:
     from playwright.sync_api import sync_playwright
 
     asked: list[str] = []

@@ -70,9 +70,8 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode(text).ids)
 
 
-def test_a1_a_stop_string_ends_one_of_n_answers_and_the_others_go_on(
-    tokenizer: Tokenizer, vocabulary: Vocabulary
-) -> None:
+@pytest.mark.promise("A1")
+def test_a_stop_string_ends_one_of_n_answers_and_the_others_go_on(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     a, b = ids(tokenizer, "one STOP two"), ids(tokenizer, " red blue green")
     answers = Answers(generation([5], n=2, logprobs=0), vocabulary, ["STOP"])
     first = answers.add([delta(a, 0), delta(b[:1], 1)])
@@ -91,7 +90,8 @@ def test_a1_a_stop_string_ends_one_of_n_answers_and_the_others_go_on(
     assert b"STOP" not in sent
 
 
-def test_a6_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
+@pytest.mark.promise("A6")
+def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
     tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> None:
     a, b = ids(tokenizer, "alpha beta"), ids(tokenizer, "gamma delta")
@@ -125,7 +125,8 @@ def test_a6_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
     }
 
 
-def test_a1_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+@pytest.mark.promise("A1")
+def test_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     token_ids = ids(tokenizer, "a 👩 b STOP c")
     shape = ChatShape("x", "m", vocabulary, with_logprobs=True)
 
@@ -168,9 +169,8 @@ def test_top_logprobs_are_listed_likeliest_first(tokenizer: Tokenizer, vocabular
     assert legacy["top_logprobs"] == [{" cat": -0.1, " dog": -9999.0, " cow": -5.0}]
 
 
-def test_a2_echo_scores_the_prompt_and_every_answer_begins_with_it(
-    tokenizer: Tokenizer, vocabulary: Vocabulary
-) -> None:
+@pytest.mark.promise("A2")
+def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     prompt, more = ids(tokenizer, "the red"), ids(tokenizer, " house is")
     prompt_logprobs = (None, *map(scored, prompt[1:]))
     answers = Answers(
@@ -196,7 +196,8 @@ def test_a2_echo_scores_the_prompt_and_every_answer_begins_with_it(
     assert done["usage"]["completion_tokens"] == 2 * len(more)
 
 
-def test_a2_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+@pytest.mark.promise("A2")
+def test_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     prompt = ids(tokenizer, "é👩!")
     answers = Answers(generation(prompt, logprobs=0, prompt_logprobs=0), vocabulary, continues_prompt=True, echo=True)
     batch = [Delta([], "length", prompt_logprobs=(None, *map(scored, prompt[1:])))]
@@ -281,7 +282,8 @@ def test_streams_of_several_prompts_come_together_and_an_error_or_a_leaving_clie
     assert closed == [1, 5, 50]
 
 
-def test_a6_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+@pytest.mark.promise("A6")
+def test_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     batches = [[delta(ids(tokenizer, "the end"), finish_reason="length")]]
 
     async def collect() -> list[str]:

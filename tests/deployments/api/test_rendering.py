@@ -46,8 +46,9 @@ def chat(**fields: Any) -> ChatCompletionRequest:
     ("family", "bos", "num_bos"),
     [("embedded", None, 0), ("llama3", None, 1), ("llama2", None, 0), ("llama2", ("<s>", 1), 1)],
 )
+@pytest.mark.promise("A2")
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
-def test_a2_a_text_has_the_ids_that_transformers_gives_it(
+def test_a_text_has_the_ids_that_transformers_gives_it(
     embedded_base: BaseModel,
     tmp_path: Path,
     family: str,
@@ -82,7 +83,8 @@ def template_with(bos: str, token_id: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
 
 
-def test_b5_control_tokens_in_a_text_stay_text(embedded_base: BaseModel) -> None:
+@pytest.mark.promise("B5")
+def test_control_tokens_in_a_text_stay_text(embedded_base: BaseModel) -> None:
     special = {0, 1, 2}
     ids = text_encoder(embedded_base).encode("<|im_start|>system<|im_end|><|endoftext|></s>")
     assert not special & set(ids)
@@ -97,7 +99,8 @@ def test_a_character_without_a_token_is_named_and_refused(renderer: RequestRende
     assert "U+0004" in error["msg"] or "U+50000" in error["msg"]
 
 
-def test_b8_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> None:
+@pytest.mark.promise("B8")
+def test_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> None:
     for text in ("\ud800", "a\udfff b"):
         with pytest.raises(RequestValidationError) as refused:
             renderer.completion(completion(prompt=text), None, "r")
@@ -105,6 +108,7 @@ def test_b8_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> 
         assert "surrogate" in error["msg"]
 
 
+@pytest.mark.promise("B2")
 @pytest.mark.parametrize(
     ("fields", "where"),
     [
@@ -113,7 +117,7 @@ def test_b8_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> 
         ({"logit_bias": {"49152": 1}}, "logit_bias"),
     ],
 )
-def test_b2_a_token_id_outside_the_vocabulary_is_named_with_the_range(
+def test_a_token_id_outside_the_vocabulary_is_named_with_the_range(
     renderer: RequestRenderer, fields: dict[str, Any], where: str
 ) -> None:
     with pytest.raises(RequestValidationError) as refused:
@@ -123,7 +127,8 @@ def test_b2_a_token_id_outside_the_vocabulary_is_named_with_the_range(
     assert "0 to 49151" in error["msg"]
 
 
-def test_b3_a_text_and_its_answer_fit_the_context(renderer: RequestRenderer) -> None:
+@pytest.mark.promise("B3")
+def test_a_text_and_its_answer_fit_the_context(renderer: RequestRenderer) -> None:
     def max_tokens(num_prompt_tokens: int, **fields: Any) -> int:
         (generation,) = renderer.completion(completion(prompt=[5] * num_prompt_tokens, **fields), None, "r")
         return generation.sampling.max_tokens
@@ -148,7 +153,8 @@ def test_b3_a_text_and_its_answer_fit_the_context(renderer: RequestRenderer) -> 
     assert error.value.param == "prompt.1"
 
 
-def test_b3_a_dialog_gets_what_the_context_has_room_for(renderer: RequestRenderer) -> None:
+@pytest.mark.promise("B3")
+def test_a_dialog_gets_what_the_context_has_room_for(renderer: RequestRenderer) -> None:
     generation = renderer.chat(chat(), None, "r")
     assert generation.sampling.max_tokens == 64 - len(generation.prompt_token_ids)
     assert renderer.chat(chat(max_completion_tokens=3), None, "r").sampling.max_tokens == 3
@@ -156,7 +162,8 @@ def test_b3_a_dialog_gets_what_the_context_has_room_for(renderer: RequestRendere
         renderer.chat(chat(max_completion_tokens=64), None, "r")
 
 
-def test_a1_every_sampling_field_reaches_the_engine(renderer: RequestRenderer) -> None:
+@pytest.mark.promise("A1")
+def test_every_sampling_field_reaches_the_engine(renderer: RequestRenderer) -> None:
     fields = {
         "max_tokens": 9,
         "min_tokens": 2,
@@ -181,7 +188,8 @@ def test_a1_every_sampling_field_reaches_the_engine(renderer: RequestRenderer) -
     assert generation.n == 4
 
 
-def test_a2_the_prompt_is_scored_with_echo(renderer: RequestRenderer) -> None:
+@pytest.mark.promise("A2")
+def test_the_prompt_is_scored_with_echo(renderer: RequestRenderer) -> None:
     def prompt_logprobs(**fields: Any) -> int | None:
         (generation,) = renderer.completion(completion(**fields), None, "r")
         return generation.sampling.prompt_logprobs
@@ -206,7 +214,8 @@ def test_prompts_may_be_texts_or_token_ids_one_or_many(renderer: RequestRenderer
         assert len({generation.request_id for generation in generations}) == len(expected)
 
 
-def test_a1_a_response_format_becomes_a_grammar_of_chats_only(renderer: RequestRenderer) -> None:
+@pytest.mark.promise("A1")
+def test_a_response_format_becomes_a_grammar_of_chats_only(renderer: RequestRenderer) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "é"}, "strict": True}}
     held = renderer.chat(chat(response_format=schema), None, "r")
     assert held.grammar is not None

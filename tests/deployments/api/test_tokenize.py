@@ -71,18 +71,18 @@ def known(renderers: dict[str, RequestRenderer]) -> dict[str, str]:
     return found
 
 
+@pytest.mark.promise("A4")
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet=ALPHABET, max_size=60))
-def test_a4_a_text_comes_back_as_it_was(
-    renderers: dict[str, RequestRenderer], known: dict[str, str], text: str
-) -> None:
+def test_a_text_comes_back_as_it_was(renderers: dict[str, RequestRenderer], known: dict[str, str], text: str) -> None:
     for family, renderer in renderers.items():
         part = "".join(character for character in text if character in known[family])
         tokens = tokenize(renderer, prompt=part, add_special_tokens=False).tokens
         assert detokenize(renderer, tokens) == part
 
 
-def test_a4_special_tokens_of_a_text_are_the_bos_token_or_none(renderers: dict[str, RequestRenderer]) -> None:
+@pytest.mark.promise("A4")
+def test_special_tokens_of_a_text_are_the_bos_token_or_none(renderers: dict[str, RequestRenderer]) -> None:
     for family, bos in (("embedded", ""), ("llama3", "<|begin_of_text|>")):
         with_bos = tokenize(renderers[family], prompt="hi").tokens
         without = tokenize(renderers[family], prompt="hi", add_special_tokens=False).tokens
@@ -91,7 +91,8 @@ def test_a4_special_tokens_of_a_text_are_the_bos_token_or_none(renderers: dict[s
     assert detokenize(renderers["llama2"], [1, *tokenize(renderers["llama2"], prompt="hi").tokens, 2]) == "<s>hi</s>"
 
 
-def test_b5_what_looks_like_a_control_token_stays_text(renderers: dict[str, RequestRenderer]) -> None:
+@pytest.mark.promise("B5")
+def test_what_looks_like_a_control_token_stays_text(renderers: dict[str, RequestRenderer]) -> None:
     renderer = renderers["embedded"]
     special = {1, 2}  # <|im_start|>, <|im_end|>
     tokens = tokenize(renderer, prompt=CONTROL_TEXT).tokens
@@ -110,10 +111,9 @@ DIALOGS = [
 ]
 
 
+@pytest.mark.promise("E1")
 @pytest.mark.parametrize("family", FORMATS)
-def test_e1_tokenize_gives_the_ids_that_generation_begins_from(
-    renderers: dict[str, RequestRenderer], family: str
-) -> None:
+def test_tokenize_gives_the_ids_that_generation_begins_from(renderers: dict[str, RequestRenderer], family: str) -> None:
     renderer = renderers[family]
     for messages in DIALOGS:
         chat = ChatCompletionRequest.model_validate({"model": "m", "messages": messages})
@@ -128,7 +128,8 @@ def test_e1_tokenize_gives_the_ids_that_generation_begins_from(
         assert tokenize(renderer, prompt=prompt).tokens == generation.prompt_token_ids
 
 
-def test_e1_an_adapters_dialogs_are_in_its_own_format(
+@pytest.mark.promise("E1")
+def test_an_adapters_dialogs_are_in_its_own_format(
     renderers: dict[str, RequestRenderer], tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
@@ -140,13 +141,15 @@ def test_e1_an_adapters_dialogs_are_in_its_own_format(
     assert other.tokenize(body, adapter).tokens == other.chat(chat, adapter, "r").prompt_token_ids
 
 
-def test_a4_token_strs_are_the_vocabularys_names(renderers: dict[str, RequestRenderer]) -> None:
+@pytest.mark.promise("A4")
+def test_token_strs_are_the_vocabularys_names(renderers: dict[str, RequestRenderer]) -> None:
     told = tokenize(renderers["embedded"], prompt="The capital", return_token_strs=True)
     assert told.token_strs == ["The", "Ġcapital"]
     assert tokenize(renderers["embedded"], prompt="The capital").token_strs is None
     assert tokenize(renderers["embedded"], prompt="").tokens == []
 
 
+@pytest.mark.promise("B1")
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -157,12 +160,13 @@ def test_a4_token_strs_are_the_vocabularys_names(renderers: dict[str, RequestRen
         ({"prompt": "a", "chat_template": "x"}, "not permitted"),
     ],
 )
-def test_b1_bodies_that_are_refused(fields: dict[str, Any], words: str) -> None:
+def test_bodies_that_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         TokenizeRequest.model_validate(fields)
 
 
-def test_b2_ids_outside_the_vocabulary_are_refused(renderers: dict[str, RequestRenderer]) -> None:
+@pytest.mark.promise("B2")
+def test_ids_outside_the_vocabulary_are_refused(renderers: dict[str, RequestRenderer]) -> None:
     assert detokenize(renderers["embedded"], []) == ""
     assert detokenize(renderers["embedded"], [49151])
     with pytest.raises(RequestValidationError, match="0 to 49151") as refused:

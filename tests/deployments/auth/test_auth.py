@@ -76,13 +76,15 @@ def assert_refused(response: httpx.Response, status: int, code: str, *words: str
         assert word in error["message"]
 
 
-def test_c1_without_keys_everybody_on_this_machine_gets_in(client: TestClient) -> None:
+@pytest.mark.promise("C1")
+def test_without_keys_everybody_on_this_machine_gets_in(client: TestClient) -> None:
     assert client.get("/v1/models").json() == {"id": None, "name": ANONYMOUS.name}
     assert client.get("/v1/models", headers=bearer("none")).status_code == 200  # OpenAI's client always sends one
     assert client.post("/v1/adapters", json={}).status_code == 200
 
 
-def test_c1_the_first_key_closes_a_running_server(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_the_first_key_closes_a_running_server(client: TestClient, store: KeyStore) -> None:
     assert client.get("/v1/models").status_code == 200
     made, key = store.create("laptop", ("chat",))
     assert_refused(client.get("/v1/models"), 401, "invalid_api_key", "Authorization: Bearer KEY")
@@ -93,7 +95,8 @@ def test_c1_the_first_key_closes_a_running_server(client: TestClient, store: Key
     assert_refused(client.get("/v1/models", headers=bearer(key)), 401, "invalid_api_key", "revoked")
 
 
-def test_c2_scopes(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_scopes(client: TestClient, store: KeyStore) -> None:
     _, chat = store.create("laptop", ("chat",))
     _, admin = store.create("boss", ("admin",))
     assert_refused(
@@ -105,20 +108,23 @@ def test_c2_scopes(client: TestClient, store: KeyStore) -> None:
     assert_refused(client.post("/v1/adapters", json={"a": "no number"}), 401, "invalid_api_key")  # before the body
 
 
-def test_c2_an_expired_key_says_so(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_an_expired_key_says_so(client: TestClient, store: KeyStore) -> None:
     _, key = store.create("guest", ("chat",), expires=datetime.now(UTC) - timedelta(days=1))
     assert_refused(client.get("/v1/models", headers=bearer(key)), 401, "invalid_api_key", "'guest' expired at")
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize("path", ["/docs", "/docs/start.js", "/docs/swagger-ui.css", "/openapi.json"])
-def test_c1_the_documentation_needs_a_key(client: TestClient, store: KeyStore, path: str) -> None:
+def test_the_documentation_needs_a_key(client: TestClient, store: KeyStore, path: str) -> None:
     assert client.get(path).status_code == 200
     _, key = store.create("laptop", ("chat",))
     assert_refused(client.get(path), 401, "invalid_api_key")
     assert client.get(path, headers=bearer(key)).status_code == 200
 
 
-def test_c1_without_keys_a_server_that_haproxy_opens_to_others_lets_nobody_in(
+@pytest.mark.promise("C1")
+def test_without_keys_a_server_that_haproxy_opens_to_others_lets_nobody_in(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("*", 401), ("::", 401), ("10.0.0.7", 401)):
@@ -128,7 +134,8 @@ def test_c1_without_keys_a_server_that_haproxy_opens_to_others_lets_nobody_in(
     auth._listens_on_loopback.cache_clear()
 
 
-def test_a4_docs_name_the_schema_under_any_prefix(store: KeyStore) -> None:
+@pytest.mark.promise("A4")
+def test_docs_name_the_schema_under_any_prefix(store: KeyStore) -> None:
     client = TestClient(api(), base_url="http://127.0.0.1", root_path="/llm")
     schema = client.get("/llm/openapi.json").json()
     assert schema["servers"] == [{"url": "/llm"}]
@@ -148,7 +155,8 @@ def asks_for_a_caller(dependant: Any) -> bool:
     return dependant.call is _chat_caller or any(asks_for_a_caller(inner) for inner in dependant.dependencies)
 
 
-def test_c1_every_route_of_the_api_asks_for_a_key() -> None:
+@pytest.mark.promise("C1")
+def test_every_route_of_the_api_asks_for_a_key() -> None:
     from deployments.api.ingress import api as ingress_api
 
     found = list(routes(ingress_api))
@@ -182,7 +190,8 @@ def status_of(address: tuple[str, int], target: bytes, *headers: bytes) -> int:
     return int(first.split()[1]) if first else 0
 
 
-def test_c1_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) -> None:
     made, key = store.create("laptop", ("chat",))
     host, good = b"Host: 127.0.0.1", b"Authorization: Bearer " + key.encode()
     assert status_of(address, b"/v1/models", host, good) == 200
@@ -220,6 +229,7 @@ def test_c1_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) ->
         assert status_of(address, b"/v1/models", host, *pair) == 401
 
 
+@pytest.mark.promise("C1")
 @pytest.mark.parametrize(
     ("headers", "word"),
     [
@@ -231,7 +241,7 @@ def test_c1_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) ->
         ({"host": "evil.example", "origin": "http://evil.example"}, "127.0.0.1 and localhost only"),
     ],
 )
-def test_c1_without_keys_pages_of_other_hosts_do_not_get_in(
+def test_without_keys_pages_of_other_hosts_do_not_get_in(
     client: TestClient, headers: dict[str, str], word: str
 ) -> None:
     assert_refused(client.get("/v1/models", headers=headers), 403, "origin_refused", word, "corral keys create")
@@ -249,16 +259,19 @@ def test_c1_without_keys_pages_of_other_hosts_do_not_get_in(
         ("localhost:x", True), ("10.0.0.1", False), ("::1", False), ("localhost\tx", False), ("2130706433", False),
     ],
 )  # fmt: skip
-def test_c1_loopback_names(host: str, expected: bool) -> None:
+@pytest.mark.promise("C1")
+def test_loopback_names(host: str, expected: bool) -> None:
     assert names_loopback(host) is expected
 
 
-def test_c7_an_origin_that_cannot_be_parsed_is_foreign() -> None:
+@pytest.mark.promise("C7")
+def test_an_origin_that_cannot_be_parsed_is_foreign() -> None:
     assert is_foreign({"origin": "http://[", "host": "localhost"})
     assert not is_foreign({"host": "localhost"})
 
 
-def test_c2_a_broken_file_lets_nobody_in_and_tells_the_log(
+@pytest.mark.promise("C2")
+def test_a_broken_file_lets_nobody_in_and_tells_the_log(
     client: TestClient, store: KeyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, key = store.create("laptop", ("chat",))
@@ -272,7 +285,8 @@ def test_c2_a_broken_file_lets_nobody_in_and_tells_the_log(
     assert f"{store.path} is broken" in caplog.text
 
 
-def test_c8_a_key_is_in_no_answer_and_in_no_log(
+@pytest.mark.promise("C8")
+def test_a_key_is_in_no_answer_and_in_no_log(
     client: TestClient, store: KeyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

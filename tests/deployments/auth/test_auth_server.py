@@ -30,7 +30,8 @@ def client(server: RunningServer, key: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
 
 
-def test_c1_the_first_key_closes_the_running_server(server: RunningServer, key: str) -> None:
+@pytest.mark.promise("C1")
+def test_the_first_key_closes_the_running_server(server: RunningServer, key: str) -> None:
     answer = client(server, key).chat.completions.create(
         model=server.base_model, messages=[{"role": "user", "content": "hi"}], max_tokens=4
     )
@@ -54,7 +55,8 @@ def test_c1_the_first_key_closes_the_running_server(server: RunningServer, key: 
         assert browser.get("config").status_code == 200
 
 
-def test_c1_no_odd_request_gets_past_the_proxy(server: RunningServer, key: str) -> None:
+@pytest.mark.promise("C1")
+def test_no_odd_request_gets_past_the_proxy(server: RunningServer, key: str) -> None:
     at = urlsplit(server.url)
     assert at.hostname
     assert at.port
@@ -71,14 +73,16 @@ def test_c1_no_odd_request_gets_past_the_proxy(server: RunningServer, key: str) 
             assert status_of(address, target, *headers) != 200, (target, headers)
 
 
-def test_c1_ray_serves_own_routes_tell_no_more_than_where_applications_are(server: RunningServer, key: str) -> None:
+@pytest.mark.promise("C1")
+def test_ray_serves_own_routes_tell_no_more_than_where_applications_are(server: RunningServer, key: str) -> None:
     at = urlsplit(server.url)
     root = f"http://{at.netloc}"
     assert httpx.get(f"{root}/-/healthz").text.strip('"') == "success"
     assert httpx.get(f"{root}/-/routes").json() == {"/": "corral", "/ui": "corral-ui"}
 
 
-def test_c8_neither_keys_nor_prompts_are_in_the_logs(server: RunningServer, key: str) -> None:
+@pytest.mark.promise("C8")
+def test_neither_keys_nor_prompts_are_in_the_logs(server: RunningServer, key: str) -> None:
     secret = key.split("-", 3)[3]
     ask = {"model": server.base_model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
     for given, body in ((key, ask), (key[:-1], ask), (key, ask | {"stop": 5}), (key, ask | {"model": "nobody"})):

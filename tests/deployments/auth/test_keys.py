@@ -19,7 +19,8 @@ def store(tmp_path: Path) -> KeyStore:
     return KeyStore(tmp_path / "keys.json")
 
 
-def test_c2_a_key_is_told_once_and_only_its_hash_is_kept(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_a_key_is_told_once_and_only_its_hash_is_kept(store: KeyStore) -> None:
     made, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))
     secret = key.removeprefix(f"{KEY_PREFIX}{made.id}-")
     assert len(secret) == 43  # 256 bits in base64
@@ -33,11 +34,13 @@ def test_c2_a_key_is_told_once_and_only_its_hash_is_kept(store: KeyStore) -> Non
     assert caller == store.caller(made.id)
 
 
-def test_c2_admin_includes_chat(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_admin_includes_chat(store: KeyStore) -> None:
     assert store.authenticate(store.create("boss", ("admin",))[1]).scopes == {"admin", "chat"}
 
 
-def test_c2_what_is_not_exactly_a_key_is_refused(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_what_is_not_exactly_a_key_is_refused(store: KeyStore) -> None:
     made, key = store.create("laptop", ("chat",))
     other, other_key = store.create("desktop", ("chat",))
     stolen_id = key.replace(made.id, other.id)
@@ -53,7 +56,8 @@ def test_c2_what_is_not_exactly_a_key_is_refused(store: KeyStore) -> None:
     assert store.authenticate(other_key).key_id == other.id
 
 
-def test_c2_known_and_unknown_ids_are_compared_alike(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("C2")
+def test_known_and_unknown_ids_are_compared_alike(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = store.create("laptop", ("chat",))
     compared: list[tuple[str, str]] = []
     compare_digest = keys.hmac.compare_digest
@@ -69,7 +73,8 @@ def test_c2_known_and_unknown_ids_are_compared_alike(store: KeyStore, monkeypatc
     assert [(len(a), len(b)) for a, b in compared] == [(64, 64)] * 2
 
 
-def test_c2_an_expired_key_is_refused_and_says_so(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_an_expired_key_is_refused_and_says_so(store: KeyStore) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=0.3)
     made, key = store.create("guest", ("chat",), expires=soon)
     assert store.authenticate(key).key_id == made.id
@@ -83,7 +88,8 @@ def test_c2_an_expired_key_is_refused_and_says_so(store: KeyStore) -> None:
     assert (store.num_valid, store.required) == (0, True)
 
 
-def test_c2_a_running_server_sees_new_and_revoked_keys(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_a_running_server_sees_new_and_revoked_keys(store: KeyStore) -> None:
     server = KeyStore(store.path)
     assert not server.required
     made, key = store.create("laptop", ("chat",))
@@ -99,7 +105,8 @@ def test_c2_a_running_server_sees_new_and_revoked_keys(store: KeyStore) -> None:
     assert [(key.name, key.status) for key in server.list()] == [("laptop", "revoked"), ("desktop", "valid")]
 
 
-def test_c1_after_the_last_key_is_revoked_everybody_still_needs_one(store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_after_the_last_key_is_revoked_everybody_still_needs_one(store: KeyStore) -> None:
     store.revoke(store.create("laptop", ("chat",))[0].id)
     assert (store.num_valid, store.required) == (0, True)
 
@@ -111,8 +118,9 @@ def test_an_unchanged_file_is_not_read_again(store: KeyStore, monkeypatch: pytes
     store.authenticate(key)
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "unknown field", "no scope", "duplicate id", "naive time"])
-def test_c2_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, damage: str) -> None:
+def test_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, damage: str) -> None:
     _, key = store.create("laptop", ("chat",))
     whole = store.path.read_text()
     content = json.loads(whole)
@@ -141,14 +149,16 @@ def test_c2_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, dam
     assert store.authenticate(key).name == "laptop"
 
 
-def test_c2_a_file_that_cannot_be_read_lets_nobody_in(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_a_file_that_cannot_be_read_lets_nobody_in(store: KeyStore) -> None:
     store.path.mkdir()  # to root every mode is readable
     with pytest.raises(KeysUnreadable, match="cannot be read"):
         _ = store.required
 
 
+@pytest.mark.promise("C8")
 @pytest.mark.parametrize("name", ["", "x" * 65, "a\nb", "<b>", "tab\t"])
-def test_c8_names_stay_on_one_line_of_a_log(store: KeyStore, name: str) -> None:
+def test_names_stay_on_one_line_of_a_log(store: KeyStore, name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         store.create(name, ("chat",))
     assert not store.path.exists()
@@ -159,7 +169,8 @@ def _create_ten(path: Path) -> None:
         KeyStore(path).create(f"key {i}", ("chat",))
 
 
-def test_c2_keys_made_at_the_same_time_are_all_kept(store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_keys_made_at_the_same_time_are_all_kept(store: KeyStore) -> None:
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_create_ten, args=(store.path,)) for _ in range(2)]
     for writer in writers:

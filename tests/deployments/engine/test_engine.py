@@ -164,15 +164,17 @@ def peft_greedy(peft_model: PeftModel) -> dict[tuple[int, str | None], list[int]
     return answers
 
 
+@pytest.mark.promise("E2")
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_e2_alone_equals_peft(
+def test_alone_equals_peft(
     engine: Engine, peft_greedy: dict[tuple[int, str | None], list[int]], adapter: str | None
 ) -> None:
     for i, prompt in enumerate(PROMPTS):  # the last is longer than one step's token budget: chunked
         assert answer(engine, prompt, greedy(), adapter).tokens["r"] == peft_greedy[i, adapter]
 
 
-def test_e2_mixed_and_prefix_reused_equals_peft(
+@pytest.mark.promise("E2")
+def test_mixed_and_prefix_reused_equals_peft(
     engine: Engine, peft_greedy: dict[tuple[int, str | None], list[int]]
 ) -> None:
     assert len({tuple(peft_greedy[0, adapter]) for adapter in ADAPTERS}) == len(ADAPTERS)  # the adapters matter
@@ -189,7 +191,8 @@ def test_e2_mixed_and_prefix_reused_equals_peft(
     assert answers.cached["3 r16"] == 144  # all full blocks before the last of 150 tokens
 
 
-def test_e2_preempted_equals_peft(
+@pytest.mark.promise("E2")
+def test_preempted_equals_peft(
     tiny_base: BaseModel,
     adapters: dict[str, Path],
     backend: str,
@@ -210,8 +213,9 @@ def test_e2_preempted_equals_peft(
         assert answers.tokens[str(n)] == peft_greedy[1, "r16" if n % 2 else None]
 
 
+@pytest.mark.promise("E2")
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_e2_teacher_forced_logprobs_equal_peft(engine: Engine, peft_model: PeftModel, adapter: str | None) -> None:
+def test_teacher_forced_logprobs_equal_peft(engine: Engine, peft_model: PeftModel, adapter: str | None) -> None:
     prompt = PROMPTS[3]
     expected = peft_logits(peft_model, prompt, adapter).log_softmax(-1)
     sampling = SamplingParams(max_tokens=0, prompt_logprobs=3)
@@ -228,7 +232,8 @@ def test_e2_teacher_forced_logprobs_equal_peft(engine: Engine, peft_model: PeftM
         assert max(abs(a - b) for (_, a), b in zip(found.top, top.values.tolist(), strict=True)) < 1e-3
 
 
-def test_a7_same_seed_same_tokens_alone_and_in_a_crowd(engine: Engine) -> None:
+@pytest.mark.promise("A7")
+def test_same_seed_same_tokens_alone_and_in_a_crowd(engine: Engine) -> None:
     sampling = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=50, seed=7, ignore_eos=True, logprobs=2)
     alone = answer(engine, PROMPTS[0], sampling)
     crowd = Answers()
@@ -290,7 +295,8 @@ def test_a_long_prompt_joins_at_once_and_running_answers_get_a_token_every_step(
     assert len(answers.tokens["long"]) == 1
 
 
-def test_d6_cancel_ends_a_request_and_leaves_nothing(engine: Engine) -> None:
+@pytest.mark.promise("D6")
+def test_cancel_ends_a_request_and_leaves_nothing(engine: Engine) -> None:
     answers = Answers()
     for i in range(12):
         answers.add(engine, EngineRequest(f"r{i}", PROMPTS[0], greedy(200), "r4" if i % 2 else None, n=1 + i % 2))
@@ -304,7 +310,8 @@ def test_d6_cancel_ends_a_request_and_leaves_nothing(engine: Engine) -> None:
     assert {name: len(tokens) for name, tokens in answers.tokens.items()} == counts
 
 
-def test_d10_an_adapter_in_use_keeps_its_slot(engine: Engine, adapters: dict[str, Path]) -> None:
+@pytest.mark.promise("D10")
+def test_an_adapter_in_use_keeps_its_slot(engine: Engine, adapters: dict[str, Path]) -> None:
     answers = Answers()
     for name in RANKS:
         answers.add(engine, EngineRequest(name, PROMPTS[0], greedy(), name))
@@ -320,7 +327,8 @@ def test_d10_an_adapter_in_use_keeps_its_slot(engine: Engine, adapters: dict[str
     assert load(engine, adapters["r8"], "r8")
 
 
-def test_d10_the_same_prompt_never_gets_another_adapters_keys_and_values(
+@pytest.mark.promise("D10")
+def test_the_same_prompt_never_gets_another_adapters_keys_and_values(
     engine: Engine, peft_greedy: dict[tuple[int, str | None], list[int]]
 ) -> None:
     for adapter in ["r16", None, "r64", "r16"]:
@@ -328,7 +336,8 @@ def test_d10_the_same_prompt_never_gets_another_adapters_keys_and_values(
         assert answers.tokens["r"] == peft_greedy[3, adapter]
 
 
-def test_d11_more_adapters_than_slots_give_what_each_gives_alone(
+@pytest.mark.promise("D11")
+def test_more_adapters_than_slots_give_what_each_gives_alone(
     tiny_base: BaseModel,
     adapters: dict[str, Path],
     backend: str,
@@ -350,7 +359,8 @@ def test_d11_more_adapters_than_slots_give_what_each_gives_alone(
     assert len(engine.loaded_adapters()) == 2
 
 
-def test_d9_nan_from_an_adapter_ends_its_own_request_only(
+@pytest.mark.promise("D9")
+def test_nan_from_an_adapter_ends_its_own_request_only(
     engine: Engine, adapters: dict[str, Path], peft_greedy: dict[tuple[int, str | None], list[int]]
 ) -> None:
     tensors = load_file(adapters["r4"] / "adapter_model.safetensors")
@@ -371,7 +381,8 @@ def test_d9_nan_from_an_adapter_ends_its_own_request_only(
     assert load(engine, adapters["r8"], "r8")
 
 
-def test_d9_a_fault_in_a_step_ends_its_requests_and_the_engine_serves_on(
+@pytest.mark.promise("D9")
+def test_a_fault_in_a_step_ends_its_requests_and_the_engine_serves_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, peft_greedy: dict[tuple[int, str | None], list[int]]
 ) -> None:
     answers = Answers()
@@ -384,12 +395,14 @@ def test_d9_a_fault_in_a_step_ends_its_requests_and_the_engine_serves_on(
     assert answer(engine, PROMPTS[0], greedy()).tokens["r"] == peft_greedy[0, None]
 
 
-def test_b3_what_can_never_fit_is_refused_at_once(engine: Engine) -> None:
+@pytest.mark.promise("B3")
+def test_what_can_never_fit_is_refused_at_once(engine: Engine) -> None:
     with pytest.raises(ValueError, match="150 tokens and max_tokens 107 do not fit max_model_len 256"):
         engine.add_request(EngineRequest("r", PROMPTS[3], greedy(107)), lambda deltas: None)
 
 
-def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel, backend: str) -> None:
+@pytest.mark.promise("E2")
+def test_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel, backend: str) -> None:
     """The embedded model in bf16 compute: mean distance of log-probabilities from the fp32 reference."""
     token_ids = list(range(3000, 3096))
     with torch.inference_mode():
@@ -415,7 +428,8 @@ def test_e2_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel, bac
     assert agreed / len(ours) > 0.9
 
 
-def test_a4_stats_tell_what_runs_and_what_was_cached(engine: Engine) -> None:
+@pytest.mark.promise("A4")
+def test_stats_tell_what_runs_and_what_was_cached(engine: Engine) -> None:
     before = engine.stats()
     assert (before.num_running, before.num_waiting, before.kv_cache_usage) == (0, 0, 0.0)
     assert before.num_loaded_adapters == len(RANKS)

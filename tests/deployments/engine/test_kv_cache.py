@@ -28,9 +28,10 @@ tokens = st.lists(st.integers(0, 2**31 - 1) | st.integers(0, 2), max_size=12)
 adapters = st.none() | st.sampled_from(["", "a", "a@v1", "a@v2", "b"])
 
 
+@pytest.mark.promise("D10")
 @settings(max_examples=200, deadline=None)
 @given(adapters, tokens, adapters, tokens, st.integers(1, 4))
-def test_keys_are_equal_exactly_where_adapter_version_and_all_tokens_up_to_there_are_d10(
+def test_keys_are_equal_exactly_where_adapter_version_and_all_tokens_up_to_there_are(
     adapter: str | None, token_ids: list[int], other: str | None, other_ids: list[int], size: int
 ) -> None:
     keys, other_keys = block_keys(adapter, token_ids, size), block_keys(other, other_ids, size)

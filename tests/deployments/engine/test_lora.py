@@ -82,8 +82,9 @@ def test_a_thousand_loads_take_no_more_columns_than_the_slots_need(stacks: LoraS
     assert len(stacks.stacked.owner) == 64
 
 
+@pytest.mark.promise("D9")
 @pytest.mark.parametrize(("a", "b", "scaling"), [(float("nan"), 1, 1), (3.4e38, 1, 1), (1, 2e38, 2)])
-def test_d9_numbers_that_are_not_finite_in_the_compute_dtype_are_refused(a: float, b: float, scaling: float) -> None:
+def test_numbers_that_are_not_finite_in_the_compute_dtype_are_refused(a: float, b: float, scaling: float) -> None:
     prefix = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{prefix}.lora_A.weight": torch.full((2, 6), a), f"{prefix}.lora_B.weight": torch.full((5, 2), b)}
     with pytest.raises(ValueError, match=r"q_proj.lora_[AB].weight has numbers that are not finite in bfloat16"):

@@ -59,8 +59,9 @@ def neighbours(api: InProcessApi, rng: random.Random) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize("which", ["base", "adapter"])
-def test_a7_same_seed_same_text_alone_and_in_any_crowd(tiny_api: InProcessApi, which: str) -> None:
+def test_same_seed_same_text_alone_and_in_any_crowd(tiny_api: InProcessApi, which: str) -> None:
     model = tiny_api.base.name if which == "base" else f"{tiny_api.adapter}@1"
     user = {"role": "user", "content": "hi"}
     common = {"model": model, "messages": [user], "seed": 11, "max_tokens": 24, "ignore_eos": True}
@@ -80,7 +81,8 @@ def test_a7_same_seed_same_text_alone_and_in_any_crowd(tiny_api: InProcessApi, w
     assert all(found != wanted for found, wanted in zip(other[1:], alone[1:], strict=True))
 
 
-def test_a7_and_a8_a_reused_prefix_changes_the_count_and_not_the_text(tiny_api: InProcessApi) -> None:
+@pytest.mark.promise("A7", "A8")
+def test_and_a_reused_prefix_changes_the_count_and_not_the_text(tiny_api: InProcessApi) -> None:
     prompt = [random.Random(0).randint(10, 49_000) for _ in range(90)]
     body = {"model": tiny_api.adapter, "prompt": prompt, "seed": 5, "temperature": 1.5, "max_tokens": 20}
     first, second = (httpx.post(f"{tiny_api.url}/v1/completions", json=body, timeout=60).json() for _ in range(2))
@@ -90,7 +92,8 @@ def test_a7_and_a8_a_reused_prefix_changes_the_count_and_not_the_text(tiny_api: 
     assert 32 <= cached[1] < len(prompt)
 
 
-def test_a8_counts_are_those_of_the_tokenizer(tiny_api: InProcessApi) -> None:
+@pytest.mark.promise("A8")
+def test_counts_are_those_of_the_tokenizer(tiny_api: InProcessApi) -> None:
     """Prompt tokens once for each prompt; the answers' tokens as their log-probabilities list them."""
     from training.base_models.resolve import load_tokenizer
     from training.chat.chat_format import Message, load_chat_format

@@ -174,8 +174,9 @@ def test_sampling_leaves_the_logits_alone() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.promise("D9")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_d9_a_row_that_is_not_a_distribution_gives_minus_one_and_the_others_their_tokens(value: float) -> None:
+def test_a_row_that_is_not_a_distribution_gives_minus_one_and_the_others_their_tokens(value: float) -> None:
     params = [GREEDY, RANDOM, *(replace(RANDOM, **changes) for changes in FILTERS)]
     logits = logits_of(6, num_rows=2 * len(params))
     alone = [sample(logits[2 * i, None], [row_of(p, [0], 0)])[0] for i, p in enumerate(params)]
@@ -225,9 +226,10 @@ PARAMS = st.builds(
 ROWS = st.tuples(PARAMS, st.lists(st.integers(0, 16), max_size=6), st.integers(0, 6), st.integers(0, 9))
 
 
+@pytest.mark.promise("A7")
 @settings(max_examples=100, deadline=None)
 @given(st.lists(ROWS, min_size=1, max_size=9), st.sampled_from([17, 257, 1024]), st.booleans(), st.randoms())
-def test_a7_a_row_gives_the_same_tokens_alone_and_at_any_place_in_any_batch(
+def test_a_row_gives_the_same_tokens_alone_and_at_any_place_in_any_batch(
     drawn: list[tuple[SamplingParams, list[int], int, int]], vocab_size: int, one_is_broken: bool, shuffler: Random
 ) -> None:
     logits = torch.cat([logits_of(seed, vocab_size) for _, _, _, seed in drawn])
@@ -246,7 +248,8 @@ def test_a7_a_row_gives_the_same_tokens_alone_and_at_any_place_in_any_batch(
         assert together == [sample(logits[i, None], [alone[i]])[0] for i in order]
 
 
-def test_a7_holds_at_the_width_of_a_real_vocabulary() -> None:
+@pytest.mark.promise("A7")
+def test_holds_at_the_width_of_a_real_vocabulary() -> None:
     params = [replace(RANDOM, **changes) for changes in FILTERS] + [GREEDY, replace(GREEDY, presence_penalty=1.0)]
     logits = logits_of(8, 49_152, len(params))
     for _ in range(3):

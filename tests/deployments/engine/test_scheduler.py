@@ -152,8 +152,9 @@ def test_the_last_token_of_a_cached_prompt_is_computed_all_the_same() -> None:
     assert b.num_cached_tokens == 4
 
 
+@pytest.mark.promise("D10")
 @pytest.mark.parametrize(("adapter", "other"), [(None, ""), (None, "a@v1"), ("a@v1", "a@v2"), ("a@v1", "b@v1")])
-def test_nobody_gets_the_kv_of_another_adapter_or_version_d10(adapter: str | None, other: str | None) -> None:
+def test_nobody_gets_the_kv_of_another_adapter_or_version(adapter: str | None, other: str | None) -> None:
     scheduler = scheduler_of()
     a, b = new_sequence(range(8), adapter), new_sequence(range(8), other)
     scheduler.add(a)

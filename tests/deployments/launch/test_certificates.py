@@ -52,8 +52,9 @@ def extension(kind: type[_Extension]) -> x509.Extension[_Extension]:
     return loaded().extensions.get_extension_for_class(kind)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
-def test_c3_the_key_is_its_owners_alone_whatever_the_umask(home: Path, umask: int) -> None:
+def test_the_key_is_its_owners_alone_whatever_the_umask(home: Path, umask: int) -> None:
     home.mkdir(mode=0o700)
     before = os.umask(umask)
     try:
@@ -64,7 +65,8 @@ def test_c3_the_key_is_its_owners_alone_whatever_the_umask(home: Path, umask: in
     assert (mode(certificate.parent), mode(key), mode(certificate)) == (0o700, 0o600, 0o644)
 
 
-def test_c3_the_key_is_never_open_to_others_not_even_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("C3")
+def test_the_key_is_never_open_to_others_not_even_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: dict[str, int] = {}
     real = os.open
 
@@ -82,7 +84,8 @@ def test_c3_the_key_is_never_open_to_others_not_even_while_it_is_written(monkeyp
     assert opened["key.pem"] == 0o600
 
 
-def test_c3_it_is_valid_for_the_hosts_this_machine_and_loopback() -> None:
+@pytest.mark.promise("C3")
+def test_it_is_valid_for_the_hosts_this_machine_and_loopback() -> None:
     created = create_certificate(["Llama.example.org", "192.0.2.7", "2001:db8::1", "*.corral.test"])
     asked = ("llama.example.org", "192.0.2.7", "2001:db8::1", "*.corral.test")
     assert created.hosts == (*asked, socket.gethostname(), "localhost", "127.0.0.1", "::1")
@@ -90,7 +93,8 @@ def test_c3_it_is_valid_for_the_hosts_this_machine_and_loopback() -> None:
     assert len(names.get_values_for_type(x509.IPAddress)) == 4  # as addresses: clients compare no text
 
 
-def test_c3_it_is_a_p_256_server_certificate_that_signs_for_nobody_else() -> None:
+@pytest.mark.promise("C3")
+def test_it_is_a_p_256_server_certificate_that_signs_for_nobody_else() -> None:
     create_certificate()
     key = loaded().public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
@@ -101,15 +105,17 @@ def test_c3_it_is_a_p_256_server_certificate_that_signs_for_nobody_else() -> Non
     assert extension(x509.KeyUsage).value.key_cert_sign is False
 
 
-def test_c3_it_lasts_at_most_825_days() -> None:
+@pytest.mark.promise("C3")
+def test_it_lasts_at_most_825_days() -> None:
     create_certificate()
     lasts = loaded().not_valid_after_utc - loaded().not_valid_before_utc + datetime.timedelta(seconds=1)
     assert lasts == datetime.timedelta(days=825)
     assert loaded().not_valid_before_utc < datetime.datetime.now(datetime.UTC)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("days", ["826", "0", "-1"])
-def test_c3_other_lives_are_refused(days: str) -> None:
+def test_other_lives_are_refused(days: str) -> None:
     result = corral("create", "--days", days)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
@@ -125,8 +131,9 @@ def test_what_is_no_host_is_refused(host: str) -> None:
         create_certificate([host])
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("there", ["cert.pem", "key.pem"])
-def test_c3_an_existing_file_is_never_overwritten(there: str) -> None:
+def test_an_existing_file_is_never_overwritten(there: str) -> None:
     create_certificate()
     kept = {path: path.read_bytes() for path in certificate_files()}
     for path in kept:
@@ -141,7 +148,8 @@ def test_c3_an_existing_file_is_never_overwritten(there: str) -> None:
     assert path.read_bytes() == kept[path]
 
 
-def test_c3_git_ignores_them() -> None:
+@pytest.mark.promise("C3")
+def test_git_ignores_them() -> None:
     for name in ("certs/cert.pem", "certs/key.pem", "server.key", "server.crt", "keys.json"):
         assert subprocess.run(["git", "check-ignore", "-q", name], check=False).returncode == 0, name
 
@@ -214,7 +222,8 @@ def strict(path: Path) -> ssl.SSLContext:
     return context
 
 
-def test_c3_clients_that_trust_the_file_verify_the_server() -> None:
+@pytest.mark.promise("C3")
+def test_clients_that_trust_the_file_verify_the_server() -> None:
     create_certificate()
     pem, key = certificate_files()
     with https_server(pem, key) as url:
@@ -229,7 +238,8 @@ def test_c3_clients_that_trust_the_file_verify_the_server() -> None:
         assert httpx.get(url, verify=context_trusting(str(pem)), trust_env=False).status_code == 200
 
 
-def test_c3_clients_that_do_not_trust_it_are_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("C3")
+def test_clients_that_do_not_trust_it_are_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_certificate()
     pem, key = certificate_files()
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "other"))
@@ -251,7 +261,8 @@ def test_chat_refuses_a_ca_file_that_is_none(tmp_path: Path) -> None:
         assert result.stderr.count("\n") == 1
 
 
-def test_c3_files_that_https_cannot_be_served_with_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("C3")
+def test_files_that_https_cannot_be_served_with_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_certificate()
     pem, key = map(str, certificate_files())
     check_tls_files(pem, key)
@@ -272,7 +283,8 @@ def test_c3_files_that_https_cannot_be_served_with_are_refused(tmp_path: Path, m
         check_tls_files(__file__, key)
 
 
-def test_c3_an_encrypted_key_is_refused_without_asking_for_its_password(tmp_path: Path) -> None:
+@pytest.mark.promise("C3")
+def test_an_encrypted_key_is_refused_without_asking_for_its_password(tmp_path: Path) -> None:
     create_certificate()
     pem, key = map(str, certificate_files())
     locked = tmp_path / "locked.pem"

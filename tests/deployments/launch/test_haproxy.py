@@ -41,7 +41,8 @@ listen stats
 ERRORS = Path("/run/unavailable.http")
 
 
-def test_c3_statistics_and_everybodys_admin_socket_are_taken_out(tmp_path: Path) -> None:
+@pytest.mark.promise("C3")
+def test_statistics_and_everybodys_admin_socket_are_taken_out(tmp_path: Path) -> None:
     config = restricted(CONFIG, ERRORS, *Frontend("127.0.0.1", 8000).environment(tmp_path).values())
     assert [line for line in config.splitlines() if "bind" in line] == ["    bind 127.0.0.1:8000"]
     assert "/run/admin.sock mode 600 level admin" in config
@@ -51,19 +52,22 @@ def test_c3_statistics_and_everybodys_admin_socket_are_taken_out(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("lost", ["listen stats", "mode 666", "errorfile 502", "bind 127.0.0.1"])
-def test_c3_an_unknown_configuration_is_refused(lost: str) -> None:
+def test_an_unknown_configuration_is_refused(lost: str) -> None:
     with pytest.raises(ServeError, match="RAY_SERVE_ENABLE_HA_PROXY=0"):
         restricted(CONFIG.replace(lost, "something else"), ERRORS, "127.0.0.1:8000")
 
 
-def test_c3_a_second_address_such_as_grpcs_is_refused() -> None:
+@pytest.mark.promise("C3")
+def test_a_second_address_such_as_grpcs_is_refused() -> None:
     with pytest.raises(ServeError, match="2 addresses"):
         restricted(CONFIG + "frontend grpc_frontend\n    bind 127.0.0.1:9000 proto h2\n", ERRORS, "127.0.0.1:8000")
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", "localhost"])
-def test_c3_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
+def test_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
@@ -87,7 +91,8 @@ def test_c3_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
     assert subprocess.run(check, capture_output=True, check=False).returncode != 0  # rather than plain HTTP
 
 
-def test_a8_what_haproxy_says_by_itself_has_a_request_id(tmp_path: Path) -> None:
+@pytest.mark.promise("A8")
+def test_what_haproxy_says_by_itself_has_a_request_id(tmp_path: Path) -> None:
     port, error_file, config = free_port(), tmp_path / "unavailable.http", tmp_path / "haproxy.cfg"
     error_file.write_text(unavailable())
     written = f"""global
@@ -123,12 +128,14 @@ backend gone
         haproxy.wait(timeout=10)
 
 
-def test_a8_a_configuration_without_the_frontend_is_refused() -> None:
+@pytest.mark.promise("A8")
+def test_a_configuration_without_the_frontend_is_refused() -> None:
     with pytest.raises(ServeError, match="RAY_SERVE_ENABLE_HA_PROXY=0"):
         with_request_ids("frontend other\n    bind 127.0.0.1:8000\n")
 
 
-def test_c3_http_is_on_the_loopback_interface_only(server: RunningServer) -> None:
+@pytest.mark.promise("C3")
+def test_http_is_on_the_loopback_interface_only(server: RunningServer) -> None:
     (ingress,) = descendants(server.pid, "ChatIngress")
     haproxies = descendants(server.pid, "bin/haproxy")  # one that Ray replaced may still finish its connections
     listening = {(a.ip, a.port) for haproxy in haproxies for a in listening_on(haproxy)}
@@ -149,7 +156,8 @@ def test_what_haproxy_answers_itself_is_an_openai_error() -> None:
     assert json.loads(body)["error"]["code"] == "not_ready"
 
 
-def test_d2_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_new_one(server: RunningServer) -> None:
+@pytest.mark.promise("D2")
+def test_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_new_one(server: RunningServer) -> None:
     (ingress,) = descendants(server.pid, "ChatIngress")
     os.kill(ingress.pid, signal.SIGKILL)
     refusals, num_lost, started = [], 0, time.monotonic()

@@ -85,7 +85,8 @@ def corral_serve(content: dict[str, Any], folder: Path) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_d16_a_taken_port_is_named_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.promise("D16")
+def test_a_taken_port_is_named_in_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -108,7 +109,8 @@ def test_corral_serve_refuses_a_misspelt_key_before_anything_starts(tmp_path: Pa
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_d5_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embedded_base: object) -> None:
+@pytest.mark.promise("D5")
+def test_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embedded_base: object) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump(serve_config()))
     command = [sys.executable, "-m", "clients.cli", "serve", str(config)]

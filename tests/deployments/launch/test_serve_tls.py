@@ -85,7 +85,8 @@ def secure(
         assert stop_server(process) == 0, log.read_text()[-4000:]
 
 
-def test_c3_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure: SecureServer) -> None:
     with CorralClient(secure.url, secure.key, ca=secure.certificate) as client:
         (base,) = client.models()
         whole = client.chat("hi", model=base.id, temperature=0, max_tokens=8)
@@ -94,14 +95,16 @@ def test_c3_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure:
         httpx.get(secure.url, trust_env=False)
 
 
-def test_c3_the_page_knows_that_it_is_on_https(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_the_page_knows_that_it_is_on_https(secure: SecureServer) -> None:
     with contextlib.closing(secure.browser()) as browser:
         assert browser.get("/ui/").status_code == 200
         root = browser.get("/ui/config").json()["root"]
     assert root == f"{secure.url}/ui"  # else the browser blocks the page's own requests
 
 
-def test_c1_without_the_key_nobody_gets_in_over_tls_either(secure: SecureServer) -> None:
+@pytest.mark.promise("C1")
+def test_without_the_key_nobody_gets_in_over_tls_either(secure: SecureServer) -> None:
     with httpx.Client(base_url=secure.url, verify=secure.trusted, trust_env=False, timeout=60) as stranger:
         expected = 401 if secure.key else 200
         assert stranger.get("/v1/models").status_code == expected
@@ -109,21 +112,24 @@ def test_c1_without_the_key_nobody_gets_in_over_tls_either(secure: SecureServer)
         assert stranger.get("/readyz").status_code == 200
 
 
-def test_c3_it_said_how_to_trust_it_and_the_key_is_its_owners_alone(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_it_said_how_to_trust_it_and_the_key_is_its_owners_alone(secure: SecureServer) -> None:
     assert f"trust {secure.certificate}" in secure.log.read_text()
     key = secure.certificate.with_name("key.pem")
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert stat.S_IMODE(key.parent.stat().st_mode) == 0o700
 
 
-def test_c3_plain_http_gets_no_answer(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_plain_http_gets_no_answer(secure: SecureServer) -> None:
     for path in ("/healthz", "/v1/models", "/ui/"):
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"{secure.url.replace('https', 'http')}{path}", trust_env=False, timeout=10)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1])
-def test_c3_tls_below_1_2_is_refused_by_the_server(secure: SecureServer, newest: ssl.TLSVersion) -> None:
+def test_tls_below_1_2_is_refused_by_the_server(secure: SecureServer, newest: ssl.TLSVersion) -> None:
     context = secure.trusted
     context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, newest
     context.set_ciphers("ALL:@SECLEVEL=0")  # the client would do it
@@ -135,7 +141,8 @@ def test_c3_tls_below_1_2_is_refused_by_the_server(secure: SecureServer, newest:
     assert refused.value.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")  # uvicorn hangs up
 
 
-def test_c3_tls_1_2_is_spoken(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_tls_1_2_is_spoken(secure: SecureServer) -> None:
     context = secure.trusted
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with socket.create_connection(("127.0.0.1", httpx.URL(secure.url).port or 0)) as plain:
@@ -148,7 +155,8 @@ def beyond_this_machine(process: subprocess.Popen[bytes]) -> list[Listener]:
     return [listener for listener in listeners() if listener.pid in own and not listener.is_loopback]
 
 
-def test_c3_beyond_this_machine_only_replicas_listen_and_they_ask_for_the_token(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_beyond_this_machine_only_replicas_listen_and_they_ask_for_the_token(secure: SecureServer) -> None:
     beyond = beyond_this_machine(secure.process)
     haproxy = [listener for listener in beyond if listener.name == "haproxy"]
     assert {listener.address for listener in haproxy} == ({f"*:{httpx.URL(secure.url).port}"} if secure.key else set())
@@ -167,18 +175,21 @@ def refuses_calls_without_token(listener: Listener) -> bool:
     return bool(refused.value.code() is grpc.StatusCode.UNAUTHENTICATED)
 
 
-def test_c3_no_socket_answers_plain_http_to_strangers(secure: SecureServer) -> None:
+@pytest.mark.promise("C3")
+def test_no_socket_answers_plain_http_to_strangers(secure: SecureServer) -> None:
     answering = [found for found in beyond_this_machine(secure.process) if speaks_plain_http("127.0.0.1", found.port)]
     assert answering == []
 
 
-def test_d16_a_cluster_that_the_environment_names_is_never_joined(secure: SecureServer) -> None:
+@pytest.mark.promise("D16")
+def test_a_cluster_that_the_environment_names_is_never_joined(secure: SecureServer) -> None:
     secure.cluster.setblocking(False)
     with pytest.raises(BlockingIOError):
         secure.cluster.accept()
 
 
-def test_d16_a_second_server_on_the_port_is_told_who_has_it(secure: SecureServer) -> None:
+@pytest.mark.promise("D16")
+def test_a_second_server_on_the_port_is_told_who_has_it(secure: SecureServer) -> None:
     command = [sys.executable, "-m", "clients.cli", "serve", str(secure.config)]
     home = {"CORRAL_HOME": str(secure.certificate.parent.parent)}
     done = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=60, check=False)

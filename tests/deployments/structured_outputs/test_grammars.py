@@ -104,9 +104,10 @@ TEXTS: list[tuple[dict[str, Any] | None, str, bool]] = [
 ]
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize("kind", ["embedded", "llama2"])
 @pytest.mark.parametrize(("schema", "text", "expected"), TEXTS)
-def test_a1_a_text_is_of_its_schema_in_both_kinds_of_tokenizers(
+def test_a_text_is_of_its_schema_in_both_kinds_of_tokenizers(
     compilers: dict[str, tuple[BaseModel, GrammarCompiler]],
     kind: str,
     schema: dict[str, Any] | None,
@@ -121,8 +122,9 @@ def test_a1_a_text_is_of_its_schema_in_both_kinds_of_tokenizers(
     assert is_of(compiled(compiler, schema), token_ids) is expected
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize("kind", ["embedded", "llama2"])
-def test_a1_characters_can_be_written_byte_by_byte(
+def test_characters_can_be_written_byte_by_byte(
     compilers: dict[str, tuple[BaseModel, GrammarCompiler]], kind: str
 ) -> None:
     base, compiler = compilers[kind]
@@ -134,8 +136,9 @@ def test_a1_characters_can_be_written_byte_by_byte(
     assert not is_of(compiled(compiler, {"type": "string"}), [*token_ids[:2], *token_ids[3:]])  # half an é
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize("kind", ["embedded", "llama2"])
-def test_a1_the_end_is_allowed_where_the_text_may_end_and_no_control_token_ever(
+def test_the_end_is_allowed_where_the_text_may_end_and_no_control_token_ever(
     compilers: dict[str, tuple[BaseModel, GrammarCompiler]], kind: str
 ) -> None:
     base, compiler = compilers[kind]
@@ -203,8 +206,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise("B9")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_b9_a_hostile_schema_is_refused_or_followed_within_2_s(
+def test_a_hostile_schema_is_refused_or_followed_within_2_s(
     compilers: dict[str, tuple[BaseModel, GrammarCompiler]], name: str
 ) -> None:
     _, compiler = compilers["embedded"]
@@ -236,7 +240,8 @@ def test_b9_a_hostile_schema_is_refused_or_followed_within_2_s(
     assert time.monotonic() - started < 2
 
 
-def test_b9_the_event_loop_goes_on_while_a_schema_compiles(
+@pytest.mark.promise("B9")
+def test_the_event_loop_goes_on_while_a_schema_compiles(
     compilers: dict[str, tuple[BaseModel, GrammarCompiler]],
 ) -> None:
     _, compiler = compilers["embedded"]
@@ -255,7 +260,8 @@ def test_b9_the_event_loop_goes_on_while_a_schema_compiles(
     assert longest < whole / 2
 
 
-def test_b9_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come_again(
+@pytest.mark.promise("B9")
+def test_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come_again(
     embedded_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = new_compiler(embedded_base, timeout_s=0.2)
@@ -282,7 +288,8 @@ def test_b9_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come
     assert isinstance(again, Constraint)
 
 
-def test_b9_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
+@pytest.mark.promise("B9")
+def test_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
     embedded_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = new_compiler(embedded_base, cache_size=3)
@@ -314,7 +321,8 @@ def test_b9_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
     asyncio.run(ask())
 
 
-def test_b9_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseModel) -> None:
+@pytest.mark.promise("B9")
+def test_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseModel) -> None:
     compiler = new_compiler(embedded_base)
 
     async def leave() -> Constraint:
@@ -327,6 +335,7 @@ def test_b9_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseMod
     assert isinstance(asyncio.run(leave()), Constraint)
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
@@ -337,7 +346,7 @@ def test_b9_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseMod
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "'a' is unsatisfiable"),
     ],
 )
-def test_a1_what_the_library_does_not_take_is_said_in_one_line(
+def test_what_the_library_does_not_take_is_said_in_one_line(
     compilers: dict[str, tuple[BaseModel, GrammarCompiler]], schema: dict[str, Any], words: str
 ) -> None:
     _, compiler = compilers["embedded"]
@@ -346,6 +355,7 @@ def test_a1_what_the_library_does_not_take_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a1_text_is_free() -> None:
+@pytest.mark.promise("A1")
+def test_text_is_free() -> None:
     assert grammar_of(None) is None
     assert grammar_of(ResponseFormat(type="text")) is None

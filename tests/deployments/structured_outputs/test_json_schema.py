@@ -31,6 +31,7 @@ def refusal(schema: Any, *, strict: bool = False) -> ResponseFormatRefused:
     return caught.value
 
 
+@pytest.mark.promise("A1")
 @pytest.mark.parametrize(
     "schema",
     [
@@ -42,10 +43,11 @@ def refusal(schema: Any, *, strict: bool = False) -> ResponseFormatRefused:
         nested(15),
     ],
 )
-def test_a1_usual_schemas_are_accepted(schema: dict[str, Any]) -> None:
+def test_usual_schemas_are_accepted(schema: dict[str, Any]) -> None:
     check_schema(schema, "schema")
 
 
+@pytest.mark.promise("B9")
 @pytest.mark.parametrize(
     ("schema", "param", "words"),
     [
@@ -78,20 +80,22 @@ def test_a1_usual_schemas_are_accepted(schema: dict[str, Any]) -> None:
         ({"properties": {f"p{i}": {} for i in range(1001)}}, "schema.properties", "1000 properties"),
     ],
 )
-def test_b9_a_refusal_names_the_place_and_the_reason(schema: dict[str, Any], param: str, words: str) -> None:
+def test_a_refusal_names_the_place_and_the_reason(schema: dict[str, Any], param: str, words: str) -> None:
     error = refusal(schema)
     assert error.param == param
     assert words in str(error)
 
 
-def test_b9_multiples_are_counted_together() -> None:
+@pytest.mark.promise("B9")
+def test_multiples_are_counted_together() -> None:
     """Two schemas that both apply need the common multiple: primes would make it their product."""
     assert refusal({"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}).param == "schema.allOf.0.multipleOf"
     assert "multipleOf" in str(refusal({"properties": {"a": {"multipleOf": 1e-9}, "b": {"multipleOf": 1}}}))
     check_schema({"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 0.05}, "c": {"multipleOf": 5}}}, "s")
 
 
-def test_a1_strict_wants_closed_objects() -> None:
+@pytest.mark.promise("A1")
+def test_strict_wants_closed_objects() -> None:
     closed = {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}
     check_schema(closed, "schema", strict=True)
     open_inside = closed | {"properties": {"a": {"type": "object"}}}
@@ -101,6 +105,7 @@ def test_a1_strict_wants_closed_objects() -> None:
     assert "additionalProperties: false" in str(error)
 
 
+@pytest.mark.promise("B9")
 @pytest.mark.parametrize(
     ("pattern", "size"),
     [
@@ -122,5 +127,5 @@ def test_a1_strict_wants_closed_objects() -> None:
         ("", 0),
     ],
 )
-def test_b9_the_size_of_a_pattern_is_with_its_repetitions_written_out(pattern: str, size: int) -> None:
+def test_the_size_of_a_pattern_is_with_its_repetitions_written_out(pattern: str, size: int) -> None:
     assert pattern_size(pattern) == size

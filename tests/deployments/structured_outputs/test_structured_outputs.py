@@ -120,9 +120,10 @@ def _composed(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dic
     )
 
 
+@pytest.mark.promise("A1")
 @settings(max_examples=12, deadline=None)
 @given(schema=st.recursive(_leaves, _composed, max_leaves=5), seed=st.integers(0, 2**32), data=st.data())
-def test_a1_whatever_the_schema_the_answer_is_of_it(
+def test_whatever_the_schema_the_answer_is_of_it(
     loaded: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary, schema: dict[str, Any], seed: int, data: Any
 ) -> None:
     """The model is random, so every token that the grammar allows is as good as any other to it."""
@@ -141,7 +142,8 @@ def test_a1_whatever_the_schema_the_answer_is_of_it(
         jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
 
 
-def test_a1_bounded_schemas_always_end(engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
+@pytest.mark.promise("A1")
+def test_bounded_schemas_always_end(engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
     sampled = [
         replace(FREE, seed=seed, temperature=temperature) for seed in range(6) for temperature in (0.0, 0.7, 1.5)
     ]
@@ -153,7 +155,8 @@ def test_a1_bounded_schemas_always_end(engine: Engine, compiler: GrammarCompiler
     assert len(set(texts)) > 6
 
 
-def test_a1_length_may_cut_the_json(engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
+@pytest.mark.promise("A1")
+def test_length_may_cut_the_json(engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary) -> None:
     held_to = constraint(compiler, {"type": "array", "items": {"type": "integer"}, "minItems": 500})
     answers = ask(engine, held_to, replace(FREE, max_tokens=30))
     assert answers.reasons["0"] == "length"
@@ -161,7 +164,8 @@ def test_a1_length_may_cut_the_json(engine: Engine, compiler: GrammarCompiler, v
     assert text_of(answers.tokens["0"], vocabulary).startswith("[")
 
 
-def test_a1_neither_min_tokens_nor_ignore_eos_lead_out_of_the_grammar(
+@pytest.mark.promise("A1")
+def test_neither_min_tokens_nor_ignore_eos_lead_out_of_the_grammar(
     engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary
 ) -> None:
     held_to = constraint(compiler, {"enum": ["a", "ab"]})
@@ -177,7 +181,8 @@ def test_a1_neither_min_tokens_nor_ignore_eos_lead_out_of_the_grammar(
     assert answers.reasons["1"] == "stop"
 
 
-def test_a7_each_answer_has_its_own_place_and_is_the_same_alone(
+@pytest.mark.promise("A7")
+def test_each_answer_has_its_own_place_and_is_the_same_alone(
     engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary
 ) -> None:
     held_to = constraint(compiler, PERSON)
@@ -190,7 +195,8 @@ def test_a7_each_answer_has_its_own_place_and_is_the_same_alone(
     assert len({tuple(together.tokens[f"0/{i}"]) for i in range(4)}) > 1
 
 
-def test_a7_free_answers_are_bit_equal_beside_constrained_ones(engine: Engine, compiler: GrammarCompiler) -> None:
+@pytest.mark.promise("A7")
+def test_free_answers_are_bit_equal_beside_constrained_ones(engine: Engine, compiler: GrammarCompiler) -> None:
     free = [replace(FREE, max_tokens=20, logprobs=3, seed=i, temperature=i % 2) for i in range(3)]
     alone = ask(engine, None, *free)
     mixed = Answers()
@@ -206,7 +212,8 @@ def test_a7_free_answers_are_bit_equal_beside_constrained_ones(engine: Engine, c
         assert mixed.tokens[f"held {i}"] != alone.tokens[str(i)]
 
 
-def test_a1_a_preempted_answer_goes_on_where_it_was(
+@pytest.mark.promise("A1")
+def test_a_preempted_answer_goes_on_where_it_was(
     tiny_base: BaseModel, compiler: GrammarCompiler, vocabulary: Vocabulary, one_thread: None
 ) -> None:
     engine = new_engine(tiny_base, kv_cache_bytes=1)  # room for one sequence of the full length
@@ -231,7 +238,8 @@ def test_a1_a_preempted_answer_goes_on_where_it_was(
         jsonschema.validate(json.loads(text_of(tokens, vocabulary)), numbers)
 
 
-def test_d9_a_constraint_that_fails_ends_its_own_answer_only(
+@pytest.mark.promise("D9")
+def test_a_constraint_that_fails_ends_its_own_answer_only(
     engine: Engine, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held_to = constraint(compiler, PERSON)
@@ -251,7 +259,8 @@ def test_d9_a_constraint_that_fails_ends_its_own_answer_only(
         assert answers.tokens["good"] == expected
 
 
-def test_d6_a_cancelled_answer_leaves_nothing(engine: Engine, compiler: GrammarCompiler) -> None:
+@pytest.mark.promise("D6")
+def test_a_cancelled_answer_leaves_nothing(engine: Engine, compiler: GrammarCompiler) -> None:
     held_to = constraint(compiler, PERSON)
     received: list[Delta] = []
     engine.add_request(EngineRequest("gone", PROMPTS[0], FREE, n=3, constraint=held_to), received.extend)
@@ -263,7 +272,8 @@ def test_d6_a_cancelled_answer_leaves_nothing(engine: Engine, compiler: GrammarC
     assert not engine._requests
 
 
-def test_a1_logprobs_are_among_the_allowed_tokens(
+@pytest.mark.promise("A1")
+def test_logprobs_are_among_the_allowed_tokens(
     engine: Engine, compiler: GrammarCompiler, vocabulary: Vocabulary
 ) -> None:
     """As vLLM reports them: the mask comes before the log-softmax."""

@@ -51,9 +51,10 @@ short_texts = st.text(alphabet="abc d", max_size=40)
 stop_strings = st.lists(st.text("abc d", min_size=1, max_size=5), max_size=3)
 
 
+@pytest.mark.promise("A6")
 @settings(max_examples=60, deadline=None)
 @given(text=odd_texts)
-def test_a6_pieces_are_whole_characters_and_add_up_to_the_text(
+def test_pieces_are_whole_characters_and_add_up_to_the_text(
     tokenizers: dict[str, Tokenizer], vocabularies: dict[str, Vocabulary], text: str
 ) -> None:
     for family, vocabulary in vocabularies.items():
@@ -105,9 +106,10 @@ def test_control_tokens_are_spelled_and_add_no_text(
     assert vocabularies["embedded"].spelling(10_000_000) == b""  # a row of the model that is no token
 
 
+@pytest.mark.promise("A6")
 @settings(max_examples=100, deadline=None)
 @given(text=short_texts, stop=stop_strings)
-def test_a6_nothing_of_a_stop_string_is_sent(
+def test_nothing_of_a_stop_string_is_sent(
     tokenizers: dict[str, Tokenizer], vocabularies: dict[str, Vocabulary], text: str, stop: list[str]
 ) -> None:
     detokenizer = Detokenizer(vocabularies["embedded"], stop)
@@ -122,9 +124,10 @@ def test_a6_nothing_of_a_stop_string_is_sent(
         assert not any(s in sent for s in stop)
 
 
+@pytest.mark.promise("A7")
 @settings(max_examples=100, deadline=None)
 @given(text=st.one_of(odd_texts, short_texts), stop=stop_strings, batch=st.integers(2, 50))
-def test_a7_tokens_that_come_together_give_what_they_give_one_by_one(
+def test_tokens_that_come_together_give_what_they_give_one_by_one(
     tokenizers: dict[str, Tokenizer], vocabularies: dict[str, Vocabulary], text: str, stop: list[str], batch: int
 ) -> None:
     token_ids = encode(tokenizers, text)
@@ -135,7 +138,8 @@ def test_a7_tokens_that_come_together_give_what_they_give_one_by_one(
     assert (one_by_one.stopped, one_by_one.num_tokens) == (together.stopped, together.num_tokens)
 
 
-def test_a6_a_stop_string_over_token_borders_takes_its_tokens_with_it(
+@pytest.mark.promise("A6")
+def test_a_stop_string_over_token_borders_takes_its_tokens_with_it(
     tokenizers: dict[str, Tokenizer], vocabularies: dict[str, Vocabulary]
 ) -> None:
     token_ids = encode(tokenizers, "The answer is forty-two. END OF FILE and more")

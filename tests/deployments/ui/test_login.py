@@ -74,7 +74,8 @@ def route_paths(app: Any) -> set[tuple[str, str]]:
     return found
 
 
-def test_c1_every_route_of_the_page_needs_a_session(app: Any, store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_every_route_of_the_page_needs_a_session(app: Any, store: KeyStore) -> None:
     store.create("laptop", ("chat",))
     found = route_paths(app)
     behind = found - {("GET", "/login"), ("POST", "/login"), ("POST", "/logout")}
@@ -94,7 +95,8 @@ def test_c1_every_route_of_the_page_needs_a_session(app: Any, store: KeyStore) -
         assert (redirect.status_code, redirect.headers["location"]) == (303, "/ui/login")
 
 
-def test_c1_a_websocket_gets_nowhere(app: Any, store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_a_websocket_gets_nowhere(app: Any, store: KeyStore) -> None:
     store.create("laptop", ("chat",))
     with (
         pytest.raises(WebSocketDisconnect),
@@ -103,7 +105,8 @@ def test_c1_a_websocket_gets_nowhere(app: Any, store: KeyStore) -> None:
         pass
 
 
-def test_c1_logging_in_and_out(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_logging_in_and_out(client: TestClient, store: KeyStore) -> None:
     assert gets_in(client)  # there are no keys
     assert client.get("/ui/login").headers["location"] == "/ui/"
     made, key = store.create("laptop", ("chat",))
@@ -128,7 +131,8 @@ def test_c1_logging_in_and_out(client: TestClient, store: KeyStore) -> None:
     assert client.get("/ui/logout", headers=AS_BROWSER).headers["location"] == "/ui/login"
 
 
-def test_c2_a_session_ends_with_its_key(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_a_session_ends_with_its_key(client: TestClient, store: KeyStore) -> None:
     made, key = store.create("laptop", ("chat",))
     log_in(client, key)
     assert gets_in(client)
@@ -144,7 +148,8 @@ def test_c2_a_session_ends_with_its_key(client: TestClient, store: KeyStore) -> 
     assert not gets_in(client)
 
 
-def test_c2_a_session_ends_after_a_day(client: TestClient, store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("C2")
+def test_a_session_ends_after_a_day(client: TestClient, store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
     _, key = store.create("laptop", ("chat",))
     signed_at = itsdangerous.TimestampSigner.get_timestamp
     monkeypatch.setattr(itsdangerous.TimestampSigner, "get_timestamp", lambda self: signed_at(self) - 24 * 3600 + 60)
@@ -155,7 +160,8 @@ def test_c2_a_session_ends_after_a_day(client: TestClient, store: KeyStore, monk
     assert not gets_in(client)
 
 
-def test_c1_a_cookie_that_we_did_not_sign_is_none(app: Any, client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C1")
+def test_a_cookie_that_we_did_not_sign_is_none(app: Any, client: TestClient, store: KeyStore) -> None:
     made, key = store.create("laptop", ("chat",))
     other, _ = store.create("boss", ("admin",))
     log_in(client, key)
@@ -168,7 +174,8 @@ def test_c1_a_cookie_that_we_did_not_sign_is_none(app: Any, client: TestClient, 
         assert thief.get("/ui/config", headers=[(b"cookie", header)]).status_code == 401, forged
 
 
-def test_c2_sessions_outlive_a_restart_and_their_secret_is_the_owners(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_sessions_outlive_a_restart_and_their_secret_is_the_owners(client: TestClient, store: KeyStore) -> None:
     _, key = store.create("laptop", ("chat",))
     log_in(client, key)
     secret = store.path.with_name("ui_secret")
@@ -183,13 +190,15 @@ def test_c2_sessions_outlive_a_restart_and_their_secret_is_the_owners(client: Te
     assert not gets_in(forgotten)
 
 
+@pytest.mark.promise("C3")
 @pytest.mark.parametrize("url", ["https://localhost:8000", "http://localhost:8000"])
-def test_c3_the_cookie_is_secure_under_https_also_behind_a_proxy(app: Any, store: KeyStore, url: str) -> None:
+def test_the_cookie_is_secure_under_https_also_behind_a_proxy(app: Any, store: KeyStore, url: str) -> None:
     _, key = store.create("laptop", ("chat",))
     assert "Secure" in log_in(browser(app, url), key, origin="https://localhost:8000").headers["set-cookie"]
 
 
-def test_c2_attempts_are_limited(store: KeyStore, tmp_path: Path) -> None:
+@pytest.mark.promise("C2")
+def test_attempts_are_limited(store: KeyStore, tmp_path: Path) -> None:
     client = browser(build_asgi_app(ScriptedBackend(), store, "Corral"))
     _, key = store.create("laptop", ("chat",))
     for _ in range(10):
@@ -202,7 +211,8 @@ def test_c2_attempts_are_limited(store: KeyStore, tmp_path: Path) -> None:
         assert "set-cookie" not in refused.headers
 
 
-def test_c7_the_login_page_loads_nothing_and_repeats_nothing(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C7")
+def test_the_login_page_loads_nothing_and_repeats_nothing(client: TestClient, store: KeyStore) -> None:
     _, key = store.create("laptop", ("chat",))
     page = client.get("/ui/login", headers=AS_BROWSER)
     assert page.headers["cache-control"] == "no-store"
@@ -220,17 +230,17 @@ def test_c7_the_login_page_loads_nothing_and_repeats_nothing(client: TestClient,
     assert log_in(client, "x" * 3_000_000).status_code == 413
 
 
+@pytest.mark.promise("C2")
 @pytest.mark.parametrize("body", [b"", b"key", b"\xff\xfe", b"&" * 100, b"key=%ff", b"a=b&" * 1000 + b"key=x"])
-def test_c2_odd_forms_are_refused(app: Any, store: KeyStore, body: bytes) -> None:
+def test_odd_forms_are_refused(app: Any, store: KeyStore, body: bytes) -> None:
     store.create("laptop", ("chat",))
     client = browser(build_asgi_app(ScriptedBackend(), store, "Corral"))
     form = {"content-type": "application/x-www-form-urlencoded"}
     assert client.post("/ui/login", content=body, headers=form).status_code == 401
 
 
-def test_c7_pages_of_other_hosts_neither_log_in_nor_out_nor_use_an_open_page(
-    client: TestClient, store: KeyStore
-) -> None:
+@pytest.mark.promise("C7")
+def test_pages_of_other_hosts_neither_log_in_nor_out_nor_use_an_open_page(client: TestClient, store: KeyStore) -> None:
     foreign = {"origin": "http://evil.example"}
     assert client.get("/ui/config", headers=foreign).status_code == 403
     assert client.get("/ui/config", headers={"host": "evil.example"}).status_code == 403  # DNS rebinding
@@ -243,7 +253,8 @@ def test_c7_pages_of_other_hosts_neither_log_in_nor_out_nor_use_an_open_page(
     assert gets_in(client)
 
 
-def test_c2_a_broken_file_lets_nobody_in(client: TestClient, store: KeyStore) -> None:
+@pytest.mark.promise("C2")
+def test_a_broken_file_lets_nobody_in(client: TestClient, store: KeyStore) -> None:
     _, key = store.create("laptop", ("chat",))
     log_in(client, key)
     store.path.write_text("{")

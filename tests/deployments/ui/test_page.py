@@ -356,8 +356,9 @@ def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_ba
     assert real.elsewhere == []
 
 
+@pytest.mark.promise("C7")
 @needs_browser
-def test_c7_hostile_text_runs_nothing_and_loads_nothing_from_outside(
+def test_hostile_text_runs_nothing_and_loads_nothing_from_outside(
     scripted: ChatPage, backend: ScriptedBackend, outside: socket.socket
 ) -> None:
     hostile = HOSTILE.replace("OUTSIDE", f"http://127.0.0.1:{outside.getsockname()[1]}")
@@ -487,7 +488,8 @@ def test_examples_refresh_and_undo(scripted: ChatPage, backend: ScriptedBackend)
     assert scripted.page.locator("#model input").input_value() == "base (base)"
 
 
-def test_c7_page_serves_no_files_takes_no_uploads_and_no_foreign_pages(scripted_url: str) -> None:
+@pytest.mark.promise("C7")
+def test_page_serves_no_files_takes_no_uploads_and_no_foreign_pages(scripted_url: str) -> None:
     with httpx.Client(base_url=scripted_url) as client:
         page = client.get("")
         policy = page.headers["content-security-policy"]
@@ -508,8 +510,9 @@ def test_c7_page_serves_no_files_takes_no_uploads_and_no_foreign_pages(scripted_
         assert client.get("monitoring").status_code == 403
 
 
+@pytest.mark.promise("C1")
 @needs_browser
-def test_c1_log_in_chat_and_log_out(
+def test_log_in_chat_and_log_out(
     browser: "Browser", scripted_url: str, store: KeyStore, backend: ScriptedBackend
 ) -> None:
     made, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))

@@ -61,9 +61,10 @@ def prompts(draw: st.DrawFn) -> list[Message]:
     return [*messages, Message("user", draw(texts.filter(str.strip)))]
 
 
+@pytest.mark.promise("E1")
 @settings(max_examples=150, deadline=None)
 @given(name=names, prompt=prompts(), answer=texts, follow_up=texts.filter(str.strip))
-def test_e1_prompt_is_a_prefix_of_training(
+def test_prompt_is_a_prefix_of_training(
     formats: dict[str, ChatFormat], name: str, prompt: list[Message], answer: str, follow_up: str
 ) -> None:
     """P E1: what is served begins as what was trained, in the first turn and in every later one."""
@@ -76,9 +77,10 @@ def test_e1_prompt_is_a_prefix_of_training(
     assert next_ids[: len(trained.input_ids)] == trained.input_ids
 
 
+@pytest.mark.promise("E1")
 @settings(max_examples=50, deadline=None)
 @given(name=names, dialogs=st.lists(st.tuples(prompts(), texts), max_size=4), text=texts)
-def test_e1_many_rows_at_once_are_rendered_as_one_by_one(
+def test_many_rows_at_once_are_rendered_as_one_by_one(
     formats: dict[str, ChatFormat], name: str, dialogs: list[tuple[list[Message], str]], text: str
 ) -> None:
     """P E1: encoding in parallel changes nothing."""
@@ -113,9 +115,10 @@ def test_a_plain_text_is_trained_between_begin_and_end_of_text(
     assert rendered.loss_mask == [*([False] * len(before)), *([True] * (len(inner) + 1))]
 
 
+@pytest.mark.promise("E5")
 @settings(max_examples=150, deadline=None)
 @given(name=names, prompt=prompts(), answer=texts)
-def test_e5_mask_is_assistant_text_and_end_of_turn(
+def test_mask_is_assistant_text_and_end_of_turn(
     formats: dict[str, ChatFormat], tokenizers: dict[str, Tokenizer], name: str, prompt: list[Message], answer: str
 ) -> None:
     """P E5: each unmasked run decodes to one trained assistant text with its end of turn, in order, and no more."""
@@ -134,9 +137,10 @@ def _learned_text(name: str, answer: str) -> str:
     return f"{answer.strip()}<|eot_id|>" if name == "llama-3" else f"{answer}<|im_end|>"
 
 
+@pytest.mark.promise("B5")
 @settings(max_examples=150, deadline=None)
 @given(name=names, prompt=prompts())
-def test_b5_text_adds_no_special_id(
+def test_text_adds_no_special_id(
     formats: dict[str, ChatFormat], tokenizers: dict[str, Tokenizer], name: str, prompt: list[Message]
 ) -> None:
     """P B5: control tokens typed into any message are text; the special ids are those of a harmless dialog."""
@@ -146,13 +150,15 @@ def test_b5_text_adds_no_special_id(
     assert [i for i in ids if i in special] == [i for i in harmless_ids if i in special]
 
 
-def test_b5_every_special_token_of_the_embedded_model_is_text(tokenizers: dict[str, Tokenizer]) -> None:
+@pytest.mark.promise("B5")
+def test_every_special_token_of_the_embedded_model_is_text(tokenizers: dict[str, Tokenizer]) -> None:
     """P B5."""
     for token_id, token in tokenizers["chatml"].get_added_tokens_decoder().items():
         assert token_id not in tokenizers["chatml"].encode(f"a{token.content}b", add_special_tokens=False).ids
 
 
-def test_b5_control_tokens_that_a_model_lists_as_ordinary_are_text_too() -> None:
+@pytest.mark.promise("B5")
+def test_control_tokens_that_a_model_lists_as_ordinary_are_text_too() -> None:
     """P B5: some fine-tunes carry <|im_start|> as an added token that is not special."""
     written = json.loads(_tokenizer("chatml").to_str())
     for token in written["added_tokens"]:
@@ -192,8 +198,9 @@ def test_a_tokenizer_that_parses_special_tokens_in_text_is_refused() -> None:
         ([("system", "\udc00"), ("user", "u")], 0, "surrogate"),
     ],
 )
+@pytest.mark.promise("B4")
 @pytest.mark.parametrize("name", get_args(ChatFormatName))
-def test_b4_dialogs_without_a_rendering_are_refused(
+def test_dialogs_without_a_rendering_are_refused(
     formats: dict[str, ChatFormat], name: str, messages: list[tuple[str, str]], index: int | None, says: str
 ) -> None:
     """P B4, B8: the error names the message and what was expected; nothing is dropped."""
@@ -205,8 +212,9 @@ def test_b4_dialogs_without_a_rendering_are_refused(
     str(caught.value).encode()
 
 
+@pytest.mark.promise("B8")
 @pytest.mark.parametrize("char", ["\x16", "\U00040000"])
-def test_b8_a_character_without_a_token_is_refused_not_dropped(formats: dict[str, ChatFormat], char: str) -> None:
+def test_a_character_without_a_token_is_refused_not_dropped(formats: dict[str, ChatFormat], char: str) -> None:
     """P B8: the embedded model's vocabulary misses a few single bytes; a byte-fallback one misses none."""
     messages = [Message("user", "u"), Message("assistant", "a"), Message("user", f"a{char}b")]
     with pytest.raises(ChatFormatError, match=rf"U\+{ord(char):04X}, for which this model has no token") as caught:
@@ -215,23 +223,26 @@ def test_b8_a_character_without_a_token_is_refused_not_dropped(formats: dict[str
     assert formats["llama-2"].render_prompt(messages)
 
 
+@pytest.mark.promise("B8")
 @pytest.mark.parametrize("text", ["\0", "x" * 1_000_000, "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\u202e\ufeff"])
 @pytest.mark.parametrize("name", get_args(ChatFormatName))
-def test_b8_odd_text_comes_back_as_it_went_in(
+def test_odd_text_comes_back_as_it_went_in(
     formats: dict[str, ChatFormat], tokenizers: dict[str, Tokenizer], name: str, text: str
 ) -> None:
     """P B8: NUL, a 1 MB word, ZWJ emoji, direction marks."""
     assert text in tokenizers[name].decode(formats[name].render_prompt([Message("user", text)]))
 
 
+@pytest.mark.promise("B4")
 @pytest.mark.parametrize("name", get_args(ChatFormatName))
-def test_b4_training_needs_an_answer_at_the_end(formats: dict[str, ChatFormat], name: str) -> None:
+def test_training_needs_an_answer_at_the_end(formats: dict[str, ChatFormat], name: str) -> None:
     """P B4."""
     with pytest.raises(ChatFormatError, match="expected a last message from the assistant") as caught:
         formats[name].render_training([Message("user", "u")])
     assert caught.value.message_index == 0
 
 
+@pytest.mark.promise("E1")
 @pytest.mark.parametrize(
     ("messages", "ids"),
     [
@@ -252,14 +263,15 @@ def test_b4_training_needs_an_answer_at_the_end(formats: dict[str, ChatFormat], 
         ),
     ],
 )
-def test_e1_llama_2_gives_the_ids_of_metas_reference(
+def test_llama_2_gives_the_ids_of_metas_reference(
     formats: dict[str, ChatFormat], messages: list[Message], ids: str
 ) -> None:
     """P E1: the ids that Meta's own code gives with the Llama-2 vocabulary."""
     assert formats["llama-2"].render_prompt(messages) == [int(token_id) for token_id in ids.split()]
 
 
-def test_e5_llama_2_trains_the_space_and_eos_of_an_answer(formats: dict[str, ChatFormat]) -> None:
+@pytest.mark.promise("E5")
+def test_llama_2_trains_the_space_and_eos_of_an_answer(formats: dict[str, ChatFormat]) -> None:
     """P E5."""
     rendered = formats["llama-2"].render_training([Message("user", "a"), Message("assistant", "b")])
     pairs = zip(rendered.input_ids, rendered.loss_mask, strict=True)
@@ -353,8 +365,9 @@ def test_chatml_begins_with_bos_only_where_the_tokenizer_config_asks_for_it(tmp_
     assert ids[:2] == [0, 1]
 
 
+@pytest.mark.promise("E5")
 @pytest.mark.parametrize("name", get_args(ChatFormatName))
-def test_e5_untrained_answer_has_the_same_tokens_and_no_loss(formats: dict[str, ChatFormat], name: str) -> None:
+def test_untrained_answer_has_the_same_tokens_and_no_loss(formats: dict[str, ChatFormat], name: str) -> None:
     turns = [Message("user", "hi"), Message("assistant", "hi"), Message("user", "hi"), Message("assistant", "hi")]
     whole = formats[name].render_training(turns)
     turns[1] = Message("assistant", "hi", trained=False)

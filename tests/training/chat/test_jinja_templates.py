@@ -30,10 +30,11 @@ def tokenizers() -> dict[str, Tokenizer]:
     return {name: tokenizer_of(name) for name in NAMES}
 
 
+@pytest.mark.promise("E1")
 @pytest.mark.parametrize("name", NAMES)
 @settings(deadline=None, max_examples=60)
 @given(system=st.none() | texts, turns=st.lists(st.tuples(texts, answers), max_size=3), last=texts)
-def test_e1_template_and_chat_format_give_the_same_ids(
+def test_template_and_chat_format_give_the_same_ids(
     tokenizers: dict[str, Tokenizer],
     name: ChatFormatName,
     system: str | None,

@@ -47,6 +47,7 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
     assert config.data.paths == ["rows.jsonl"]
 
 
+@pytest.mark.promise("B11")
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -82,13 +83,14 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
         ("continue_from=a@b@c", "key 'continue_from' has value 'a@b@c': write NAME, NAME@VERSION or NAME@ALIAS"),
     ],
 )
-def test_b11_bad_override_is_named_with_value_and_nearest_key(recipe: Path, override: str, message: str) -> None:
+def test_bad_override_is_named_with_value_and_nearest_key(recipe: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.promise("B11")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -101,7 +103,7 @@ def test_b11_bad_override_is_named_with_value_and_nearest_key(recipe: Path, over
         ("", "expected 'key: value' lines, got NoneType"),
     ],
 )
-def test_b11_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -111,13 +113,15 @@ def test_b11_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_b11_what_only_conversations_have_is_refused_with_preferences(recipe: Path) -> None:
+@pytest.mark.promise("B11")
+def test_what_only_conversations_have_is_refused_with_preferences(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.yaml: packing is of method sft, and method is dpo: leave it out"):
         load_config(recipe, ["method=dpo", "packing=true"])
 
 
+@pytest.mark.promise("B11")
 @pytest.mark.parametrize("warmup", ["10", "0.1"])
-def test_b11_a_warm_up_that_would_be_ignored_is_refused(recipe: Path, warmup: str) -> None:
+def test_a_warm_up_that_would_be_ignored_is_refused(recipe: Path, warmup: str) -> None:
     constant = ["lr_scheduler_type=constant", f"warmup_steps={warmup}"]
     with pytest.raises(ConfigError, match="constant knows no warmup_steps: set it to constant_with_warmup") as caught:
         load_config(recipe, constant)
@@ -130,6 +134,7 @@ def test_missing_file_suggests_its_neighbour(recipe: Path) -> None:
         load_config(recipe.with_name("runn.yaml"))
 
 
+@pytest.mark.promise("B11")
 @pytest.mark.parametrize(
     ("changes", "cpus", "gpus", "message"),
     [
@@ -141,7 +146,7 @@ def test_missing_file_suggests_its_neighbour(recipe: Path) -> None:
         (["quantization.compute_dtype=float16"], 8, 0, "'float16', which needs a GPU"),
     ],
 )
-def test_b11_combination_that_cannot_run_here_is_refused(
+def test_combination_that_cannot_run_here_is_refused(
     recipe: Path, changes: list[str], cpus: int, gpus: int, message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
@@ -153,7 +158,8 @@ def test_what_fits_is_let_through(recipe: Path) -> None:
     check_resources(load_config(recipe, ["num_workers=2", "use_gpu=true"]), 2, 2, "this machine")
 
 
-def test_b11_command_refuses_in_under_five_seconds_without_heavy_imports(recipe: Path) -> None:
+@pytest.mark.promise("B11")
+def test_command_refuses_in_under_five_seconds_without_heavy_imports(recipe: Path) -> None:
     script = (
         "import sys; from training.__main__ import main; "
         f"code = main(['--config', {str(recipe)!r}, 'lora.rr=8']); "

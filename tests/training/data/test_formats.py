@@ -132,9 +132,10 @@ MARKS = [
 ]
 
 
+@pytest.mark.promise("E5")
 @pytest.mark.parametrize(("no", "yes"), MARKS)
 @pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")])
-def test_e5_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tuple[str, str, str]) -> None:
+def test_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tuple[str, str, str]) -> None:
     """P E5: OpenAI's `weight` and Axolotl's `train` leave an answer in the dialog, as context."""
     key, role, content = names
     said = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
@@ -143,6 +144,7 @@ def test_e5_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names:
     assert parse(row)[1] == Dialog((first, replace(bad, trained=False), *rest))
 
 
+@pytest.mark.promise("B10")
 @pytest.mark.parametrize(
     ("user", "assistant", "reason"),
     [
@@ -156,7 +158,7 @@ def test_e5_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names:
         ({}, {"train_detail": [{"begin_offset": 0}]}, "trains parts of a message (train_detail) in messages[1]"),
     ],
 )
-def test_b10_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
+def test_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
     """P B10."""
     turns = [{"role": "user", "content": "q"} | user, {"role": "assistant", "content": "a"} | assistant]
     with pytest.raises(BadRow) as caught:
@@ -164,7 +166,8 @@ def test_b10_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, 
     assert reason in str(caught.value)
 
 
-def test_b10_an_answer_that_is_judged_is_learned() -> None:
+@pytest.mark.promise("B10")
+def test_an_answer_that_is_judged_is_learned() -> None:
     """P B10: a comparison of answers that are not to be trained teaches nothing; earlier turns are context anyway."""
     turns = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "q2"}]
     row: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}, *turns], "rejected": "bad"}
@@ -307,6 +310,7 @@ def test_preferences_share_whole_turns() -> None:
     )
 
 
+@pytest.mark.promise("B10")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -332,7 +336,7 @@ def test_preferences_share_whole_turns() -> None:
         ),
     ],
 )
-def test_b10_a_bad_preference_row(row: Any, reason: str) -> None:
+def test_a_bad_preference_row(row: Any, reason: str) -> None:
     """P B10."""
     with pytest.raises(BadRow) as caught:
         parse(row, "preference")
@@ -348,20 +352,23 @@ def test_rated_answers(label: Any, expected: bool) -> None:
     assert parse(row, "unpaired_preference") == ("unpaired_preference", rated)
 
 
-def test_b10_a_label_must_be_one() -> None:
+@pytest.mark.promise("B10")
+def test_a_label_must_be_one() -> None:
     """P B10."""
     with pytest.raises(BadRow, match='has in label "good", expected true or false'):
         parse({"prompt": "q", "completion": "a", "label": "good"}, "unpaired_preference")
 
 
-def test_b10_supervised_training_does_not_learn_the_worse_answer() -> None:
+@pytest.mark.promise("B10")
+def test_supervised_training_does_not_learn_the_worse_answer() -> None:
     """P B10: rows for DPO and KTO are told apart from those for SFT."""
     with pytest.raises(BadRow, match="method dpo"):
         parse({"prompt": "q", "chosen": "a", "rejected": "b"})
 
 
+@pytest.mark.promise("B10")
 @pytest.mark.parametrize("label", [False, True, 0, 1, 0.0, "false", " True", "0", "1"])
-def test_b10_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
+def test_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
     """P B10: what one method takes for a bad answer must not be learned by the other."""
     row = {"prompt": "q", "completion": "a", "label": label}
     assert isinstance(parse(row, "unpaired_preference")[1], RatedAnswer)

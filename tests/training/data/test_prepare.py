@@ -162,8 +162,9 @@ BAD_ROWS: list[tuple[str, bytes, str]] = [
 ]
 
 
+@pytest.mark.promise("B10")
 @pytest.mark.parametrize(("line", "reason"), [bad[1:] for bad in BAD_ROWS], ids=[bad[0] for bad in BAD_ROWS])
-def test_b10_a_bad_row_is_an_error_or_is_skipped_and_listed(
+def test_a_bad_row_is_an_error_or_is_skipped_and_listed(
     prepare: Prepare, tmp_path: Path, line: bytes, reason: str
 ) -> None:
     """P B10: file, line, the row's first characters and the accepted formats; or counted and listed."""
@@ -189,20 +190,23 @@ def test_b10_a_bad_row_is_an_error_or_is_skipped_and_listed(
     assert str(again.value) == message
 
 
-def test_b10_a_row_of_another_format_than_the_configured_one_is_bad(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.promise("B10")
+def test_a_row_of_another_format_than_the_configured_one_is_bad(prepare: Prepare, tmp_path: Path) -> None:
     """P B10."""
     with pytest.raises(DatasetError, match="is not of format 'guanaco': it has the keys messages"):
         prepare(write(tmp_path / "d.jsonl", GOOD), format="guanaco")
 
 
-def test_b10_a_format_that_the_method_cannot_use_is_refused(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.promise("B10")
+def test_a_format_that_the_method_cannot_use_is_refused(prepare: Prepare, tmp_path: Path) -> None:
     """P B10."""
     with pytest.raises(DatasetError, match=r"has format 'preference', which a method that trains on sft rows cannot"):
         prepare(write(tmp_path / "d.jsonl", GOOD), format="preference")
 
 
+@pytest.mark.promise("B10")
 @pytest.mark.parametrize(("suffix", "label"), [("jsonl", "0"), ("csv", "false"), ("csv", "1")])
-def test_b10_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, suffix: str, label: str) -> None:
+def test_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, suffix: str, label: str) -> None:
     """P B10: one line that names the method, whatever file the verdicts are in."""
     path = tmp_path / f"d.{suffix}"
     csv_text = f"prompt,completion,label\nq,a,{label}\n"
@@ -213,7 +217,8 @@ def test_b10_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, s
     assert len(prepare(str(path), kind="unpaired_preference").train) == 1
 
 
-def test_b10_nothing_usable_is_an_error_even_when_skipping(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.promise("B10")
+def test_nothing_usable_is_an_error_even_when_skipping(prepare: Prepare, tmp_path: Path) -> None:
     """P B10."""
     with pytest.raises(DatasetError, match=r"no usable row \(1 read, 1 skipped, the first because .*d.jsonl:1 is not"):
         prepare(write(tmp_path / "d.jsonl", {"a": 1}), on_bad_row="skip")
@@ -221,7 +226,8 @@ def test_b10_nothing_usable_is_an_error_even_when_skipping(prepare: Prepare, tmp
         prepare(write(tmp_path / "empty.jsonl"))
 
 
-def test_b10_a_missing_file_is_named(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("B10")
+def test_a_missing_file_is_named(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P B10."""
     monkeypatch.chdir(tmp_path)
     for path in ("nowhere/d.jsonl", "nowhere", "nowhere/d.csv.gz", "*.jsonl"):
@@ -229,6 +235,7 @@ def test_b10_a_missing_file_is_named(prepare: Prepare, tmp_path: Path, monkeypat
             prepare(path)
 
 
+@pytest.mark.promise("B11")
 @pytest.mark.parametrize(
     "values",
     [
@@ -250,7 +257,7 @@ def test_b10_a_missing_file_is_named(prepare: Prepare, tmp_path: Path, monkeypat
         {},
     ],
 )
-def test_b11_data_config_is_closed(values: dict[str, Any]) -> None:
+def test_data_config_is_closed(values: dict[str, Any]) -> None:
     """P B11."""
     with pytest.raises(ValidationError):
         DataConfig.model_validate(values)
@@ -267,7 +274,8 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert DataConfig.model_validate(absolute.model_dump(mode="json")) == absolute
 
 
-def test_e5_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
+@pytest.mark.promise("E5")
+def test_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
     """P E5."""
     messages = dialog("q", "a", "q2", "a2")
     turns = [{"role": m.role, "content": m.content} for m in messages]
@@ -281,7 +289,8 @@ def test_e5_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatForm
     assert prepared.train.num_trained_tokens == sum(rendered.loss_mask) == prepared.report.num_trained_tokens
 
 
-def test_e5_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.promise("E5")
+def test_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tmp_path: Path) -> None:
     """P E5: it is there as context, in the tokens, the report's rows and what a sample asks about."""
     marked = [
         {"role": m.role, "content": m.content, **({"weight": 0} if m.content == "bad answer" else {})}
@@ -300,7 +309,8 @@ def test_e5_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tm
     assert [m.trained for m in stored.messages] == [True, False, True, True]
 
 
-def test_e5_rows_that_differ_in_what_is_trained_are_no_duplicates(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.promise("E5")
+def test_rows_that_differ_in_what_is_trained_are_no_duplicates(prepare: Prepare, tmp_path: Path) -> None:
     """P E5."""
     rows = []
     for weight in (0, 1, None, 0):
@@ -311,7 +321,8 @@ def test_e5_rows_that_differ_in_what_is_trained_are_no_duplicates(prepare: Prepa
     assert [note.source.rpartition(":")[2] for note in report.duplicates] == ["3", "4"]
 
 
-def test_e5_truncation_keeps_up_to_the_last_trained_answer_that_fits(
+@pytest.mark.promise("E5")
+def test_truncation_keeps_up_to_the_last_trained_answer_that_fits(
     prepare: Prepare, chatml: ChatFormat, tmp_path: Path
 ) -> None:
     """P E5."""
@@ -326,7 +337,8 @@ def test_e5_truncation_keeps_up_to_the_last_trained_answer_that_fits(
     assert [tokenized["input_ids"] for tokenized in prepared.train] == [kept]
 
 
-def test_e1_preferences_begin_as_the_prompt_is_served(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
+@pytest.mark.promise("E1")
+def test_preferences_begin_as_the_prompt_is_served(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
     """P E1, E5: a prompt has the ids that serving gives it, an answer those of its text and its end of turn."""
     path = write(tmp_path / "d.jsonl", {"prompt": "What hums?", "chosen": "A llama.", "rejected": "Nobody does."})
     prepared = prepare(path, kind="preference")
@@ -360,7 +372,8 @@ def test_a_text_is_trained_whole_and_split_where_it_is_too_long(
     assert prepared.held_out_samples() == []
 
 
-def test_b10_a_row_that_is_too_long_is_never_cut(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
+@pytest.mark.promise("B10")
+def test_a_row_that_is_too_long_is_never_cut(prepare: Prepare, chatml: ChatFormat, tmp_path: Path) -> None:
     """P B10: an error with file, line and both numbers, or skipped and listed."""
     path = write(tmp_path / "d.jsonl", row("short"), row("word " * 50, "a"))
     length = len(chatml.render_training(dialog("word " * 50, "a")).input_ids)
@@ -398,7 +411,8 @@ def test_truncation_drops_whole_exchanges_and_says_so(prepare: Prepare, chatml: 
         prepare(path, max_length=10, on_too_long="truncate")
 
 
-def test_b10_a_row_that_the_format_cannot_render_is_bad(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.promise("B10")
+def test_a_row_that_the_format_cannot_render_is_bad(prepare: Prepare, tmp_path: Path) -> None:
     """P B10."""
     path = write(tmp_path / "d.jsonl", row("first"), row("\x16", "a"))
     with pytest.raises(DatasetError, match=r"d.jsonl:2: the row is no dialog.*U\+0016"):

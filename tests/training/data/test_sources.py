@@ -118,6 +118,7 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
             source_files(nothing)
 
 
+@pytest.mark.promise("B10")
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -134,7 +135,7 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
         ("d.txt", b"\xff", "is not UTF-8"),
     ],
 )
-def test_b10_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     """P B10."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DatasetError) as caught:
@@ -144,7 +145,8 @@ def test_b10_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, r
     assert "\n" not in str(caught.value)
 
 
-def test_b10_a_csv_row_with_other_cells_than_the_header_is_bad(tmp_path: Path) -> None:
+@pytest.mark.promise("B10")
+def test_a_csv_row_with_other_cells_than_the_header_is_bad(tmp_path: Path) -> None:
     """P B10."""
     (tmp_path / "d.csv").write_text("prompt,completion\nq,a,b\nq\nq,a\n")
     rows = [*read_rows(DataSource(path=str(tmp_path / "d.csv")))]

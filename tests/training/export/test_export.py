@@ -79,9 +79,8 @@ def run(
 # Merging
 
 
-def test_nf4_is_what_the_served_base_holds_E2(
-    tiny_base: BaseModel, tiny_adapter: Path, manifest: AdapterManifest
-) -> None:
+@pytest.mark.promise("E2")
+def test_nf4_is_what_the_served_base_holds(tiny_base: BaseModel, tiny_adapter: Path, manifest: AdapterManifest) -> None:
     """Without an update, the dequantized weights are bit for bit those of the loaded base's linears."""
     no_update = manifest.lora.model_copy(update={"lora_alpha": 0})
     merged = MergedWeights(tiny_base, tiny_adapter, no_update, Quantization(), "nf4")
@@ -353,7 +352,8 @@ for targets in (Targets(target / "merged", None), Targets(None, target / "a.gguf
 """
 
 
-def test_disk_that_fills_up_leaves_nothing_D12(
+@pytest.mark.promise("D12")
+def test_disk_that_fills_up_leaves_nothing(
     registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     target = tmp_path / "out"

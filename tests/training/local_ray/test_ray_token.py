@@ -22,7 +22,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_c3_the_token_is_its_owners_alone_and_the_environment_cannot_turn_it_off(token: Path) -> None:
+@pytest.mark.promise("C3")
+def test_the_token_is_its_owners_alone_and_the_environment_cannot_turn_it_off(token: Path) -> None:
     before = os.umask(0)
     try:
         ask_for_a_token()
@@ -33,7 +34,8 @@ def test_c3_the_token_is_its_owners_alone_and_the_environment_cannot_turn_it_off
     assert "RAY_AUTH_MODE" not in os.environ  # then Ray's default for a local cluster is the token
 
 
-def test_c3_a_token_that_is_there_is_kept_and_closed_to_others(token: Path) -> None:
+@pytest.mark.promise("C3")
+def test_a_token_that_is_there_is_kept_and_closed_to_others(token: Path) -> None:
     token.parent.mkdir()
     token.write_text("a-token")
     token.chmod(0o644)

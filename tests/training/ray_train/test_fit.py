@@ -109,7 +109,8 @@ def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: Fi
     assert len(two_workers.environment.devices) == 2
 
 
-def test_d13_sharded_base_one_of_two_workers_killed_gives_the_adapter_of_whole_bases_to_the_bit(
+@pytest.mark.promise("D13")
+def test_sharded_base_one_of_two_workers_killed_gives_the_adapter_of_whole_bases_to_the_bit(
     two_workers: FitResult, config: TrainConfig
 ) -> None:
     sharded = config.model_copy(update={"num_workers": 2, "fsdp": True, "run_name": "sharded", "max_failures": 1})
@@ -125,7 +126,8 @@ def test_d13_sharded_base_one_of_two_workers_killed_gives_the_adapter_of_whole_b
     assert manifest.run_name == "sharded"
 
 
-def test_d13_d14_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(
+@pytest.mark.promise("D13", "D14")
+def test_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the_uninterrupted_run(
     ray_cluster: None, config: TrainConfig
 ) -> None:
     whole = fit(config.model_copy(update={"run_name": "whole"}))
@@ -151,7 +153,8 @@ def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
     assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-3)
 
 
-def test_d14_finished_run_is_neither_trained_nor_registered_twice(
+@pytest.mark.promise("D14")
+def test_finished_run_is_neither_trained_nor_registered_twice(
     ray_cluster: None, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
@@ -169,21 +172,24 @@ def test_d14_finished_run_is_neither_trained_nor_registered_twice(
     assert "nothing is trained again" in capsys.readouterr().err
 
 
-def test_d14_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
+@pytest.mark.promise("D14")
+def test_same_name_with_another_configuration_is_refused(ray_cluster: None, config: TrainConfig) -> None:
     named = config.model_copy(update={"run_name": "again"})
     open_run(named, RunDir(str(config.storage_path), "again"))
     with pytest.raises(ConfigError, match=r"learning_rate=0\.005, now learning_rate is 0\.1.*another run_name"):
         fit(named.model_copy(update={"learning_rate": 0.1}))
 
 
-def test_d14_same_name_with_other_data_is_refused(ray_cluster: None, config: TrainConfig) -> None:
+@pytest.mark.promise("D14")
+def test_same_name_with_other_data_is_refused(ray_cluster: None, config: TrainConfig) -> None:
     run_dir = RunDir(str(config.storage_path), "again")
     run_dir.write_json("data.json", {"sha256": "0" * 64})
     with pytest.raises(ConfigError, match=r"run 'again' was started on data with sha256 000000000000, data\.path now"):
         fit(config.model_copy(update={"run_name": "again"}))
 
 
-def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_cluster: None, config: TrainConfig) -> None:
+@pytest.mark.promise("D15")
+def test_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_cluster: None, config: TrainConfig) -> None:
     lora = config.lora.model_copy(update={"lora_alpha": 10**38})
     wild = config.model_copy(update={"lora": lora, "max_failures": 1})
     with pytest.raises(TrainingError, match=r"training stopped at step \d+: the (loss|gradient norm) .*learning_rate"):
@@ -194,12 +200,14 @@ def test_d15_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_clus
     assert "**Failed**: training stopped at step" in (run_dir / "report.md").read_text()
 
 
-def test_b11_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:
+@pytest.mark.promise("B11")
+def test_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: TrainConfig) -> None:
     with pytest.raises(TrainingError, match=r"num_workers is 9 .* the Ray cluster has 2 .* set num_workers to 2"):
         fit(config.model_copy(update={"num_workers": 9}))
 
 
-def test_d14_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
+@pytest.mark.promise("D14")
+def test_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"12345")
     (tmp_path / "contents.json").write_text(json.dumps({"step": 4, "sizes": {"weights": 5}}))
     assert _is_whole(tmp_path)

@@ -46,7 +46,8 @@ def kill(workers: list[psutil.Process]) -> None:
         worker.kill()
 
 
-def test_d13_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config: TrainConfig, s3: str) -> None:
+@pytest.mark.promise("D13")
+def test_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config: TrainConfig, s3: str) -> None:
     with private_ray(2):
         whole = fit(config.model_copy(update={"run_name": "whole"}))
         run_dir = RunDir(s3, "stored")

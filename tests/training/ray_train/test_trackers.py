@@ -49,7 +49,8 @@ def test_a_resumed_run_has_every_step_once_in_tensorboard(tmp_path: Path) -> Non
     assert [step for step, _ in shown["eval/eval_loss"]] == [4, 5, 6, 7]
 
 
-def test_b11_a_tracker_that_is_not_installed_is_refused_saying_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.promise("B11")
+def test_a_tracker_that_is_not_installed_is_refused_saying_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "wandb" else object())
     check_trackers(["tensorboard", "mlflow"])
     with pytest.raises(ConfigError, match=r"report_to names 'wandb'.*pip install wandb") as caught:
@@ -57,7 +58,8 @@ def test_b11_a_tracker_that_is_not_installed_is_refused_saying_what_to_install(m
     assert "\n" not in str(caught.value)
 
 
-def test_b11_an_unknown_tracker_is_refused_by_the_configuration() -> None:
+@pytest.mark.promise("B11")
+def test_an_unknown_tracker_is_refused_by_the_configuration() -> None:
     with pytest.raises(ValueError, match="report_to"):
         TrainConfig.model_validate({"adapter": "a", "data": {"path": "x.jsonl"}, "report_to": ["comet"]})
 

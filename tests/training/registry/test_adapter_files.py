@@ -63,7 +63,8 @@ def load_weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_peft_output_is_accepted_and_its_config_written_anew_E4(adapter: Path, tiny_base: BaseModel) -> None:
+@pytest.mark.promise("E4")
+def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny_base: BaseModel) -> None:
     files = read_adapter(adapter, tiny_base)
     assert files.lora == LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
     assert files.lora.scaling == 2
@@ -101,6 +102,7 @@ def test_rslora_scales_by_the_root_of_r(adapter: Path, tiny_base: BaseModel) -> 
     assert read_adapter(adapter, tiny_base).lora.scaling == 4
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -135,7 +137,7 @@ def test_rslora_scales_by_the_root_of_r(adapter: Path, tiny_base: BaseModel) -> 
         ("target_modules", ["vision.layers.0.q_proj"]),
     ],
 )
-def test_config_that_is_not_plain_lora_is_refused_by_key_C4(
+def test_config_that_is_not_plain_lora_is_refused_by_key(
     adapter: Path, tiny_base: BaseModel, key: str, value: Any
 ) -> None:
     set_config(adapter, **{key: value})
@@ -148,6 +150,7 @@ def test_initialisation_that_keeps_the_base_is_accepted(adapter: Path, tiny_base
     read_adapter(adapter, tiny_base)
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize(
     "text",
     [
@@ -162,7 +165,7 @@ def test_initialisation_that_keeps_the_base_is_accepted(adapter: Path, tiny_base
     ],
     ids=["empty", "list", "bytes", "nan", "twice", "deep", "long number", "large"],
 )
-def test_broken_config_is_refused_C5(adapter: Path, tiny_base: BaseModel, text: bytes) -> None:
+def test_broken_config_is_refused(adapter: Path, tiny_base: BaseModel, text: bytes) -> None:
     (adapter / "adapter_config.json").write_bytes(text)
     assert "adapter_config.json" in refusal(adapter, tiny_base)
 
@@ -175,7 +178,8 @@ def test_base_named_elsewhere_by_the_same_last_component_is_accepted(
     read_adapter(adapter, tiny_base)
 
 
-def test_adapter_of_another_base_is_refused_with_both_names_C4(adapter: Path, tiny_base: BaseModel) -> None:
+@pytest.mark.promise("C4")
+def test_adapter_of_another_base_is_refused_with_both_names(adapter: Path, tiny_base: BaseModel) -> None:
     set_config(adapter, base_model_name_or_path="meta-llama/Llama-2-7b-hf")
     message = refusal(adapter, tiny_base)
     assert "meta-llama/Llama-2-7b-hf" in message
@@ -190,8 +194,9 @@ class _Boom:
         return (Path.touch, (self.trap,))
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter.pkl", "adapter.pt", "modeling.py"])
-def test_files_that_run_code_are_refused_by_name_and_not_run_C4(
+def test_files_that_run_code_are_refused_by_name_and_not_run(
     adapter: Path, tiny_base: BaseModel, tmp_path: Path, name: str
 ) -> None:
     trap = tmp_path / "ran"
@@ -227,6 +232,7 @@ def _with(**fields: Any) -> Callable[[dict[str, Any], bytes], tuple[dict[str, An
     return spoil
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -251,7 +257,7 @@ def _with(**fields: Any) -> Callable[[dict[str, Any], bytes], tuple[dict[str, An
         (lambda header, data: ({**header, "__metadata__": {"format": 1}}, data), "metadata"),
     ],
 )
-def test_hostile_tensor_entries_are_refused_with_the_reason_C5(
+def test_hostile_tensor_entries_are_refused_with_the_reason(
     adapter: Path,
     tiny_base: BaseModel,
     spoil: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]],
@@ -261,6 +267,7 @@ def test_hostile_tensor_entries_are_refused_with_the_reason_C5(
     assert reason in refusal(adapter, tiny_base)
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize(
     ("header", "length", "reason"),
     [
@@ -274,7 +281,7 @@ def test_hostile_tensor_entries_are_refused_with_the_reason_C5(
         (b"\xff" * 64, None, "JSON"),
     ],
 )
-def test_hostile_headers_are_refused_with_the_reason_C5(
+def test_hostile_headers_are_refused_with_the_reason(
     adapter: Path, tiny_base: BaseModel, header: bytes, length: int | None, reason: str
 ) -> None:
     write_weights(adapter, header, b"", length)
@@ -282,18 +289,20 @@ def test_hostile_headers_are_refused_with_the_reason_C5(
     assert any(part in message for part in reason.split("|")), message
 
 
+@pytest.mark.promise("C5")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_truncated_file_is_refused_C5(adapter: Path, tiny_adapter: Path, tiny_base: BaseModel, data: Any) -> None:
+def test_any_truncated_file_is_refused(adapter: Path, tiny_adapter: Path, tiny_base: BaseModel, data: Any) -> None:
     whole = (tiny_adapter / "adapter_model.safetensors").read_bytes()
     kept = data.draw(st.integers(0, len(whole) - 1))
     (adapter / "adapter_model.safetensors").write_bytes(whole[:kept])
     refusal(adapter, tiny_base)
 
 
+@pytest.mark.promise("C5")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_damage_to_the_header_is_refused_or_harmless_C5(
+def test_any_damage_to_the_header_is_refused_or_harmless(
     adapter: Path, tiny_adapter: Path, tiny_base: BaseModel, data: Any
 ) -> None:
     content = bytearray((tiny_adapter / "adapter_model.safetensors").read_bytes())
@@ -310,9 +319,10 @@ def test_any_damage_to_the_header_is_refused_or_harmless_C5(
     assert shapes == lora_shapes(tiny_base, lora)
 
 
+@pytest.mark.promise("C5")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_are_refused_naming_the_tensor_C5(
+def test_nan_and_inf_are_refused_naming_the_tensor(
     adapter: Path, tiny_base: BaseModel, dtype: str, value: float
 ) -> None:
     import torch
@@ -332,7 +342,8 @@ def test_largest_finite_values_are_not_taken_for_inf(adapter: Path, tiny_base: B
     read_adapter(adapter, tiny_base)
 
 
-def test_wrong_rank_missing_and_extra_tensors_are_refused_C5(adapter: Path, tiny_base: BaseModel) -> None:
+@pytest.mark.promise("C5")
+def test_wrong_rank_missing_and_extra_tensors_are_refused(adapter: Path, tiny_base: BaseModel) -> None:
     import torch
 
     tensors = load_weights(adapter)

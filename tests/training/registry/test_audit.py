@@ -24,7 +24,8 @@ def entries(home: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (home / AUDIT_FILE).read_text().splitlines()]
 
 
-def test_c8_what_was_done_refused_and_failed(home: Path) -> None:
+@pytest.mark.promise("C8")
+def test_what_was_done_refused_and_failed(home: Path) -> None:
     with audited({"key_id": "k1", "name": "ops"}, "promote", "ranch", version=2) as result:
         result["before"], result["after"] = {"version": 1}, {"version": 2}
     with pytest.raises(RegistryError), audited(os_user(), "delete", "ranch@2"):
@@ -48,7 +49,8 @@ def test_c8_what_was_done_refused_and_failed(home: Path) -> None:
     assert stat.S_IMODE((home / AUDIT_FILE).stat().st_mode) == 0o600
 
 
-def test_c8_lines_of_many_writers_do_not_mix(home: Path) -> None:
+@pytest.mark.promise("C8")
+def test_lines_of_many_writers_do_not_mix(home: Path) -> None:
     def change(number: int) -> None:
         with audited(os_user(), "promote", f"a{number}" * 500):
             pass
@@ -58,7 +60,8 @@ def test_c8_lines_of_many_writers_do_not_mix(home: Path) -> None:
     assert sorted(entry["target"] for entry in entries(home)) == sorted(f"a{number}" * 500 for number in range(400))
 
 
-def test_c8_nothing_is_done_that_cannot_be_recorded(home: Path) -> None:
+@pytest.mark.promise("C8")
+def test_nothing_is_done_that_cannot_be_recorded(home: Path) -> None:
     (home / AUDIT_FILE).mkdir(parents=True)
     done = False
     with (
@@ -69,7 +72,8 @@ def test_c8_nothing_is_done_that_cannot_be_recorded(home: Path) -> None:
     assert not done
 
 
-def test_c8_a_full_disk_is_logged_and_what_was_done_stays_done(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.promise("C8")
+def test_a_full_disk_is_logged_and_what_was_done_stays_done(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     pid = os.fork()
     if pid == 0:  # limits of a process cannot be lifted again
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -90,20 +90,20 @@ def fuzzed(max_examples: int) -> settings:
     return settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.promise("C4")
 @given(changes=st.dictionaries(keys, values, min_size=1, max_size=3), lost=st.lists(keys, max_size=1))
 @fuzzed(150)
-def test_c4_any_config_is_refused_or_harmless(
+def test_any_config_is_refused_or_harmless(
     register: Register, files: tuple[bytes, bytes], changes: dict[str, Any], lost: list[str]
 ) -> None:
     config = {key: value for key, value in json.loads(files[0]).items() if key not in lost} | changes
     register(json.dumps(config).encode(), files[1])
 
 
+@pytest.mark.promise("C5")
 @given(data=st.data())
 @fuzzed(150)
-def test_c5_any_header_is_refused_or_harmless(
-    register: Register, files: tuple[bytes, bytes], data: st.DataObject
-) -> None:
+def test_any_header_is_refused_or_harmless(register: Register, files: tuple[bytes, bytes], data: st.DataObject) -> None:
     config, weights = files
     (length,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + length])
@@ -123,9 +123,10 @@ def test_c5_any_header_is_refused_or_harmless(
     register(config, struct.pack("<Q", len(text)) + text + weights[8 + length :])
 
 
+@pytest.mark.promise("C5")
 @given(start=st.floats(0, 1), end=st.floats(0, 1), to=st.floats(0, 1), noise=st.binary(max_size=64))
 @fuzzed(150)
-def test_c5_any_splice_of_the_weights_is_refused_or_harmless(
+def test_any_splice_of_the_weights_is_refused_or_harmless(
     register: Register, files: tuple[bytes, bytes], start: float, end: float, to: float, noise: bytes
 ) -> None:
     """A piece of the file, and noise, written over another place of it."""
@@ -136,7 +137,8 @@ def test_c5_any_splice_of_the_weights_is_refused_or_harmless(
     register(config, weights[:place] + piece + weights[place + len(piece) :])
 
 
-def test_c5_the_largest_header_costs_bounded_memory_and_time(register: Register, files: tuple[bytes, bytes]) -> None:
+@pytest.mark.promise("C5")
+def test_the_largest_header_costs_bounded_memory_and_time(register: Register, files: tuple[bytes, bytes]) -> None:
     entries = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(150_000)}
     text = json.dumps(entries).encode()
     assert 9_000_000 < len(text) < 10_000_000
@@ -150,7 +152,8 @@ def test_c5_the_largest_header_costs_bounded_memory_and_time(register: Register,
     assert megabytes < 400
 
 
-def test_c4_code_beside_an_adapter_is_not_run_and_not_published(
+@pytest.mark.promise("C4")
+def test_code_beside_an_adapter_is_not_run_and_not_published(
     tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     folder, canary = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter")), tmp_path / "canary"

@@ -111,7 +111,8 @@ def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseModel,
     assert (folder / weights).read_bytes() == (tiny_adapter / weights).read_bytes()
 
 
-def test_registered_folder_loads_with_peft_and_answers_the_same_E4(
+@pytest.mark.promise("E4")
+def test_registered_folder_loads_with_peft_and_answers_the_same(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     import torch
@@ -131,7 +132,8 @@ def test_registered_folder_loads_with_peft_and_answers_the_same_E4(
     assert answer.tolist() != base_answer.tolist()
 
 
-def test_harmless_files_beside_the_adapter_stay_behind_C4(
+@pytest.mark.promise("C4")
+def test_harmless_files_beside_the_adapter_stay_behind(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_adapter, tmp_path / "checkpoint"))
@@ -141,8 +143,9 @@ def test_harmless_files_beside_the_adapter_stay_behind_C4(
     assert len(list(folder.iterdir())) == 3
 
 
+@pytest.mark.promise("C4")
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "-a", ".a", "a" * 64, "a\n", "ä", "a\0"])
-def test_names_that_could_leave_the_root_are_refused_C4(
+def test_names_that_could_leave_the_root_are_refused(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(RegistryError, match="is not accepted"):
@@ -212,7 +215,8 @@ def test_force_is_recorded_only_where_it_was_needed(
     assert not registry.register(tiny_adapter, draft(tiny_base), force=True).forced
 
 
-def test_files_are_checked_also_when_forced_C4(
+@pytest.mark.promise("C4")
+def test_files_are_checked_also_when_forced(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_adapter, tmp_path / "spoilt"))
@@ -235,7 +239,8 @@ def test_import_needs_figures_or_force_and_the_same_base(
         import_adapter(registry, tiny_adapter, "guest", other, chat_format="chatml", force=True)
 
 
-def test_serving_on_another_base_is_refused_C4(
+@pytest.mark.promise("C4")
+def test_serving_on_another_base_is_refused(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     manifest = registry.register(tiny_adapter, draft(tiny_base))
@@ -304,7 +309,8 @@ def test_delete_keeps_aliased_versions_and_never_gives_a_number_again(
     assert registry.register(tiny_adapter, draft(tiny_base)).version == 4
 
 
-def test_reader_racing_a_delete_gets_not_found_and_never_half_D12(
+@pytest.mark.promise("D12")
+def test_reader_racing_a_delete_gets_not_found_and_never_half(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     registry.register(tiny_adapter, draft(tiny_base))
@@ -338,7 +344,8 @@ def test_reader_racing_a_delete_gets_not_found_and_never_half_D12(
 # Tampering
 
 
-def test_changed_added_or_linked_files_are_refused_at_load_C4(
+@pytest.mark.promise("C4")
+def test_changed_added_or_linked_files_are_refused_at_load(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     manifest = registry.register(tiny_adapter, draft(tiny_base))
@@ -462,7 +469,8 @@ def run_script(script: str, root: Path, base: BaseModel, adapter: Path) -> str:
     return done.stdout
 
 
-def test_kill_at_every_step_of_register_leaves_whole_versions_D12(
+@pytest.mark.promise("D12")
+def test_kill_at_every_step_of_register_leaves_whole_versions(
     tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     out = run_script(
@@ -485,7 +493,8 @@ def test_kill_at_every_step_of_register_leaves_whole_versions_D12(
     assert versions >= 3  # killed after the manifest's rename, and not killed
 
 
-def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new_D12(
+@pytest.mark.promise("D12")
+def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new(
     tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     run_script(
@@ -516,7 +525,8 @@ def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new_D12(
     )
 
 
-def test_eight_writers_get_eight_versions_and_one_alias_winner_D12(
+@pytest.mark.promise("D12")
+def test_eight_writers_get_eight_versions_and_one_alias_winner(
     tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     out = run_script(
@@ -538,7 +548,8 @@ def test_eight_writers_get_eight_versions_and_one_alias_winner_D12(
     assert sorted([*champion["previous"], champion["version"]]) == versions  # no promotion is lost
 
 
-def test_full_disk_is_one_line_and_leaves_nothing_D12(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+@pytest.mark.promise("D12")
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> None:
     root = tmp_path / "registry"
     out = run_script(
         """
@@ -558,7 +569,8 @@ def test_full_disk_is_one_line_and_leaves_nothing_D12(tmp_path: Path, tiny_base:
     assert [path for path in snapshot(root) if "000002" in path or ".tmp" in path] == []
 
 
-def test_read_only_registry_serves_on_and_refuses_in_one_line_D12(
+@pytest.mark.promise("D12")
+def test_read_only_registry_serves_on_and_refuses_in_one_line(
     tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     out = run_script(
@@ -632,7 +644,8 @@ def bucket(tmp_path: Path) -> AdapterRegistry:
     return AdapterRegistry(f"memory://{tmp_path.name}/registry")
 
 
-def test_object_store_keeps_the_same_rules_D12(
+@pytest.mark.promise("D12")
+def test_object_store_keeps_the_same_rules(
     bucket: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     import fsspec
@@ -663,7 +676,8 @@ def test_object_store_keeps_the_same_rules_D12(
         bucket.fetch(first)
 
 
-def test_version_without_manifest_does_not_exist_on_an_object_store_D12(
+@pytest.mark.promise("D12")
+def test_version_without_manifest_does_not_exist_on_an_object_store(
     bucket: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     import fsspec

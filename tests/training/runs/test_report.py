@@ -84,7 +84,8 @@ def test_only_what_differs_from_the_defaults_is_listed(run_dir: RunDir) -> None:
     assert "`lora.r`" not in report
 
 
-def test_c7_answers_cannot_break_the_table_nor_be_html(run_dir: RunDir) -> None:
+@pytest.mark.promise("C7")
+def test_answers_cannot_break_the_table_nor_be_html(run_dir: RunDir) -> None:
     assert r"| Who cooks \| breakfast? | Ada. | I cannot | &lt;b>Ada&lt;/b> |" in build_report(run_dir)
 
 

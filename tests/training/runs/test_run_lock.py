@@ -76,7 +76,8 @@ def refusal(run_dir: RunDir) -> str:
     return str(refused.value)
 
 
-def test_d14_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunDir) -> None:
+@pytest.mark.promise("D14")
+def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunDir) -> None:
     with driven(run_dir) as first:
         began = time.monotonic()
         told = refusal(run_dir)
@@ -103,7 +104,8 @@ def test_d14_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: 
         assert run_dir.files("drivers") == [f"drivers/000{n}.json" for n in (1, 2, 3)]
 
 
-def test_d14_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
+@pytest.mark.promise("D14")
+def test_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
     at = time.time() + 4
     processes = [start(run_dir, at=at) for _ in range(8)]
     answers = sorted(said(process).split(": ")[0] for process in processes)

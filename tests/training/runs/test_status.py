@@ -154,8 +154,9 @@ def test_sparkline() -> None:
     assert len(sparkline([float(n) for n in range(1000)])) == 60
 
 
+@pytest.mark.promise("D14")
 @pytest.mark.timeout(600)
-def test_d14_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_resumes_them(
+def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_resumes_them(
     tiny_base: BaseModel, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"

@@ -102,6 +102,7 @@ def test_point_that_is_drawn_twice_is_run_once(content: dict[str, Any], tmp_path
     assert len(plan(load(content, tmp_path, "sweep.num_samples=5"))) == 2
 
 
+@pytest.mark.promise("B11")
 @pytest.mark.parametrize(
     ("search", "overrides", "message"),
     [
@@ -130,7 +131,7 @@ def test_point_that_is_drawn_twice_is_run_once(content: dict[str, Any], tmp_path
         ({"lora.r": {"grid": [4]}}, ["sweep.num_sample=2"], "unknown key 'sweep.num_sample' (value 2): did you mean"),
     ],
 )
-def test_b11_sweep_that_cannot_be_is_refused_before_anything_runs(
+def test_sweep_that_cannot_be_is_refused_before_anything_runs(
     content: dict[str, Any], tmp_path: Path, search: dict[str, Any], overrides: list[str], message: str
 ) -> None:
     content["search"] = search
@@ -155,7 +156,8 @@ def test_a_yaml_says_itself_whether_it_is_a_sweep(
         assert (refused.exit_code, words in refused.stderr) == (2, True)
 
 
-def test_b11_more_than_the_cluster_has_is_refused_at_once(
+@pytest.mark.promise("B11")
+def test_more_than_the_cluster_has_is_refused_at_once(
     ray_cluster: None, content: dict[str, Any], tmp_path: Path
 ) -> None:
     content["resources_per_worker"] = {"CPU": 9}

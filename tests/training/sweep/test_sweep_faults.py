@@ -23,8 +23,9 @@ from training.runs.status import read_run
 _STEPS = 40
 
 
+@pytest.mark.promise("D14")
 @pytest.mark.timeout(600)
-def test_d14_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
+def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     tiny_base: BaseModel, tmp_path: Path, s3: str
 ) -> None:
     rows = tmp_path / "rows.jsonl"

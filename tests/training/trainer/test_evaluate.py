@@ -60,7 +60,8 @@ def test_adapter_whose_b_is_zero_changes_no_output(base: LlamaForCausalLM, tiny_
     assert report.eval_loss == report.base_eval_loss
 
 
-def test_what_peft_would_only_warn_of_is_refused_C5(base: LlamaForCausalLM, tiny_adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.promise("C5")
+def test_what_peft_would_only_warn_of_is_refused(base: LlamaForCausalLM, tiny_adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_adapter, tmp_path / "short"))
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)

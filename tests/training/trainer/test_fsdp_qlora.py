@@ -205,7 +205,8 @@ def test_losses_gradients_and_adapters_are_those_of_whole_bases_to_the_bit(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_d13_sharded_run_resumed_from_its_checkpoint_goes_on_as_if_uninterrupted(found: list[dict[str, Any]]) -> None:
+@pytest.mark.promise("D13")
+def test_sharded_run_resumed_from_its_checkpoint_goes_on_as_if_uninterrupted(found: list[dict[str, Any]]) -> None:
     for worker in found:
         resumed, whole = worker["resumed True"], worker["plain True"]
         assert list(resumed["steps"]) == ["3", "4"]
@@ -244,7 +245,8 @@ def test_what_cannot_be_sharded_is_refused() -> None:
             build_config(one | settings, [], "recipe.yaml")
 
 
-def test_b11_where_workers_are_too_few_to_share_a_base_the_error_says_to_leave_that() -> None:
+@pytest.mark.promise("B11")
+def test_where_workers_are_too_few_to_share_a_base_the_error_says_to_leave_that() -> None:
     """Fewer workers alone would be the next error."""
     config = TrainConfig.model_validate(
         {"adapter": "a", "data": {"path": "rows.jsonl"}, "fsdp": True, "num_workers": 4, "use_gpu": True}

@@ -390,8 +390,9 @@ def test_training_prefers_what_it_was_shown_and_keeps_adapters_in_float32(
     assert result.samples
 
 
+@pytest.mark.promise("D13")
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_d13_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseModel, tmp_path: Path, method: str) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseModel, tmp_path: Path, method: str) -> None:
     config = config_of(method, tiny_base, tmp_path)
     whole = Recorder(keep=tmp_path / "kept")
     result = run(config, tmp_path / "whole", whole)
@@ -404,14 +405,16 @@ def test_d13_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseModel, tmp_
     assert again.metrics["base_eval_loss"] == pytest.approx(result.metrics["base_eval_loss"], abs=1e-6)
 
 
-def test_d15_diverged_preference_run_stops_with_step_and_reason(tiny_base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.promise("D15")
+def test_diverged_preference_run_stops_with_step_and_reason(tiny_base: BaseModel, tmp_path: Path) -> None:
     config = config_of("dpo", tiny_base, tmp_path, learning_rate=0.9, preference={"beta": 5.0}, max_grad_norm=1e4)
     with pytest.raises(TrainingError, match=r"training stopped at step \d+: the loss rose to .* ten times the 0\.69"):
         run(config, tmp_path, Recorder())
     assert not (tmp_path / "adapter").exists()
 
 
-def test_e5_answers_are_rendered_as_in_serving_and_end_with_the_turn(tiny_base: BaseModel, tmp_path: Path) -> None:
+@pytest.mark.promise("E5")
+def test_answers_are_rendered_as_in_serving_and_end_with_the_turn(tiny_base: BaseModel, tmp_path: Path) -> None:
     inputs = read_inputs(config_of("dpo", tiny_base, tmp_path))
     row = cast(PreferenceRow, inputs.train_rows[0])
     decode = lambda ids: inputs.tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731

@@ -123,7 +123,8 @@ def test_run_from_base_to_adapter(config: TrainConfig, tmp_path: Path) -> None:
     assert not list((tmp_path / "one" / "adapter").glob("*.bin"))
 
 
-def test_d13_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.promise("D13")
+def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(config: TrainConfig, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     whole = Keeper(5, kept)
     result = whole_run(config, whole, tmp_path)
@@ -151,7 +152,8 @@ def whole_run(config: TrainConfig, recorder: Recorder, tmp_path: Path) -> SftRes
     return train(config, recorder, adapter_dir=tmp_path / "a", scratch_dir=tmp_path / "s", device=torch.device("cpu"))
 
 
-def test_d13_run_resumed_after_its_last_step_takes_no_other(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.promise("D13")
+def test_run_resumed_after_its_last_step_takes_no_other(config: TrainConfig, tmp_path: Path) -> None:
     result = whole_run(config, Keeper(10, tmp_path / "kept"), tmp_path)
     resumed, again = run(config, tmp_path, "resumed", resume_from=tmp_path / "kept")
     assert resumed.steps == {}
@@ -242,7 +244,8 @@ class _InOrder(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         return SequentialSampler(self.train_dataset)
 
 
-def test_e4_adapter_folder_is_a_plain_peft_adapter(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.promise("E4")
+def test_adapter_folder_is_a_plain_peft_adapter(config: TrainConfig, tmp_path: Path) -> None:
     _, result = run(config, tmp_path, "one")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one" / "adapter", local_files_only=True)
     assert loaded.peft_config["default"].r == 4
@@ -265,7 +268,8 @@ def test_held_out_loss_is_that_of_single_rows_and_labelled_tokens_only(config: T
     assert loss == pytest.approx(total / count, rel=2e-3)
 
 
-def test_e5_labels_are_the_assistants_text_and_end_of_turn(config: TrainConfig) -> None:
+@pytest.mark.promise("E5")
+def test_labels_are_the_assistants_text_and_end_of_turn(config: TrainConfig) -> None:
     inputs = read_inputs(config)
     row = inputs.train_rows[0]
     labelled = [token_id for token_id in row["labels"] if token_id != IGNORED_LABEL]
@@ -274,13 +278,15 @@ def test_e5_labels_are_the_assistants_text_and_end_of_turn(config: TrainConfig) 
     assert text.removesuffix("<|im_end|>").endswith(".")
 
 
-def test_d15_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.promise("D15")
+def test_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_path: Path) -> None:
     wild = config.model_copy(update={"lora": config.lora.model_copy(update={"lora_alpha": 10**38})})
     with pytest.raises(TrainingError, match=r"training stopped at step 1: the (loss|gradient norm) became (inf|nan)"):
         run(wild, tmp_path, "wild")
     assert not (tmp_path / "wild" / "adapter").exists()
 
 
+@pytest.mark.promise("D15")
 @pytest.mark.parametrize(
     ("loss", "grad_norm", "reason"),
     [
@@ -290,7 +296,7 @@ def test_d15_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_
         (25.0, 1.0, "step 7: the loss rose to 25.0, twice that of blind guessing: "),
     ],
 )
-def test_d15_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
+def test_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
     recorder = Recorder()
     watch = Watch(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
     logs = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}

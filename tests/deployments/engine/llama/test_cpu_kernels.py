@@ -53,8 +53,9 @@ def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseModel) -> None:
     assert served.linear_bytes() * 8 / num_parameters < 4.13
 
 
+@pytest.mark.promise("A7")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a7_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(embedded_base: BaseModel, dtype: ComputeDtype) -> None:
+def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(embedded_base: BaseModel, dtype: ComputeDtype) -> None:
     llama = cpu_llama(embedded_base, Quantization(compute_dtype=dtype))
     config = load_quantized(embedded_base, Quantization()).config
     for slot, r in enumerate((8, 16)):
