@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from openai import OpenAI
 
-    from training.registry.registry import AdapterManifest
+    from training.registry.manifest import AdapterManifest
 
 ADAPTER = "ranch-hand"
 NUM_SHOWN = 3

@@ -25,8 +25,12 @@ import psutil
 import pytest
 import yaml
 
-from training.base_models.resolve import EMBEDDED_MODEL, BaseModel, resolve_base_model
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, import_adapter
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.resolve import BaseModel, resolve_base_model
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher, import_adapter
+from training.registry.registry import AdapterRegistry
 
 _SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
@@ -308,9 +312,11 @@ def register_three(registry: AdapterRegistry, base: BaseModel, adapter: Path) ->
     """Three versions of `ranch`, the second of them the champion, after the first."""
     metrics = {"eval_loss": 1.0, "base_eval_loss": 2.0}
     for _ in range(3):
-        registry.register(adapter, AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=metrics))
-    registry.promote("ranch", 1)
-    registry.promote("ranch", 2)
+        AdapterPublisher(registry).register(
+            adapter, AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=metrics)
+        )
+    AdapterPromoter(registry).promote("ranch", 1)
+    AdapterPromoter(registry).promote("ranch", 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ from training.config.train_config import TrainConfig
 from training.errors import ConfigError, CorralError, RunStopped
 from training.local_ray.signals import sigterm_interrupts
 from training.planning.plan import dry_run
-from training.ray_train.fit import FitResult, fit
-from training.registry.registry import AdapterManifest
+from training.ray_train.fit import fit
+from training.registry.manifest import AdapterManifest
 from training.runs.register import register
 from training.runs.report import REPORT_FILE, write_report
+from training.runs.result import FitResult
 from training.runs.run_dir import RunDir
 from training.sweep.config import SweepConfig, load_run_config, plan
 from training.sweep.report import print_plan, print_result

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from clients.api import CorralClient
     from deployments.api.adapter_admin import AdapterAdmin
     from deployments.protocol.adapters import Adapter, AdapterVersion
-    from training.registry.registry import AdapterManifest, AdapterRegistry
+    from training.registry.manifest import AdapterManifest
+    from training.registry.registry import AdapterRegistry
 
 app = typer.Typer(
     help="The registry: list, show, diff, verify, export, import, promote, roll back, delete.", no_args_is_help=True
@@ -145,7 +146,7 @@ def export(
     from training.export.export import Targets, describe_losses
     from training.export.export import export as write
     from training.export.losses import evaluation_rows
-    from training.registry.registry import check_base
+    from training.registry.manifest import check_base
 
     targets = Targets(merged, gguf, gguf_type)
     targets.check()
@@ -178,10 +179,11 @@ def import_(
     registry: _Registry = None,
 ) -> None:
     """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl)."""
-    from training.base_models.resolve import EMBEDDED_MODEL, resolve_base_model
-    from training.chat.chat_format import load_chat_format
+    from training.base_models.embedded import EMBEDDED_MODEL
+    from training.base_models.resolve import resolve_base_model
+    from training.chat.detect import load_chat_format
     from training.registry.audit import audited, os_user
-    from training.registry.registry import import_adapter
+    from training.registry.publish import import_adapter
 
     model = resolve_base_model(base or EMBEDDED_MODEL)
     format_name = load_chat_format(chat_format, model).name

@@ -5,7 +5,6 @@ is written but `CORRAL_HOME` itself if it was not there.
 """
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -13,7 +12,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -48,21 +46,6 @@ def examine() -> list[Check]:
             name = check.__name__.strip("_").replace("_", " ")
             results.append(Check(name, "broken", f"{type(error).__name__}: {error}", "mend what the message names"))
     return results
-
-
-def report(checks: list[Check], *, as_json: bool = False) -> str:
-    """The checks for a person, or as JSON."""
-    if as_json:
-        return json.dumps([asdict(check) for check in checks], indent=2)
-    width = max(len(check.name) for check in checks)
-    lines = []
-    for check in checks:
-        lines.append(f"{check.status:<7}{check.name:<{width}}  {check.found}")
-        if check.fix:
-            lines.append(" " * (width + 9) + f"-> {check.fix}")
-    broken = sum(check.status == "broken" for check in checks)
-    lines.append(f"\n{broken} of {len(checks)} checks found something broken" if broken else "\nnothing is broken")
-    return "\n".join(lines)
 
 
 def _python() -> Check:
@@ -169,7 +152,7 @@ def _disk() -> Check:
 
 
 def _embedded_model() -> Check:
-    from training.base_models.resolve import EMBEDDED_MODEL
+    from training.base_models.embedded import EMBEDDED_MODEL
 
     converted = [path for path in (corral_home() / "models").glob(f"{EMBEDDED_MODEL}-*") if path.is_dir()]
     if converted:

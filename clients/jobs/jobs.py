@@ -214,7 +214,7 @@ def submit_training(
     Raises:
         CorralError: configuration, data or cluster do not fit, or the job did not succeed.
     """
-    from training.ray_train.fit import fresh_run_name
+    from training.runs.resume import fresh_run_name
     from training.sweep.config import load_run_config
 
     config = load_run_config(config_path, overrides)
@@ -291,7 +291,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_data(config: "TrainConfig", package: JobPackage) -> None:
     """Read the data as the job will, where it and the base's tokenizer are on this machine."""
-    from training.base_models.resolve import EMBEDDED_MODEL
+    from training.base_models.embedded import EMBEDDED_MODEL
     from training.data.run_inputs import read_inputs
 
     base_is_here = config.base_model == EMBEDDED_MODEL or Path(config.base_model).expanduser().is_dir()

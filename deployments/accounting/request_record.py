@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from deployments.auth.caller import Caller
-from deployments.protocol.chat import Usage
+from deployments.protocol.base import Usage
 
 CLIENT_LEFT = 499  # nginx's word for a client that closed the connection before its answer was whole
 _NOTHING = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from deployments.api.outputs import Answers, Piece, ScoredToken, joined
 from deployments.errors import error_response
+from deployments.protocol.base import PromptTokensDetails, Usage
 from deployments.protocol.chat import (
     AssistantMessage,
     ChatCompletion,
@@ -23,14 +24,10 @@ from deployments.protocol.chat import (
     Choice,
     ChoiceDelta,
     ChunkChoice,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    PromptTokensDetails,
     TopLogprob,
-    Usage,
 )
-from deployments.text.detokenizer import Vocabulary
+from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from deployments.text.vocabulary import Vocabulary
 
 _LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
 

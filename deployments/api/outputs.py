@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from deployments.engine.request import Delta, TokenLogprob
 from deployments.errors import EngineFault
-from deployments.protocol.chat import FinishReason
+from deployments.protocol.base import FinishReason
 from deployments.replica.request import GenerationRequest
-from deployments.text.detokenizer import Detokenizer, SentText, Vocabulary
+from deployments.text.detokenizer import Detokenizer, SentText
+from deployments.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,17 @@ from tokenizers import Tokenizer
 
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
-from deployments.protocol.chat import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest, dialog
+from deployments.protocol.chat import AnyCompletionRequest, ChatCompletionRequest, dialog
+from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from deployments.replica.request import GenerationRequest
 from deployments.structured_outputs.grammars import grammar_of
-from deployments.text.detokenizer import Vocabulary
 from deployments.text.text_encoder import TextEncoder
+from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseModel
-from training.chat.chat_format import ChatFormat, load_chat_format
-from training.registry.registry import AdapterManifest
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
+from training.registry.manifest import AdapterManifest
 
 
 class RequestRenderer:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.engine.request import SamplingParams
-from training.registry.registry import AdapterManifest
+from training.registry.manifest import AdapterManifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from deployments.engine.constraint import Constraint, ConstraintFault
 from deployments.errors import NotReady, ResponseFormatRefused
 from deployments.protocol.chat import ResponseFormat
 from deployments.structured_outputs.json_schema import check_schema
-from deployments.text.detokenizer import Vocabulary
+from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseModel
 
 SCHEMA_PATH = "response_format.json_schema.schema"

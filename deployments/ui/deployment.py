@@ -15,11 +15,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
-from deployments.api.http_app import MAX_BODY_BYTES, BodyLimitMiddleware
+from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware
 from deployments.auth.caller import Caller
 from deployments.auth.keys import KeyStore
 from deployments.config import UIArgs
-from deployments.protocol.chat import ChatCompletionRequest, Model
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.models import Model
 from deployments.ui.conversations import Answer, Backend
 from deployments.ui.login import login_routes
 from deployments.ui.page import CSS, HEAD, build_page, theme

@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import RunningServer, serve_config, start_server, stop_server
 from training.base_models.resolve import BaseModel
 from training.registry.adapter_files import LoraShape, lora_shapes
-from training.registry.registry import AdapterRegistry, import_adapter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 MAIN_PYTHON = Path(__file__).parents[2] / ".venv" / "bin" / "python"
 

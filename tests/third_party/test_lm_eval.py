@@ -10,7 +10,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel, encode_text, load_tokenizer
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import encode_text, load_tokenizer
 
 QUESTIONS = [  # the right choice is not always the likeliest to a model of this size
     ("The capital of France is", ["Paris", "Berlin", "a horse", "seven"], 0),

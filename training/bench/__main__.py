@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from training.bench.time_slicing import run_by_turns
-from training.config.train_config import TrainConfig, load_config
-from training.runs.run_dir import PhaseLog, RunDir
+from training.config.load import load_config
+from training.config.train_config import TrainConfig
+from training.runs.metrics_log import PhaseLog
+from training.runs.run_dir import RunDir
 
 _WAYS = {"trl": "TRL alone", "loop": "Corral without Ray", "ray": "Corral on Ray"}
 
@@ -184,7 +186,7 @@ def _by_trl(config: TrainConfig, phases: _Phases, scratch: Path) -> dict[str, fl
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from training.base_models.resolve import forbid_packed_cpu_kernel, load_quantized
+    from training.base_models.nf4 import forbid_packed_cpu_kernel, load_quantized
     from training.data.run_inputs import read_inputs
     from training.trainer.evaluate import held_out_loss
 

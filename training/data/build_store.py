@@ -12,18 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from training.chat.chat_format import ChatFormat, Message, Rendered
+from training.chat.chat_format import ChatFormat, Rendered
+from training.chat.messages import Message
 from training.config.data_config import DataConfig, DataSource, RowKind
-from training.data.formats import (
-    ACCEPTED,
-    AnswerPair,
-    BadRow,
-    Dialog,
-    Document,
-    Example,
-    RatedAnswer,
-    parse_row,
-)
+from training.data.examples import AnswerPair, BadRow, Dialog, Document, Example, RatedAnswer
+from training.data.formats import ACCEPTED, parse_row
 from training.data.report import LISTED, ReadFacts, RowNote
 from training.data.row_store import StoredRow, StoreWriter, trained_spans
 from training.data.sources import RawRow, read_rows, sha256_of, source_files

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 
 IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
 _BATCH_ROWS = 256  # row i is in batch i // _BATCH_ROWS

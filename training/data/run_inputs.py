@@ -8,15 +8,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from training.base_models.resolve import BaseModel, load_tokenizer, resolve_base_model
-from training.chat.chat_format import ChatFormat, load_chat_format
+from training.base_models.resolve import BaseModel, resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
 from training.config.data_config import RowKind
 from training.config.train_config import TrainConfig
 from training.data.prepare import PreparedData, prepare_data
 from training.data.report import DataReport
 from training.data.row_store import Conversation, Rows
 from training.errors import ConfigError
-from training.registry.registry import DatasetRef
+from training.registry.manifest import DatasetRef
 
 _KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired_preference"}
 

@@ -19,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from training.base_models.resolve import BaseModel
-from training.chat.chat_format import ChatFormat, load_chat_format
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
 from training.chat.jinja_templates import chat_template
 from training.errors import ExportError
 from training.export.gguf import GgufType, write_gguf
 from training.export.losses import EvaluationRows, loss_of_folder, loss_of_gguf, served_loss
 from training.export.merge import MergedWeights, Onto
-from training.registry.registry import AdapterManifest
+from training.registry.manifest import AdapterManifest
 
 RECORD_FILE = "corral_export.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")

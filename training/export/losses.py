@@ -14,20 +14,16 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaForCausalLM
 
-from training.base_models.resolve import (
-    BaseModel,
-    Quantization,
-    compute_dtype_on,
-    load_quantized,
-    load_tokenizer,
-    quiet_loading,
-)
-from training.chat.chat_format import Message, load_chat_format
+from training.base_models.nf4 import Quantization, compute_dtype_on, load_quantized, quiet_loading
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError
-from training.registry.registry import AdapterManifest
+from training.registry.manifest import AdapterManifest
 from training.trainer.evaluate import held_out_loss, load_adapter, num_labelled
 
 _TEXT_ROW_TOKENS = 512

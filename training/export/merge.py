@@ -14,8 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training.base_models.resolve import BaseModel, Quantization
-from training.registry.adapter_files import LINEAR_LAYERS, WEIGHTS_FILE, LoraShape
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.nf4 import Quantization
+from training.base_models.resolve import BaseModel
+from training.registry.adapter_files import WEIGHTS_FILE, LoraShape
 
 Onto = Literal["nf4", "original"]
 
@@ -67,7 +69,7 @@ class MergedWeights:
         with safe_open(self.base.path / self._file_of[name], framework="pt") as shard:
             weight: torch.Tensor = shard.get_tensor(name)
         module = name.removesuffix(".weight")
-        if name == module or module.rpartition(".")[2] not in LINEAR_LAYERS:
+        if name == module or module.rpartition(".")[2] not in LLAMA_LINEARS:
             return weight.to(self.dtype).contiguous()
         weight = nf4_round_trip(weight, self.quantization) if self.onto == "nf4" else weight.float()
         a = self._adapter.get(f"base_model.model.{module}.lora_A.weight")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.registry.adapter_files import WEIGHTS_FILE, LoraShape
-from training.registry.registry import AdapterManifest
+from training.registry.manifest import AdapterManifest
 
 if TYPE_CHECKING:
     import torch

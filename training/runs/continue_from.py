@@ -12,7 +12,8 @@ from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import RunInputs
 from training.errors import ConfigError
 from training.registry.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from training.registry.registry import AdapterManifest, AdapterRegistry, DatasetRef, ParentRef, check_base
+from training.registry.manifest import AdapterManifest, DatasetRef, ParentRef, check_base
+from training.registry.registry import AdapterRegistry
 from training.runs.run_dir import RunDir
 
 PARENT_DIR = "parent"  # in the run's directory

@@ -6,12 +6,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from training.config.train_config import TrainConfig, resolved
-from training.ray_train.fit import FitResult
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.registry.adapter_files import read_adapter
 from training.registry.audit import audited, os_user
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.registry.manifest import AdapterManifest, SampleAnswer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 from training.runs.continue_from import parent_ref
+from training.runs.result import FitResult
 
 
 def register(
@@ -42,7 +45,7 @@ def register(
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     with audited(os_user(), "register", config.adapter, run_name=result.run_name) as record:
-        manifest = registry.register(
+        manifest = AdapterPublisher(registry).register(
             result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement
         )
         record |= {"version": manifest.version, "forced": manifest.forced}

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.config.train_config import TrainConfig, resolved
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.planning.plan import memory_lines
 from training.runs.metrics_log import Metrics, read_metrics
 from training.runs.run_dir import RunDir

@@ -21,7 +21,9 @@ import psutil
 
 from training.errors import CorralError
 from training.home import corral_home
-from training.runs.run_dir import RUN_NAME, MetricsLog, RunDir
+from training.names import RUN_NAME
+from training.runs.metrics_log import MetricsLog
+from training.runs.run_dir import RunDir
 from training.runs.run_lock import Driver, read_driver
 
 RunState = Literal["running", "finished", "failed", "stopped", "interrupted"]

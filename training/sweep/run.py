@@ -19,25 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from training.base_models.resolve import resolve_base_model
-from training.config.train_config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError
-from training.ray_train.fit import (
-    equal_share,
-    one_line,
-    open_run,
-    ray_is_running_here,
-    ray_session,
-    ray_storage,
-    read_result,
-    run_dir_of,
-    with_absolute_paths,
-)
-from training.ray_train.worker import RayRun, failure_recorded, scratch_of, train_into
-from training.registry.registry import AdapterManifest
+from training.planning.resources import check_resources, check_this_machine, wants_gpu
+from training.ray_train.session import equal_share, one_line, ray_is_running_here, ray_session, ray_storage
+from training.ray_train.worker import RayRun, train_into
+from training.registry.manifest import AdapterManifest
+from training.runs.attempt import failure_recorded, scratch_of
 from training.runs.continue_from import PARENT_DIR, copy_parent, resolve_parent, split_warning
 from training.runs.progress import Progress, show_progress_of, write_progress
 from training.runs.register import register
+from training.runs.result import read_result
+from training.runs.resume import open_run, run_dir_of, with_absolute_paths
 from training.runs.run_dir import RunDir
 from training.runs.run_lock import driving
 from training.sweep.config import SweepConfig, Trial, plan

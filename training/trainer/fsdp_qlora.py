@@ -23,14 +23,14 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from training.base_models.resolve import (
-    BaseModel,
+from training.base_models.nf4 import (
     Quantization,
     bitsandbytes_config,
     compute_dtype_on,
     forbid_packed_cpu_kernel,
     quiet_loading,
 )
+from training.base_models.resolve import BaseModel
 
 # Its name up to torch 2.12 is deprecated since.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -38,7 +38,7 @@ _ALIGNMENT = 16  # bytes: any dtype, and any vector load of a CUDA kernel, may b
 
 
 def load_sharded(base: BaseModel, quantization: Quantization, device: torch.device) -> LlamaForCausalLM:
-    """`training.base_models.resolve.load_quantized`, its decoder layers shared by all ranks of torch.distributed.
+    """`training.base_models.nf4.load_quantized`, its decoder layers shared by all ranks of torch.distributed.
 
     Layer after layer is read, quantized on `device` and cut to this rank's part: a device never holds more than two.
     The same weights to the bit, and the same model to whoever calls it.

@@ -21,8 +21,7 @@ from transformers import LlamaForCausalLM
 
 from training.config.train_config import PreferenceSettings
 from training.data.row_store import PreferenceRow, UnpairedRow
-from training.registry.gate import GateReport
-from training.trainer.evaluate import length_batches, load_adapter
+from training.trainer.evaluate import GateReport, length_batches, load_adapter
 
 PreferenceRows = Sequence[PreferenceRow] | Sequence[UnpairedRow]
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids

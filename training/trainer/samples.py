@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.data.run_inputs import RunInputs
 
 _MAX_TOKENS = 64

@@ -18,16 +18,15 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from training.base_models.resolve import ComputeDtype, compute_dtype_on, load_quantized
+from training.base_models.nf4 import ComputeDtype, compute_dtype_on, load_quantized
 from training.config.train_config import TrainConfig
 from training.data.batch_sampler import StepBatches, StepShape, pack
 from training.data.row_store import TokenizedRow
 from training.data.run_inputs import RunInputs, read_inputs
 from training.errors import TrainingError
 from training.planning.batch_size import decide, free_memory
-from training.registry.gate import GateReport
 from training.trainer.callback import Run, Watch
-from training.trainer.evaluate import evaluate_files, held_out_loss
+from training.trainer.evaluate import GateReport, evaluate_files, held_out_loss
 from training.trainer.fsdp_qlora import leave_to_ranks, load_sharded
 from training.trainer.qlora import load_adapter, start_adapter
 from training.trainer.samples import Sample, sample_answers

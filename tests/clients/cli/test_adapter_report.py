@@ -9,21 +9,17 @@ from typer.testing import Result
 
 from tests.clients.cli.test_cli import assert_one_line_error, corral
 from training.base_models.resolve import BaseModel
-from training.registry.registry import (
-    AdapterDraft,
-    AdapterManifest,
-    AdapterRegistry,
-    Environment,
-    ParentRef,
-    SampleAnswer,
-)
+from training.registry.manifest import AdapterManifest, Environment, ParentRef, SampleAnswer
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 METRICS = {"eval_loss": 1.25, "base_eval_loss": 2.5, "eval_tokens": 1200.0, "train_s": 75.0, "num_train_tokens": 9000.0}
 
 
 def register(registry: Path, base: BaseModel, adapter: Path, **fields: Any) -> AdapterManifest:
     draft = AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=METRICS, **fields)
-    return AdapterRegistry(registry).register(adapter, draft)
+    return AdapterPublisher(AdapterRegistry(registry)).register(adapter, draft)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,7 +75,7 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseModel) -> No
 
 
 def test_parent_that_is_gone_is_said_to_be_gone(lineage: Path) -> None:
-    AdapterRegistry(lineage).delete("ranch", 1)
+    AdapterPromoter(AdapterRegistry(lineage)).delete("ranch", 1)
     assert "ranch@1: deleted or replaced since" in adapters(lineage, "show", "ranch").stdout
     assert json.loads(adapters(lineage, "show", "ranch", "--json").stdout)["ancestors"] == []
 

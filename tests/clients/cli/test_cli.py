@@ -18,7 +18,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from clients.cli.main import app
-from clients.doctor.doctor import Check, examine, report
+from clients.doctor.check import Check, report
+from clients.doctor.doctor import examine
 from tests.conftest import RunningServer, free_port
 from training.base_models.resolve import BaseModel
 

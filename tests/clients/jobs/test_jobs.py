@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from clients.jobs import jobs
-from clients.jobs.dashboard import dashboard_url
-from clients.jobs.jobs import JobError, TrainingJobs
+from clients.jobs.dashboard import JobError, dashboard_url
+from clients.jobs.jobs import TrainingJobs
 from tests.conftest import free_port, ray_head
 from training.base_models.resolve import BaseModel
 from training.errors import ConfigError

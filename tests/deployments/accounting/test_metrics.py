@@ -9,7 +9,7 @@ from deployments.accounting.metrics import RequestMetrics, engine_metrics
 from deployments.accounting.request_record import Booking, RequestRecord
 from deployments.auth.caller import ANONYMOUS
 from deployments.engine.stats import EngineStats
-from deployments.protocol.chat import Usage
+from deployments.protocol.base import Usage
 
 Series = dict[tuple[str, tuple[str, ...]], float]
 RECORD = RequestRecord(

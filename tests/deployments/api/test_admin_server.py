@@ -16,7 +16,9 @@ from tests.conftest import RunningServer
 from training.base_models.resolve import BaseModel
 from training.registry.aliases import draw
 from training.registry.manifest import AdapterManifest
-from training.registry.registry import AdapterRegistry, import_adapter
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 USERS = [f"user-{number}" for number in range(100)]
 NAME = "canary-test"
@@ -29,7 +31,7 @@ def model(server: RunningServer, quickstart: AdapterManifest, embedded_base: Bas
     for _ in range(2):
         folder = registry.fetch(quickstart)
         import_adapter(registry, folder, NAME, embedded_base, chat_format=quickstart.chat_format, force=True)
-    registry.promote(NAME, 1)
+    AdapterPromoter(registry).promote(NAME, 1)
     yield f"{embedded_base.name}:{NAME}"
     registry._storage.remove_folder(NAME)
 

@@ -14,19 +14,17 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import (
-    BaseModel,
-    Quantization,
-    forbid_packed_cpu_kernel,
-    load_quantized,
-    load_tokenizer,
-)
-from training.chat.chat_format import Message, load_chat_format
-from training.config.train_config import load_config
+from training.base_models.nf4 import Quantization, forbid_packed_cpu_kernel, load_quantized
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
+from training.config.load import load_config
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
 from training.data.run_inputs import read_inputs
-from training.registry.registry import AdapterManifest, AdapterRegistry
-from training.trainer.train import held_out_loss
+from training.registry.manifest import AdapterManifest
+from training.registry.registry import AdapterRegistry
+from training.trainer.evaluate import held_out_loss
 
 PROMPT = "The capital of France is"
 

@@ -16,9 +16,13 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel, load_tokenizer
-from training.chat.chat_format import load_chat_format
-from training.registry.registry import AdapterManifest, AdapterRegistry, import_adapter
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 
 class City(PydanticModel):
@@ -393,7 +397,7 @@ def test_a_version_registered_while_the_server_runs_answers_within_5_seconds(
     assert time.monotonic() - started < 5
     assert answer.json()["model"] == "smollm2-135m:late@1"
     assert answer.json()["choices"] == post(server, body(server, model=server.adapter)).json()["choices"]
-    registry.delete("late", 1)
+    AdapterPromoter(registry).delete("late", 1)
     assert post(server, body(server, model=imported.model_id)).status_code == 404
 
 
@@ -413,7 +417,7 @@ def test_an_adapter_changed_on_disk_is_refused_at_load_and_others_serve_on(
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "adapter_unhealthy"
     assert post(server, body(server, model=server.adapter)).status_code == 200
-    registry.delete("tampered", 1)
+    AdapterPromoter(registry).delete("tampered", 1)
 
 
 @pytest.mark.promise("D9")
@@ -436,7 +440,7 @@ def test_an_adapter_that_gives_nan_is_quarantined_and_others_serve_on(
         refused = post(server, body(server, model=imported.model_id, stream=streamed))
         assert (refused.status_code, refused.json()["error"]["code"]) == (500, "adapter_unhealthy")
         assert "roll back" in refused.json()["error"]["message"]
-    registry.delete("huge", 1)
+    AdapterPromoter(registry).delete("huge", 1)
 
 
 def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> None:

@@ -14,8 +14,9 @@ from deployments.api.outputs import Answers, Piece, interleaved
 from deployments.engine.request import Delta, SamplingParams, TokenLogprob
 from deployments.errors import EngineFault
 from deployments.replica.request import GenerationRequest
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

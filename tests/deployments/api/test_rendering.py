@@ -13,10 +13,12 @@ from transformers import AutoTokenizer
 from deployments.api.rendering import RequestRenderer
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
-from deployments.protocol.chat import ChatCompletionRequest, CompletionRequest
-from deployments.text.detokenizer import Vocabulary
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.completions import CompletionRequest
 from deployments.text.text_encoder import TextEncoder
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deployments.api.rendering import RequestRenderer
-from deployments.protocol.chat import ChatCompletionRequest, CompletionRequest
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.tokenize import DetokenizeRequest, TokenizeRequest, TokenizeResponse
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
-from training.registry.registry import AdapterDraft, AdapterRegistry
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FORMATS = {"embedded": "chatml", "llama2": "llama-2", "llama3": "llama-3"}
@@ -133,7 +136,7 @@ def test_an_adapters_dialogs_are_in_its_own_format(
     renderers: dict[str, RequestRenderer], tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
-    adapter = AdapterRegistry(tmp_path / "registry").register(tiny_adapter, draft, force=True)
+    adapter = AdapterPublisher(AdapterRegistry(tmp_path / "registry")).register(tiny_adapter, draft, force=True)
     tokenizer = load_tokenizer(tiny_base)
     other = RequestRenderer(tiny_base, "chatml", tokenizer, Vocabulary(tokenizer), 512)
     body = TokenizeRequest.model_validate({"messages": DIALOGS[1]})

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from deployments.engine.engine import Engine
 from deployments.engine.llama import cpu_kernels
 from deployments.engine.request import Delta, EngineRequest, SamplingParams, TokenLogprob
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
 
 PROMPTS = [[1, 4093, 198, 1780, 30, 2], list(range(400, 470)), [9] * 3, list(range(1000, 1150))]
 RANKS = {"r4": 4, "r8": 8, "r16": 16, "r64": 64}

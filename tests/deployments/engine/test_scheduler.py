@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from deployments.engine.kv_cache import BlockPool
 from deployments.engine.request import SamplingParams
-from deployments.engine.scheduler import Chunk, Scheduler, Sequence
+from deployments.engine.scheduler import Chunk, Scheduler
+from deployments.engine.sequence import Sequence
 
 BLOCK = 4
 

@@ -15,8 +15,9 @@ from deployments.engine.constraint import Constraint, ConstraintFault
 from deployments.errors import NotReady, ResponseFormatRefused
 from deployments.protocol.chat import ResponseFormat
 from deployments.structured_outputs.grammars import GrammarCompiler, grammar_of
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 STOP = 2  # `<|im_end|>` of the embedded model, `</s>` of Llama 2

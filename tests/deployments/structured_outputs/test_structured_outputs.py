@@ -20,9 +20,12 @@ from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.engine.sampling import forbid, token_logprobs
 from deployments.protocol.chat import ResponseFormat
 from deployments.structured_outputs.grammars import GrammarCompiler, grammar_of
-from deployments.text.detokenizer import Detokenizer, Vocabulary
+from deployments.text.detokenizer import Detokenizer
+from deployments.text.vocabulary import Vocabulary
 from tests.deployments.engine.test_engine import PROMPTS, Answers, drain
-from training.base_models.resolve import BaseModel, Quantization, load_quantized, load_tokenizer
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
 
 STOP = 2
 FREE = SamplingParams(max_tokens=120, temperature=1.0, seed=1, stop_token_ids=(STOP,))

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from deployments.text.detokenizer import Detokenizer, SentText, Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.detokenizer import Detokenizer, SentText
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FAMILIES = ("embedded", "llama2", "llama3")

@@ -25,12 +25,14 @@ from starlette.routing import Mount
 from deployments.auth.caller import ANONYMOUS, Caller, KeyLimits
 from deployments.auth.keys import KeyStore
 from deployments.errors import EngineFault
-from deployments.protocol.chat import ChatCompletionRequest, Model
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.models import Model
 from deployments.ui.conversations import model_choices
 from deployments.ui.deployment import build_asgi_app
 from tests.conftest import RunningServer, free_port
 from training.base_models.resolve import BaseModel
-from training.chat.chat_format import Message, load_chat_format
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

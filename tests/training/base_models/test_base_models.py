@@ -15,14 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.base_models.resolve import (
-    BaseModel,
-    Quantization,
-    base_name,
-    load_quantized,
-    load_tokenizer,
-    resolve_base_model,
-)
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel, base_name, resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
 from training.errors import BaseModelError
 
 

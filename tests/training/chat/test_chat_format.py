@@ -16,8 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
-from training.base_models.resolve import EMBEDDED_MODEL, BaseModel, load_tokenizer, resolve_base_model
-from training.chat.chat_format import ChatFormat, ChatFormatName, Message, detect_chat_format, load_chat_format
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.resolve import BaseModel, resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import detect_chat_format, load_chat_format
+from training.chat.messages import Message
+from training.chat.templates import ChatFormatName
 from training.errors import ChatFormatError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.config.data_config import DataConfig, RowKind
-from training.data.formats import AnswerPair, BadRow, Dialog, Document, Example, RatedAnswer, parse_row
+from training.data.examples import AnswerPair, BadRow, Dialog, Document, Example, RatedAnswer
+from training.data.formats import parse_row
 from training.data.sources import RawRow, read_rows
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

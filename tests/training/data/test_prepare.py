@@ -1,6 +1,5 @@
 """A dataset from its files to a run's rows: bad rows, lengths, duplicates, the held-out split, weights, the cache."""
 
-import ast
 import hashlib
 import json
 import os
@@ -17,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.repository.import_graph import import_graph, modules
 from tests.training.data.test_formats import FIXTURES, dialog
-from training.base_models.resolve import BaseModel, load_tokenizer
-from training.chat.chat_format import ChatFormat, load_chat_format
+from training.base_models.resolve import BaseModel
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
 from training.config.data_config import DataConfig
-from training.data import build_store as data_reading
-from training.data import prepare as data
+from training.data import build_store, store_cache
 from training.data.prepare import PreparedData, prepare_data
 from training.data.row_store import IGNORED_LABEL, PreferenceRow, UnpairedRow
 from training.errors import DatasetError
@@ -592,13 +593,13 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    real = data.read_into
+    real = build_store.read_into
 
     def counted(*args: Any, **options: Any) -> Any:
         written.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(data, "read_into", counted)
+    monkeypatch.setattr(store_cache, "read_into", counted)
     path = write(tmp_path / "d.jsonl", *questions(20))
     prepare(path)
     prepare(path, held_out=0.2, seed=4, deduplicate=False)  # decided after reading
@@ -617,11 +618,20 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
 
 def test_the_cache_knows_every_module_that_makes_a_store() -> None:
     """A changed rendering, hash or format must not find the rows of the old one."""
-    tree = ast.parse(Path(data_reading.__file__).read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    makers = {name for name in imported if name.startswith("training.")}
-    indifferent = {"training.config.data_config", "training.data.report", "training.errors"}  # settings are in the key
-    assert makers - indifferent == {module.__name__ for module in data.STORE_CODE} - {data_reading.__name__}
+    graph = import_graph()
+    makers, pending = set(), ["training.data.build_store"]
+    while pending:
+        module = pending.pop()
+        makers.add(module)
+        pending += [other for other in graph[module] if other not in makers]
+    indifferent = {  # settings are in the key, the base by its tokenizer's files
+        "training.config.data_config",
+        "training.errors",
+        "training.home",
+        "training.base_models.embedded",
+        "training.base_models.resolve",
+    }
+    assert {modules()[module] for module in makers - indifferent} <= set(store_cache.code_files())
 
 
 def test_a_store_that_was_not_finished_is_not_used(prepare: Prepare, tmp_path: Path) -> None:
@@ -650,7 +660,7 @@ def test_stores_that_nobody_used_for_long_are_removed(
     [kept] = stores()
     assert kept != old
     assert len(opened[0]["input_ids"]) > 0  # who has it open goes on reading
-    monkeypatch.setattr(data, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(store_cache, "_CACHE_BYTES", 1)
     prepare(write(tmp_path / "c.jsonl", *questions(22)))
     assert len(stores()) == 1
     assert kept not in stores()

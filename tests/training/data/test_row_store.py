@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.data.row_store import IGNORED_LABEL, Rows, RowStore, StoredRow, StoreWriter, TokenizedRow, trained_spans
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=8)

@@ -18,8 +18,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized, resolve_base_model
-from training.chat.chat_format import Message, load_chat_format
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel, resolve_base_model
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError, ExportError
@@ -28,8 +31,10 @@ from training.export.gguf import GgufType, llama_3_rope_factors, write_gguf
 from training.export.gguf_vocabulary import read_vocabulary
 from training.export.losses import EvaluationRows, evaluation_rows
 from training.export.merge import MergedWeights, Onto
-from training.registry.adapter_files import LINEAR_LAYERS
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, LoraShape, SampleAnswer
+from training.registry.adapter_files import LoraShape
+from training.registry.manifest import AdapterManifest, SampleAnswer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 from training.trainer.evaluate import num_labelled
 
 PROJECT = Path(__file__).parents[3]
@@ -56,7 +61,7 @@ def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
         metrics={"eval_loss": 1.0, "base_eval_loss": 2.0},
         samples=[SampleAnswer(prompt="Where is the key?", reference="By the porch.", base="?", adapter="?")],
     )
-    return registry.register(tiny_adapter, draft)
+    return AdapterPublisher(registry).register(tiny_adapter, draft)
 
 
 @torch.no_grad()
@@ -237,7 +242,7 @@ def test_gguf_says_what_it_cannot_say(tiny_base: BaseModel, tiny_adapter: Path, 
 
 
 def _gguf(base: BaseModel, adapter: Path, folder: Path) -> Path:
-    shape = LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
+    shape = LoraShape(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
     weights = MergedWeights(base, adapter, shape, FLOAT32, "nf4")
     write_gguf(weights, folder / "x.gguf", "F16", name="x", description="x", chat_template="x", eot_token_id=2)
     return folder / "x.gguf"

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.base_models.llama_shape import LlamaShape
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
 from training.config.train_config import LoraSettings
 from training.planning.memory import EVAL_BATCH_TOKENS, LOGITS_CHUNK, SCORES_UP_TO, TrainStep, estimate, largest_batch
 from training.trainer import evaluate
@@ -217,7 +218,7 @@ def test_number_of_parameters_and_of_trained_ones(tmp_path: Path) -> None:
     shape = LlamaShape.of(config.to_dict())
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     lora = LoraSettings(r=3, target_modules=["v_proj", "down_proj"])
-    assert shape.num_trainable(lora) == 2 * 3 * ((64 + 32) + (128 + 64))
+    assert shape.num_trainable(lora.r, lora.targets) == 2 * 3 * ((64 + 32) + (128 + 64))
 
 
 def test_chunk_sizes_are_those_of_the_training_code() -> None:

@@ -24,8 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from tests.training.planning.test_memory import LLAMA_7B, LLAMA_13B, LLAMA_31_8B, PeakBytes
-from training.base_models.resolve import bitsandbytes_config
-from training.config.train_config import TrainConfig, load_config
+from training.base_models.nf4 import bitsandbytes_config
+from training.config.load import load_config
+from training.config.train_config import TrainConfig
 from training.planning import memory
 from training.planning.memory import TrainStep, estimate
 from training.trainer import varlen_attention as attention

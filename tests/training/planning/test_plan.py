@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from training.__main__ import main
-from training.base_models.resolve import BaseModel, Quantization, load_quantized, resolve_base_model
-from training.config.train_config import TrainConfig, load_config, resolved
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel, resolve_base_model
+from training.config.load import load_config, resolved
+from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import BaseModelError
 from training.planning.plan import dry_run, make_plan

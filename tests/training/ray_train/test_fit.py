@@ -14,13 +14,16 @@ import psutil
 import pytest
 
 from tests.conftest import train_workers
-from training.__main__ import register, run_training
+from training.__main__ import run_training
 from training.base_models.resolve import BaseModel
 from training.config.data_config import DataConfig
 from training.config.train_config import GateConfig, TrainConfig
 from training.errors import AdapterRefused, ConfigError, TrainingError
-from training.ray_train.fit import FitResult, fit, fresh_run_name, open_run
+from training.ray_train.fit import fit
 from training.ray_train.worker import _is_whole
+from training.runs.register import register
+from training.runs.result import FitResult
+from training.runs.resume import fresh_run_name, open_run
 from training.runs.run_dir import RunDir
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from training.base_models.llama_shape import LLAMA_LINEARS
 from training.base_models.resolve import BaseModel
 from training.errors import AdapterRefused
-from training.registry.adapter_files import LINEAR_LAYERS, LoraShape, lora_shapes, read_adapter, read_safetensors_header
+from training.registry.adapter_files import LoraShape, lora_shapes, read_adapter
+from training.registry.safetensors_header import read_safetensors_header
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -66,7 +68,7 @@ def load_weights(folder: Path) -> dict[str, Any]:
 @pytest.mark.promise("E4")
 def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny_base: BaseModel) -> None:
     files = read_adapter(adapter, tiny_base)
-    assert files.lora == LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
+    assert files.lora == LoraShape(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
     assert files.lora.scaling == 2
     assert json.loads(files.config_json) == {
         "peft_type": "LORA",
@@ -77,7 +79,7 @@ def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny
         "r": 4,
         "lora_alpha": 8,
         "lora_dropout": 0.1,
-        "target_modules": sorted(LINEAR_LAYERS),
+        "target_modules": sorted(LLAMA_LINEARS),
         "use_rslora": False,
         "bias": "none",
     }
@@ -366,7 +368,7 @@ def test_wrong_rank_missing_and_extra_tensors_are_refused(adapter: Path, tiny_ba
 )
 def test_targets_are_checked_against_the_tensors(adapter: Path, tiny_base: BaseModel, targets: Any) -> None:
     set_config(adapter, target_modules=targets)
-    wanted = set(LINEAR_LAYERS if targets == "all-linear" else {name.rpartition(".")[2] for name in targets})
+    wanted = set(LLAMA_LINEARS if targets == "all-linear" else {name.rpartition(".")[2] for name in targets})
     save_weights(adapter, {k: v for k, v in load_weights(adapter).items() if k.split(".")[-3] in wanted})
     assert read_adapter(adapter, tiny_base).lora.target_modules == sorted(wanted)
 

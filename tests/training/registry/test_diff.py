@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from training.base_models.llama_shape import LLAMA_LINEARS
 from training.base_models.resolve import BaseModel
-from training.registry.adapter_files import LINEAR_LAYERS
+from training.registry.adapter_files import LoraShape
 from training.registry.diff import WeightChange, diff_manifests, diff_weights
-from training.registry.registry import AdapterDraft, AdapterRegistry, DatasetRef, Environment, LoraShape
+from training.registry.manifest import DatasetRef, Environment
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
-SHAPE = LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
+SHAPE = LoraShape(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
 
 
 def changed(adapter: Path, folder: Path, noise: float) -> Path:
@@ -90,7 +93,7 @@ def test_fields_that_differ_are_named_with_both_values(
             config={"learning_rate": rate, "lora": {"r": 4}},
             environment=Environment(code_version="1", git_commit=None, libraries={"peft": peft}, devices=["CPU"]),
         )
-        return registry.register(tiny_adapter, draft)
+        return AdapterPublisher(registry).register(tiny_adapter, draft)
 
     one, two, three = register(1e-3, 1.0, "a", "1"), register(2e-3, 1.5, "b", "2"), register(1e-3, 1.0, "a", "1")
     assert [(change.key, change.a, change.b) for change in diff_manifests(one, two)] == [

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from training.base_models.resolve import BaseModel
 from training.errors import AdapterRefused, RegistryError
 from training.registry.adapter_files import lora_shapes
-from training.registry.registry import AdapterManifest, AdapterRegistry, import_adapter
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Register = Callable[[bytes, bytes], bool]
@@ -61,7 +64,7 @@ def register(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
             message = str(refused)
         else:
             check_whole(manifest)
-            registry.delete("fuzz", manifest.version)
+            AdapterPromoter(registry).delete("fuzz", manifest.version)
             return True
         assert "\n" not in message
         assert len(message) < 800

@@ -9,14 +9,9 @@ import pytest
 from training.base_models.resolve import BaseModel
 from training.errors import AdapterRefused
 from training.registry.gate import objection
-from training.registry.registry import (
-    AdapterDraft,
-    AdapterManifest,
-    AdapterRegistry,
-    Environment,
-    ParentRef,
-    SampleAnswer,
-)
+from training.registry.manifest import AdapterManifest, Environment, ParentRef, SampleAnswer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 GOOD = {"eval_loss": 1.0, "base_eval_loss": 2.0}
 
@@ -79,9 +74,9 @@ def test_force_past_the_parents_loss_is_recorded(
 ) -> None:
     worse = draft(tiny_base, {**GOOD, "parent_eval_loss": 0.5})
     with pytest.raises(AdapterRefused, match=r"above the 0\.5000 of the version that it continues"):
-        registry.register(tiny_adapter, worse)
+        AdapterPublisher(registry).register(tiny_adapter, worse)
     assert registry.names() == []
-    manifest = registry.register(tiny_adapter, worse, force=True)
+    manifest = AdapterPublisher(registry).register(tiny_adapter, worse, force=True)
     assert manifest.forced
     assert "above the 0.5000" in str(manifest.forced_because)
 
@@ -90,9 +85,9 @@ def test_adapter_of_zeros_is_refused_from_its_tensors_whatever_its_figures_say(
     registry: AdapterRegistry, tiny_base: BaseModel, zero_adapter: Path
 ) -> None:
     with pytest.raises(AdapterRefused, match="it changes nothing"):
-        registry.register(zero_adapter, draft(tiny_base))
+        AdapterPublisher(registry).register(zero_adapter, draft(tiny_base))
     assert registry.names() == []
-    manifest = registry.register(zero_adapter, draft(tiny_base), force=True)
+    manifest = AdapterPublisher(registry).register(zero_adapter, draft(tiny_base), force=True)
     assert manifest.forced
     assert registry.manifest("ranch", 1).forced_because == manifest.forced_because
     assert "changes nothing" in str(manifest.forced_because)
@@ -107,14 +102,14 @@ def test_one_layer_that_is_not_zero_is_a_change(
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
     trained = load_file(tiny_adapter / weights.name)[name]
     save_file({**load_file(weights), name: trained}, weights, {"format": "pt"})
-    assert not registry.register(zero_adapter, draft(tiny_base)).forced
+    assert not AdapterPublisher(registry).register(zero_adapter, draft(tiny_base)).forced
 
 
 def test_adapter_that_changed_no_output_is_refused(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
     with pytest.raises(AdapterRefused, match="changes nothing"):
-        registry.register(tiny_adapter, draft(tiny_base, changes=False))
+        AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, changes=False))
 
 
 def test_other_weights_than_those_evaluated_are_refused_also_by_force(
@@ -122,14 +117,19 @@ def test_other_weights_than_those_evaluated_are_refused_also_by_force(
 ) -> None:
     for force in (False, True):
         with pytest.raises(AdapterRefused, match="evaluated abcabcabcabc"):
-            registry.register(tiny_adapter, draft(tiny_base, evaluated_sha256="abc" * 22), force=force)
+            AdapterPublisher(registry).register(
+                tiny_adapter, draft(tiny_base, evaluated_sha256="abc" * 22), force=force
+            )
     assert registry.names() == []
-    sha256 = registry.register(tiny_adapter, draft(tiny_base)).weights_sha256
-    assert registry.register(tiny_adapter, draft(tiny_base, evaluated_sha256=sha256)).evaluated_sha256 == sha256
+    sha256 = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base)).weights_sha256
+    assert (
+        AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, evaluated_sha256=sha256)).evaluated_sha256
+        == sha256
+    )
 
 
 def test_lineage_is_recorded(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
-    first = registry.register(tiny_adapter, draft(tiny_base))
+    first = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     assert (first.parent, first.environment, first.samples, first.method) == (None, None, [], None)
     lineage = {
         "parent": ParentRef(name="ranch", version=1, weights_sha256=first.weights_sha256),
@@ -137,7 +137,7 @@ def test_lineage_is_recorded(registry: AdapterRegistry, tiny_base: BaseModel, ti
         "environment": Environment(code_version="0.1", git_commit=None, libraries={"peft": "1"}, devices=["a CPU"]),
         "samples": [SampleAnswer(prompt="p", reference="r", base="b", adapter="a")],
     }
-    second = registry.register(tiny_adapter, draft(tiny_base, **lineage))
+    second = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, **lineage))
     read = registry.manifest("ranch", 2)
     assert read == second
     assert {key: getattr(read, key) for key in lineage} == lineage
@@ -146,7 +146,7 @@ def test_lineage_is_recorded(registry: AdapterRegistry, tiny_base: BaseModel, ti
 def test_manifests_of_schema_version_1_are_read(
     registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
 ) -> None:
-    path = registry.fetch(registry.register(tiny_adapter, draft(tiny_base))) / "manifest.json"
+    path = registry.fetch(AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))) / "manifest.json"
     fields = json.loads(path.read_text())
     added = ["forced_because", "evaluated_sha256", "method", "parent", "environment", "samples"]
     old = {key: value for key, value in fields.items() if key not in added} | {"schema_version": 1}

@@ -13,11 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from training.__main__ import run_training
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
 from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import AdapterNotFound, AdapterRefused, ConfigError
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
+from training.registry.manifest import AdapterManifest, ParentRef
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 from training.runs.continue_from import copy_parent, parent_ref, resolve_parent, with_warning
 from training.runs.run_dir import RunDir
 from training.trainer.callback import Watch
@@ -58,7 +62,7 @@ def registry(tmp_path: Path) -> AdapterRegistry:
 def parent(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> AdapterManifest:
     """tiny-hand@1: LoRA r 4, alpha 8, not zero; trained elsewhere, hence forced."""
     draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
-    return registry.register(tiny_adapter, draft, force=True)
+    return AdapterPublisher(registry).register(tiny_adapter, draft, force=True)
 
 
 def config_of(tiny_base: BaseModel, tmp_path: Path, **changes: Any) -> TrainConfig:
@@ -86,7 +90,7 @@ def config_of(tiny_base: BaseModel, tmp_path: Path, **changes: Any) -> TrainConf
 def test_version_shape_and_format_are_written_out(
     registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
 ) -> None:
-    registry.promote("tiny-hand", 1, "stable")
+    AdapterPromoter(registry).promote("tiny-hand", 1, "stable")
     config = config_of(tiny_base, tmp_path, continue_from="tiny-hand@stable", lora={"lora_dropout": 0.3})
     resolved, found = resolve_parent(config, tiny_base, registry)
     assert found == parent
@@ -107,7 +111,7 @@ def split_between(
     draft = AdapterDraft(
         name="known", base=base, chat_format="chatml", dataset=trained_on, config=parents.model_dump(mode="json")
     )
-    parent = registry.register(adapter, draft, force=True)
+    parent = AdapterPublisher(registry).register(adapter, draft, force=True)
     inputs = read_inputs(childs)
     warned = with_warning(inputs, childs, parent).report.warnings
     return parent_ref(childs, inputs.dataset, parent).other_split, [
@@ -290,7 +294,7 @@ def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
 ) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # the driver's only: workers have the run's directory
     draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
-    parent = AdapterRegistry().register(tiny_adapter, draft, force=True)
+    parent = AdapterPublisher(AdapterRegistry()).register(tiny_adapter, draft, force=True)
     config = config_of(
         tiny_base,
         tmp_path,

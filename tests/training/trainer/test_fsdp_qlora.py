@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from tests.conftest import free_port
 from training.base_models.llama_shape import LlamaShape
 from training.base_models.resolve import BaseModel
-from training.config.train_config import TrainConfig, build_config, check_resources
+from training.config.load import build_config
+from training.config.train_config import TrainConfig
 from training.errors import ConfigError, TrainingError
+from training.planning.resources import check_resources
 
 PROJECT = Path(__file__).parents[3]
 NUM_LAYERS = 5

@@ -17,7 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.conftest import free_port
-from training.base_models.resolve import BaseModel, load_quantized
+from training.base_models.nf4 import load_quantized
+from training.base_models.resolve import BaseModel
 from training.config.train_config import PreferenceSettings, TrainConfig
 from training.data.row_store import PreferenceRow, Rows, UnpairedRow
 from training.data.run_inputs import RunInputs, read_inputs

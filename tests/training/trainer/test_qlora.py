@@ -9,8 +9,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
-from training.config.train_config import LLAMA_LINEARS, LoraSettings
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
+from training.config.train_config import LoraSettings
 from training.trainer.qlora import attach_lora
 
 IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
 from training.config.data_config import DataConfig
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL, TokenizedRow

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingAr
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseModel
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL
 from training.data.run_inputs import read_inputs

@@ -12,9 +12,11 @@ from deployments.engine.bench import random_adapter
 from deployments.engine.llama import cpu_kernels
 from deployments.engine.llama.cpu_kernels import KernelsUnavailable
 from deployments.engine.llama.cpu_llama import CpuLlama
-from deployments.engine.llama.interface import TARGETS, ForwardBatch
+from deployments.engine.llama.interface import ForwardBatch
 from deployments.engine.llama.lora import LoraWeights
-from training.base_models.resolve import BaseModel, ComputeDtype, Quantization, load_quantized
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaLinear, module_path
+from training.base_models.nf4 import ComputeDtype, Quantization, load_quantized
+from training.base_models.resolve import BaseModel
 
 TOKENS = list(range(3000, 3100))
 NO_ADAPTER, TABLE = -1, list(range(3, 11))
@@ -25,9 +27,8 @@ def cpu_llama(base: BaseModel, quantization: Quantization) -> CpuLlama:
     return CpuLlama(model, max_model_len=128, max_num_seqs=10, kv_cache_bytes=1 << 30, max_loras=2)
 
 
-def linear(model: torch.nn.Module, layer: int, target: str) -> torch.nn.Module:
-    block = "self_attn" if target in TARGETS[:4] else "mlp"
-    return model.get_submodule(f"model.layers.{layer}.{block}.{target}")
+def linear(model: torch.nn.Module, layer: int, target: LlamaLinear) -> torch.nn.Module:
+    return model.get_submodule(f"model.layers.{layer}.{module_path(target)}")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -39,7 +40,7 @@ def test_weights_are_bit_equal_to_those_that_training_multiplies_by(
     trained = load_quantized(embedded_base, quantization)
     served = cpu_llama(embedded_base, quantization)
     for layer in (0, 13, 29):
-        for target in TARGETS:
+        for target in LLAMA_LINEARS:
             weight = linear(trained, layer, target).weight
             expected = bnb.dequantize_4bit(weight.data, weight.quant_state)
             assert expected.dtype == getattr(torch, dtype)
