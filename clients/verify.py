@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from training.base_models.nf4 import Quantization
-    from training.base_models.resolve import BaseModel
+    from training.base_models.resolve import BaseCheckpoint
     from training.export.peft_reference import Continuation
     from training.registry.manifest import AdapterManifest
     from training.registry.registry import AdapterRegistry
@@ -89,7 +89,7 @@ def verify(
 def _engine_answers(
     directory: "Path",
     manifest: "AdapterManifest",
-    base: "BaseModel",
+    base: "BaseCheckpoint",
     quantization: "Quantization",
     device: str,
     prompts: Sequence[list[int]],

@@ -17,7 +17,7 @@ from training.ray_train.fit import fit
 from training.registry.manifest import AdapterManifest
 from training.runs.register import register
 from training.runs.report import REPORT_FILE, write_report
-from training.runs.result import FitResult
+from training.runs.result import RunResult
 from training.runs.run_dir import RunDir
 from training.sweep.config import SweepConfig, load_run_config, plan
 from training.sweep.report import print_plan, print_result
@@ -61,7 +61,7 @@ def run_search(config: SweepConfig, *, force: bool = False, as_json: bool = Fals
     return 0 if result.manifest else 1
 
 
-def summary(manifest: AdapterManifest, result: FitResult) -> str:
+def summary(manifest: AdapterManifest, result: RunResult) -> str:
     """A few lines for the person who waited: what was learned, and which model id to ask."""
     metrics = result.metrics
     lines = [f"\n{manifest.model_id} is registered" + (" (forced)" if manifest.forced else "")]

@@ -75,7 +75,7 @@ def bench(
     from clients.bench.results import Settings, numbers
     from clients.bench.run import Output, run_bench
     from clients.bench.stream import ChatServer
-    from clients.local_server import own_key, read_serve_config, running
+    from clients.local_server import read_serve_config, serve_in_background, temporary_key
     from training.errors import ConfigError
 
     if url and serve_config:
@@ -104,8 +104,8 @@ def bench(
     try:
         with contextlib.ExitStack() as up:
             if content is not None:
-                settings = replace(settings, url=up.enter_context(running(content)).url)
-                api_key = up.enter_context(own_key("corral bench"))
+                settings = replace(settings, url=up.enter_context(serve_in_background(content)).url)
+                api_key = up.enter_context(temporary_key("corral bench"))
             server = ChatServer(settings.url, api_key, verify=not insecure, timeout_s=timeout)
             results = run_bench(replace(settings, url=server.url), server, Output(json, plot, tuple(compare or ())))
     except KeyboardInterrupt:

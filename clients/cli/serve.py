@@ -36,13 +36,19 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a base and its adapters here until Ctrl-C."""
-    from clients.local_server import read_serve_config, running, urls, wait_for_signal, warnings
+    from clients.local_server import (
+        format_urls,
+        read_serve_config,
+        serve_in_background,
+        startup_warnings,
+        wait_for_signal,
+    )
 
     content = read_serve_config(config, port, tls=tls)
-    for warning in warnings(content):
+    for warning in startup_warnings(content):
         print(f"warning: {warning}", file=sys.stderr)
-    with _stopped_by_signal(code=0), running(content, debug=context.obj) as server:
-        print(urls(server), flush=True)
+    with _stopped_by_signal(code=0), serve_in_background(content, debug=context.obj) as server:
+        print(format_urls(server), flush=True)
         wait_for_signal()
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Status = Literal["ok", "note", "broken"]
+Status = Literal["ok", "note", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,6 @@ def report(checks: list[Check], *, as_json: bool = False) -> str:
         lines.append(f"{check.status:<7}{check.name:<{width}}  {check.found}")
         if check.fix:
             lines.append(" " * (width + 9) + f"-> {check.fix}")
-    broken = sum(check.status == "broken" for check in checks)
+    broken = sum(check.status == "error" for check in checks)
     lines.append(f"\n{broken} of {len(checks)} checks found something broken" if broken else "\nnothing is broken")
     return "\n".join(lines)

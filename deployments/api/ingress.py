@@ -21,13 +21,21 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.accounting.ledger_client import LedgerClient
 from deployments.accounting.metrics import CONTENT_TYPE, engine_metrics
-from deployments.accounting.middleware import BookingMiddleware, CurrentBooking
-from deployments.accounting.request_record import Booking
+from deployments.accounting.middleware import CurrentTrace, RequestTraceMiddleware
+from deployments.accounting.request_record import RequestTrace
 from deployments.api.adapter_admin import AdapterAdmin
 from deployments.api.http_app import RequestId, create_api
 from deployments.api.model_catalog import ModelCatalog
-from deployments.api.openai_responses import ChatShape, CompletionShape, Shape, begun, events, usage_of, whole
-from deployments.api.outputs import Answers, Piece, interleaved
+from deployments.api.openai_responses import (
+    ChatFormatter,
+    CompletionFormatter,
+    ResponseFormatter,
+    collect,
+    peek_first,
+    sse_events,
+    usage_of,
+)
+from deployments.api.outputs import PromptOutput, TextDelta, interleaved
 from deployments.api.rendering import RequestRenderer
 from deployments.auth.caller import Caller
 from deployments.auth.dependencies import AdminCaller, ChatCaller
@@ -82,7 +90,7 @@ def _ledger() -> LedgerClient:
 
 
 api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
-api.add_middleware(BookingMiddleware, ledger=_ledger)
+api.add_middleware(RequestTraceMiddleware, ledger=_ledger)
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
@@ -108,27 +116,25 @@ class ChatIngress:
         await self.ledger.flush()
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
-    async def chat_completions(
-        self, body: ChatCompletionRequest, caller: ChatCaller, booking: CurrentBooking
-    ) -> Response:
+    async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
-        booking.model = self._catalog.model_id(manifest)
+        trace.model = self._catalog.model_id(manifest)
         answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
-        shape = ChatShape(answer_id, booking.model, self._vocabulary, with_logprobs=body.logprobs)
-        return await self._respond(shape, [answers], body, caller, booking)
+        shape = ChatFormatter(answer_id, trace.model, self._vocabulary, with_logprobs=body.logprobs)
+        return await self._respond(shape, [answers], body, caller, trace)
 
     @api.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
-    async def completions(self, body: CompletionRequest, caller: ChatCaller, booking: CurrentBooking) -> Response:
+    async def completions(self, body: CompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Continue or score texts with the base or an adapter, at once or as server-sent events."""
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
-        booking.model = self._catalog.model_id(manifest)
+        trace.model = self._catalog.model_id(manifest)
         answers = await asyncio.to_thread(self._text_answers, body, manifest, answer_id)
         with_logprobs = body.logprobs is not None
-        shape = CompletionShape(answer_id, booking.model, self._vocabulary, with_logprobs=with_logprobs)
-        return await self._respond(shape, answers, body, caller, booking)
+        shape = CompletionFormatter(answer_id, trace.model, self._vocabulary, with_logprobs=with_logprobs)
+        return await self._respond(shape, answers, body, caller, trace)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
     async def list_models(self, caller: ChatCaller) -> ModelList:
@@ -186,7 +192,7 @@ class ChatIngress:
         caller: AdminCaller,
         request_id: RequestId = None,
     ) -> DeletedVersion:
-        """Remove a version that no alias points at. Answers that are being made with it go on to their end."""
+        """Remove a version that no alias points at. PromptOutput in progress with it run to their end."""
         return await asyncio.to_thread(self._admin(caller, request_id).delete_version, name, version)
 
     @api.get("/healthz")
@@ -215,15 +221,15 @@ class ChatIngress:
         Raises:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
-        with self.ledger.booked(Booking(route="ui", caller=caller)) as booking:
+        with self.ledger.recorded(RequestTrace(route="ui", caller=caller)) as trace:
             manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
-            booking.model = self._catalog.model_id(manifest)
+            trace.model = self._catalog.model_id(manifest)
             answer_id = f"chatcmpl-{uuid.uuid4().hex}"
             answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
-            async with aclosing(self._admitted([answers], caller, booking)) as batches:
+            async with aclosing(self._admitted([answers], caller, trace)) as batches:
                 async for pieces in batches:
                     yield "".join(piece.text for piece in pieces)
-            booking.status = 200
+            trace.status = 200
 
     async def models(self) -> list[Model]:
         """As `GET /v1/models` lists them, for callers inside the cluster."""
@@ -235,16 +241,18 @@ class ChatIngress:
 
     async def _chat_answers(
         self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str, tpm: int | None
-    ) -> Answers:
+    ) -> PromptOutput:
         generation = await asyncio.to_thread(self._renderer.chat, body, manifest, answer_id, tpm)
         if generation.grammar is not None:
             await self._grammars.compile(generation.grammar)  # to refuse it here; the replica has its own
-        return Answers(generation, self._vocabulary, body.stop_strings)
+        return PromptOutput(generation, self._vocabulary, body.stop_strings)
 
-    def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
+    def _text_answers(
+        self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str
+    ) -> list[PromptOutput]:
         generations = self._renderer.completion(body, manifest, answer_id)
         return [
-            Answers(
+            PromptOutput(
                 generation,
                 self._vocabulary,
                 body.stop_strings,
@@ -256,37 +264,42 @@ class ChatIngress:
         ]
 
     async def _respond(
-        self, shape: Shape, answers: Sequence[Answers], body: AnyCompletionRequest, caller: Caller, booking: Booking
+        self,
+        shape: ResponseFormatter,
+        answers: Sequence[PromptOutput],
+        body: AnyCompletionRequest,
+        caller: Caller,
+        trace: RequestTrace,
     ) -> Response:
-        batches = self._admitted(answers, caller, booking)
+        batches = self._admitted(answers, caller, trace)
         if not body.stream:
-            content = await whole(shape, answers, batches)
-            return Response(content, media_type="application/json", headers=booking.headers)
+            content = await collect(shape, answers, batches)
+            return Response(content, media_type="application/json", headers=trace.headers)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = await begun(events(shape, answers, batches, include_usage=include_usage))
-        headers = {"cache-control": "no-cache"} | booking.headers
+        stream = await peek_first(sse_events(shape, answers, batches, include_usage=include_usage))
+        headers = {"cache-control": "no-cache"} | trace.headers
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     async def _admitted(
-        self, answers: Sequence[Answers], caller: Caller, booking: Booking
-    ) -> AsyncGenerator[list[Piece], None]:
+        self, answers: Sequence[PromptOutput], caller: Caller, trace: RequestTrace
+    ) -> AsyncGenerator[list[TextDelta], None]:
         """Pieces of all answers, within the caller's limits; what they used is settled however this generator ends."""
-        booking.num_answers = sum(prompt.generation.n for prompt in answers)
-        most_tokens = sum(prompt.generation.most_tokens for prompt in answers)
-        async with self.ledger.admitted(caller, most_tokens, booking):
+        trace.num_answers = sum(prompt.generation.n for prompt in answers)
+        max_total_tokens = sum(prompt.generation.max_total_tokens for prompt in answers)
+        async with self.ledger.admitted(caller, max_total_tokens, trace):
             streams = [self._generate(prompt) for prompt in answers]
             try:
                 async with aclosing(streams[0] if len(streams) == 1 else interleaved(streams)) as batches:
                     async for pieces in batches:
-                        booking.heard()
+                        trace.mark_token()
                         yield pieces
             except Exception as error:
-                booking.status = error_response(error)[0]
+                trace.status = error_response(error)[0]
                 raise
             finally:
-                booking.usage = usage_of(answers)
+                trace.usage = usage_of(answers)
 
-    async def _generate(self, answers: Answers) -> AsyncGenerator[list[Piece], None]:
+    async def _generate(self, answers: PromptOutput) -> AsyncGenerator[list[TextDelta], None]:
         """Pieces as the replica makes them, until every answer to the prompt has its finish_reason."""
         replies: Any = self._model.options(stream=True).generate.remote(answers.generation)
         try:

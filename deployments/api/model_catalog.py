@@ -8,7 +8,7 @@ from deployments.api.adapter_admin import canary_of
 from deployments.errors import ModelNotFound
 from deployments.protocol.adapters import Canary
 from deployments.protocol.models import Model
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterNotFound, RegistryError
 from training.names import parse_model_id
 from training.registry.manifest import AdapterManifest
@@ -22,7 +22,7 @@ class ModelCatalog:
         max_model_len: longest prompt plus answer, in tokens.
     """
 
-    def __init__(self, base: BaseModel, registry: AdapterRegistry, max_model_len: int) -> None:
+    def __init__(self, base: BaseCheckpoint, registry: AdapterRegistry, max_model_len: int) -> None:
         self._base = base
         self._registry = registry
         self._max_model_len = max_model_len

@@ -34,8 +34,10 @@ def constraint_masks(sequences: list[Sequence]) -> tuple[dict[int, PackedMask], 
 
 
 def forward_batch(chunks: list[Chunk], block_size: int) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:
-    """The chunks as one batch. `out_rows` are first those that score prompt tokens (also returned, with the positions
-    of the tokens that they predict), then the last row of every sequence whose tokens are all computed after it."""
+    """The chunks as one batch, and what scores prompt tokens: sequences with the positions of the predicted tokens.
+
+    `output_rows` are first the scoring ones, then the last row of every sequence that is completely computed after it.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

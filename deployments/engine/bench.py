@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deployments.engine.engine import Engine
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from training.base_models.embedded import EMBEDDED_MODEL
-from training.base_models.llama_shape import LlamaShape, module_path
+from training.base_models.llama_shape import LlamaDims, module_path
 from training.base_models.nf4 import Quantization, compute_dtype_on, load_quantized
 from training.base_models.resolve import resolve_base_model
 
@@ -92,7 +92,7 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
 def random_adapter(config: LlamaConfig, r: int, seed: int) -> dict[str, torch.Tensor]:
     """PEFT's tensors of a random LoRA on all linear layers."""
     generator = torch.Generator().manual_seed(seed)
-    dims = LlamaShape.of(config.to_dict())
+    dims = LlamaDims.of(config.to_dict())
     tensors = {}
     for i in range(dims.num_layers):
         for linear, (n_in, n_out) in dims.linears.items():

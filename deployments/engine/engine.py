@@ -175,7 +175,7 @@ class Engine:
                     adapter=request.adapter,
                     generator=random_stream(sampling, i),
                     constraint=request.constraint.copy() if request.constraint else None,
-                    waits_for=sequences[0] if i else None,
+                    prefix_donor=sequences[0] if i else None,
                 )
             )
         with self._work:
@@ -259,7 +259,7 @@ class Engine:
         with self._lock:
             for chunk in chunks:
                 if not chunk.sequence.ended:
-                    self._scheduler.computed(chunk)
+                    self._scheduler.mark_computed(chunk)
         num_scored = sum(len(positions) for _, positions in scored)
         self._score_prompts(scored, hidden[:num_scored])
         complete = [chunk.sequence for chunk in chunks if chunk.end == len(chunk.sequence.token_ids)]

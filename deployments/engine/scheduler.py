@@ -88,7 +88,7 @@ class Scheduler:
             return [chunk for chunk in chunks if chunk.sequence.block_table]
         return chunks + self._admit(budget)
 
-    def computed(self, chunk: Chunk) -> None:
+    def mark_computed(self, chunk: Chunk) -> None:
         """The step with this chunk has run: its KV counts, and blocks that became full can be found by others."""
         sequence = chunk.sequence
         if sequence.ended:
@@ -107,12 +107,12 @@ class Scheduler:
         passed_over: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
-            if self._must_wait(sequence):
+            if self._waits_for_prefix(sequence):
                 passed_over.append(self.waiting.popleft())
                 continue
             if not self._take_prefix(sequence):
                 break
-            sequence.waits_for = None
+            sequence.prefix_donor = None
             self.running.append(self.waiting.popleft())
             start = sequence.num_computed
             num_new = min(len(sequence.token_ids) - start, budget)
@@ -122,9 +122,9 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed_over))
         return chunks
 
-    def _must_wait(self, sequence: Sequence) -> bool:
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether the prompt's full blocks, all that can be shared, are still to be computed by another sequence."""
-        first = sequence.waits_for
+        first = sequence.prefix_donor
         size = self._pool.block_size
         return (
             first is not None and not first.ended and first.num_computed < (first.num_prompt_tokens - 1) // size * size

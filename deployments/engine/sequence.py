@@ -17,7 +17,7 @@ class Sequence:
         adapter: key of an adapter's version, None for the base.
         generator: what its tokens are drawn with.
         constraint: what its answer is held to, at the place after `token_ids`.
-        waits_for: an answer to the same prompt, whose KV this one shares as soon as it is computed.
+        prefix_donor: an answer to the same prompt, whose KV this one shares as soon as it is computed.
         num_computed: leading tokens whose KV is in the blocks of `block_table`.
         num_cached_tokens: tokens of the prompt that did not have to be computed when the sequence first ran.
         block_keys: of the full blocks of `token_ids`, as far as they were needed.
@@ -33,7 +33,7 @@ class Sequence:
     generator: Any = None
     constraint: Constraint | None = None
     adapter_slot: int = -1
-    waits_for: "Sequence | None" = None
+    prefix_donor: "Sequence | None" = None
     num_computed: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0

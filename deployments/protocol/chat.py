@@ -90,7 +90,7 @@ class ChatCompletionRequest(GenerationFields):
         return top_logprobs
 
     @property
-    def asked_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         """The length that was asked for, None for the default: what the context has room for."""
         return self.max_tokens or self.max_completion_tokens
 

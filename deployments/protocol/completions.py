@@ -60,7 +60,7 @@ class CompletionRequest(GenerationFields):
         return best_of
 
     @property
-    def asked_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         """The length that was asked for, None for the default: `max_tokens`, or what the context has room for."""
         return self.max_tokens if "max_tokens" in self.model_fields_set else None
 

@@ -20,7 +20,7 @@ from deployments.engine.llama.lora import LoraWeights
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, NotReady
-from deployments.replica.delta_buffer import Postbox
+from deployments.replica.delta_buffer import DeltaBuffer
 from deployments.replica.request import GenerationRequest
 from deployments.structured_outputs.grammars import GrammarCompiler
 from deployments.text.vocabulary import Vocabulary
@@ -82,12 +82,12 @@ class LlamaModel:
             EngineFault: the engine failed on this request.
         """
         self._loop = asyncio.get_running_loop()  # the same for all requests
-        postbox = Postbox(self._pause_s)
-        key = await self._add(request, postbox.put)
+        buffer = DeltaBuffer(self._pause_s)
+        key = await self._add(request, buffer.add)
         num_open = request.n
         try:
             while num_open:
-                deltas = await postbox.take()
+                deltas = await buffer.next()
                 if any(delta.finish_reason == "error" for delta in deltas):
                     self._check_healthy(key)
                     raise EngineFault("the engine failed on this request: the replica's log has the cause")

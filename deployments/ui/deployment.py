@@ -25,7 +25,7 @@ from deployments.ui.conversations import Answer, Backend
 from deployments.ui.login import login_routes
 from deployments.ui.page import CSS, HEAD, build_page, theme
 from deployments.ui.security_headers import SameOriginMiddleware, SecurityHeadersMiddleware
-from deployments.ui.sessions import Sessions, SessionWall
+from deployments.ui.sessions import SessionMiddleware, Sessions
 
 
 class ServeBackend:
@@ -69,7 +69,7 @@ def build_asgi_app(backend: Backend, store: KeyStore, title: str) -> FastAPI:
     page = _gradio_app(build_page(backend, sessions, title))
     app = FastAPI(openapi_url=None, lifespan=page.router.lifespan_context)
     app.include_router(login_routes(sessions, title))
-    app.mount("/", SessionWall(page, sessions))
+    app.mount("/", SessionMiddleware(page, sessions))
     app.add_middleware(SameOriginMiddleware)
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(SecurityHeadersMiddleware)

@@ -79,7 +79,7 @@ class Sessions:
         response.delete_cookie(_COOKIE, path=f"{prefix(request)}/", httponly=True, samesite="strict")
 
 
-class SessionWall:
+class SessionMiddleware:
     """Lets through to `app` who is logged in; sends a browser that opens a page to `/login`."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions) -> None:

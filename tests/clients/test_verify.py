@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clients.verify import TOLERANCE, Comparison, _compare, verify
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused
 from training.export.peft_reference import Continuation
 from training.registry.manifest import AdapterManifest, SampleAnswer
@@ -24,7 +24,7 @@ def registry(tmp_path: Path) -> AdapterRegistry:
 
 
 @pytest.fixture
-def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> AdapterManifest:
+def manifest(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> AdapterManifest:
     draft = AdapterDraft(
         name="ranch",
         base=tiny_base,
@@ -74,7 +74,7 @@ def test_changed_weights_are_refused_before_anything_is_loaded(
 
 
 def test_base_that_moved_away_is_named(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     from training.base_models.nf4 import Quantization
     from training.export.peft_reference import load_with_peft
@@ -82,7 +82,7 @@ def test_base_that_moved_away_is_named(
     moved = Path(shutil.copytree(tiny_base.path, tmp_path / "tiny-llama"))
     draft = AdapterDraft(
         name="ranch",
-        base=BaseModel("tiny-llama", str(moved), moved, None),
+        base=BaseCheckpoint("tiny-llama", str(moved), moved, None),
         chat_format="chatml",
         metrics={"eval_loss": 1.0, "base_eval_loss": 2.0},
     )

@@ -12,7 +12,7 @@ import pytest
 from clients.demo import load_questions, taught_facts
 from tests.conftest import RunningServer
 from training.base_models.nf4 import Quantization, compute_dtype_on
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.manifest import AdapterManifest
 from training.registry.promotion import AdapterPromoter
 from training.registry.publish import import_adapter
@@ -55,7 +55,7 @@ def test_streams_from_base_and_adapter(server: RunningServer, client: openai.Ope
 
 
 def test_promote_and_rollback_take_effect_at_once(
-    server: RunningServer, client: openai.OpenAI, quickstart: AdapterManifest, embedded_base: BaseModel
+    server: RunningServer, client: openai.OpenAI, quickstart: AdapterManifest, embedded_base: BaseCheckpoint
 ) -> None:
     registry = AdapterRegistry()
     second = import_adapter(

@@ -12,7 +12,7 @@ ATTENTION_LINEARS, MLP_LINEARS = LLAMA_LINEARS[:4], LLAMA_LINEARS[4:]
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaShape:
+class LlamaDims:
     """The sizes in a Llama's `config.json`."""
 
     hidden: int
@@ -25,7 +25,7 @@ class LlamaShape:
     tied: bool
 
     @classmethod
-    def of(cls, llama_config: Mapping[str, Any]) -> "LlamaShape":
+    def of(cls, llama_config: Mapping[str, Any]) -> "LlamaDims":
         """Read `config.json`."""
         hidden, num_heads = int(llama_config["hidden_size"]), int(llama_config["num_attention_heads"])
         return cls(

@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel as PydanticModel
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 ComputeDtype = Literal["bfloat16", "float16", "float32"]  # torch's names
 
 
-class Quantization(PydanticModel):
+class Quantization(BaseModel):
     """How the base's linear layers are held: NF4, the format of the QLoRA paper (arXiv:2305.14314).
 
     The 4-bit codes are the same for every compute dtype. `auto` is resolved by `compute_dtype_on`.
@@ -35,7 +34,7 @@ class Quantization(PydanticModel):
 
 
 def load_quantized(
-    base: BaseModel, quantization: Quantization, device: "torch.device | str" = "cpu"
+    base: BaseCheckpoint, quantization: Quantization, device: "torch.device | str" = "cpu"
 ) -> "LlamaForCausalLM":
     """Load the base with its linear layers in 4 bit (all but lm_head), everything else in the compute dtype.
 

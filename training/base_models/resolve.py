@@ -27,7 +27,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, slots=True)
-class BaseModel:
+class BaseCheckpoint:
     """A base model on local disk.
 
     Attributes:
@@ -78,7 +78,7 @@ def base_name(source: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", Path(source).name.lower()).strip("-._") or "base"
 
 
-def resolve_base_model(source: str, revision: str | None = None, *, weights: bool = True) -> BaseModel:
+def resolve_base_model(source: str, revision: str | None = None, *, weights: bool = True) -> BaseCheckpoint:
     """Find the base model `source` and make sure that it is a usable Llama on local disk.
 
     Args:
@@ -89,13 +89,13 @@ def resolve_base_model(source: str, revision: str | None = None, *, weights: boo
     """
     try:
         if source == EMBEDDED_MODEL:
-            base = BaseModel(EMBEDDED_MODEL, source, embedded_model(), EMBEDDED_PACKAGE)
+            base = BaseCheckpoint(EMBEDDED_MODEL, source, embedded_model(), EMBEDDED_PACKAGE)
         elif Path(source).expanduser().is_dir():
             path = Path(source).expanduser().absolute()
-            base = BaseModel(base_name(source), source, path, None)
+            base = BaseCheckpoint(base_name(source), source, path, None)
         elif _HUB_ID.fullmatch(source) and not source.startswith("."):
             path = _download(source, revision, weights)
-            base = BaseModel(base_name(source), source, path, path.name)
+            base = BaseCheckpoint(base_name(source), source, path, path.name)
         else:
             raise BaseModelError(
                 f"base model {source!r} is neither {EMBEDDED_MODEL!r}, nor a directory here, nor a hub id like "
@@ -112,7 +112,7 @@ def resolve_base_model(source: str, revision: str | None = None, *, weights: boo
         raise BaseModelError(f"base model {source!r} cannot be read: {error}") from error
 
 
-def _check_usable(base: BaseModel, weights: bool) -> None:
+def _check_usable(base: BaseCheckpoint, weights: bool) -> None:
     config_file = base.path / "config.json"
     if not config_file.is_file():
         raise BaseModelError(f"base model {base.source!r} has no config.json in {base.path}: name a model directory")

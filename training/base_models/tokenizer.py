@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 _LONG_TEXT = 2000  # characters: about a millisecond to encode
 
 
-def load_tokenizer(base: BaseModel) -> "Tokenizer":
+def load_tokenizer(base: BaseCheckpoint) -> "Tokenizer":
     """The base's tokenizer; `encode` on it treats special tokens inside a text as plain text."""
     from tokenizers import Tokenizer
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.base_models.tokenizer import load_tokenizer
 from training.chat.chat_format import ChatFormat, control_ids
 from training.chat.templates import CHAT_FORMATS, LAYOUTS, ChatFormatName
@@ -22,7 +22,7 @@ _TEMPLATE_MARKS: dict[ChatFormatName, str] = {
 }
 
 
-def load_chat_format(name: str, base: BaseModel, tokenizer: "Tokenizer | None" = None) -> ChatFormat:
+def load_chat_format(name: str, base: BaseCheckpoint, tokenizer: "Tokenizer | None" = None) -> ChatFormat:
     """The chat format `name` (`llama-2`, `llama-3`, `chatml` or `auto`) for a base model.
 
     Raises:

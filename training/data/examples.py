@@ -18,14 +18,14 @@ class Dialog:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class TextExample:
     """A text that is trained whole."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerPair:
+class PreferencePair:
     """A dialog that ends with a user turn, a better answer to it and a worse one."""
 
     prompt: tuple[Message, ...]
@@ -34,7 +34,7 @@ class AnswerPair:
 
 
 @dataclass(frozen=True, slots=True)
-class RatedAnswer:
+class UnpairedExample:
     """A dialog that ends with a user turn, and an answer that is wanted (`label`) or not."""
 
     prompt: tuple[Message, ...]
@@ -42,7 +42,7 @@ class RatedAnswer:
     label: bool
 
 
-Example = Dialog | Document | AnswerPair | RatedAnswer
+Example = Dialog | TextExample | PreferencePair | UnpairedExample
 
 
 @dataclass(frozen=True, slots=True)

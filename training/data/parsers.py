@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from training.chat.messages import Message, Role, check_dialog
 from training.config.data_config import DatasetFormat
-from training.data.examples import AnswerPair, BadRow, Dialog, Document, Example, RatedAnswer
+from training.data.examples import BadRow, Dialog, Example, PreferencePair, TextExample, UnpairedExample
 from training.errors import ChatFormatError
 
 _EXCERPT_CHARS = 80
@@ -67,14 +67,14 @@ def _from_guanaco(fields: dict[str, Any]) -> Dialog:
     return _dialog(fields, _alternating(turns))
 
 
-def _from_text(fields: dict[str, Any]) -> Document:
+def _from_text(fields: dict[str, Any]) -> TextExample:
     text = _text(fields, "text")
     if not text.strip():
         raise BadRow("has an empty text")
-    return Document(text)
+    return TextExample(text)
 
 
-def _from_preference(fields: dict[str, Any]) -> AnswerPair:
+def _from_preference(fields: dict[str, Any]) -> PreferencePair:
     """With a prompt, or with two whole dialogs that begin alike and differ in the last answer."""
     chosen, rejected = (_turns(fields, key, "assistant") for key in ("chosen", "rejected"))
     if any(message.role == "user" for message in (*chosen, *rejected)):
@@ -89,10 +89,10 @@ def _from_preference(fields: dict[str, Any]) -> AnswerPair:
     if chosen == rejected:
         raise BadRow("has the same answer as chosen and as rejected")
     _check_judged(chosen[0], rejected[0])
-    return AnswerPair(_checked(fields, prompt, chosen[0]), chosen[0], _answered(rejected[0], "rejected"))
+    return PreferencePair(_checked(fields, prompt, chosen[0]), chosen[0], _answered(rejected[0], "rejected"))
 
 
-def _from_unpaired(fields: dict[str, Any]) -> RatedAnswer:
+def _from_unpaired(fields: dict[str, Any]) -> UnpairedExample:
     label = verdict(fields["label"])
     if label is None:
         _wrong("label", "true or false", fields["label"])
@@ -100,7 +100,7 @@ def _from_unpaired(fields: dict[str, Any]) -> RatedAnswer:
     if len(completion) != 1 or completion[0].role != "assistant":
         raise BadRow(f"has in completion {len(completion)} messages: expected one answer from the assistant")
     _check_judged(completion[0])
-    return RatedAnswer(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], label)
+    return UnpairedExample(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], label)
 
 
 def verdict(label: Any) -> bool | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.chat.chat_format import ChatFormat
 from training.config.data_config import DataConfig, RowKind
 from training.data.build_store import refused, too_long_is_error
@@ -80,7 +80,7 @@ class _Choice:
 
 def prepare_data(
     config: DataConfig,
-    base: BaseModel,
+    base: BaseCheckpoint,
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
     *,
@@ -195,8 +195,8 @@ def _report(
         num_duplicates=len(choice.repeated),
         duplicates=[
             RowNote(
-                source=store.place(row),
-                reason=f"says the same as {store.place(int(choice.earliest[row]))}",
+                source=store.location(row),
+                reason=f"says the same as {store.location(int(choice.earliest[row]))}",
                 excerpt=_excerpt(store.conversation(row)),
             )
             for row in choice.repeated[:LISTED].tolist()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from training.base_models.resolve import BaseModel, resolve_base_model
+from training.base_models.resolve import BaseCheckpoint, resolve_base_model
 from training.base_models.tokenizer import load_tokenizer
 from training.chat.chat_format import ChatFormat
 from training.chat.detect import load_chat_format
@@ -36,7 +36,7 @@ class RunInputs:
         dataset: what the registry records of the data.
     """
 
-    base: BaseModel
+    base: BaseCheckpoint
     tokenizer: Tokenizer
     chat_format: ChatFormat
     train_rows: Rows[Any]
@@ -89,14 +89,14 @@ def read_data(config: TrainConfig) -> PreparedData:
     return _data(config, *_base(config, weights=False))
 
 
-def _data(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
+def _data(config: TrainConfig, base: BaseCheckpoint, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
     kind = _KINDS[config.method]
     return prepare_data(
         config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
     )
 
 
-def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseModel, Tokenizer, ChatFormat]:
+def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseCheckpoint, Tokenizer, ChatFormat]:
     base = resolve_base_model(config.base_model, config.base_revision, weights=weights)
     if config.max_length > base.context_length:
         raise ConfigError(

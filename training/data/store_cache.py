@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.chat.chat_format import ChatFormat
 from training.config.data_config import DataConfig, RowKind
 from training.data import sources
@@ -34,7 +34,7 @@ def code_files() -> list[Path]:
 
 
 def open_or_build_store(
-    config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int
+    config: DataConfig, base: BaseCheckpoint, chat_format: ChatFormat, kind: RowKind, max_length: int
 ) -> tuple[RowStore, ReadFacts]:
     """The store of these rows, built now if no process of this machine has built it before.
 
@@ -69,7 +69,7 @@ def _write_store(directory: Path, config: DataConfig, chat_format: ChatFormat, k
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _key(config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int) -> str:
+def _key(config: DataConfig, base: BaseCheckpoint, chat_format: ChatFormat, kind: RowKind, max_length: int) -> str:
     """Changes with everything that a store depends on, our own code included; seed, split and weights are not of it."""
     depends_on = [
         [[source.format, source.columns, source.split, sources.fingerprint(source)] for source in config.sources],

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from training.base_models.llama_shape import LLAMA_LINEARS
 from training.base_models.nf4 import Quantization
-from training.base_models.resolve import BaseModel
-from training.registry.adapter_files import WEIGHTS_FILE, LoraShape
+from training.base_models.resolve import BaseCheckpoint
+from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
 
-Onto = Literal["nf4", "original"]
+MergeBase = Literal["nf4", "original"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class MergedWeights:
             the weights that the adapter was trained on; or `original`, the base's own 16-bit weights.
     """
 
-    base: BaseModel
+    base: BaseCheckpoint
     adapter_dir: Path
-    lora: LoraShape
+    lora: LoraParams
     quantization: Quantization
-    onto: Onto
+    onto: MergeBase
 
     @cached_property
     def shards(self) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from training.local_ray.cpu_priority import standing_back
+from training.local_ray.cpu_priority import low_priority
 
 # Every process of this Ray inherits them; what the user has set stays.
 _ENVIRONMENT = {
@@ -30,7 +30,7 @@ def start(**options: Any) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ask_for_a_token()
-    with standing_back():
+    with low_priority():
         ray.init(address="local", include_dashboard=False, **options)
 
 

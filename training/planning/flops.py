@@ -6,7 +6,7 @@ measured.
 
 from dataclasses import dataclass
 
-from training.base_models.llama_shape import LlamaShape
+from training.base_models.llama_shape import LlamaDims
 from training.config.train_config import LoraSettings
 
 GPU = "A100"
@@ -45,7 +45,7 @@ def estimate_time(flops: float, num_gpus: int) -> TimeEstimate:
 
 
 def training_flops(
-    shape: LlamaShape,
+    shape: LlamaDims,
     lora: LoraSettings,
     num_tokens: float,
     length: float,

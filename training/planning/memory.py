@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.base_models.llama_shape import LlamaShape
+from training.base_models.llama_shape import LlamaDims
 from training.base_models.nf4 import ComputeDtype, Quantization
 from training.config.train_config import LoraSettings, TrainConfig
 
@@ -156,7 +156,7 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     dequantized, and the gradients that flow through an MLP. The peak is the largest of four moments of a step and
     the held-out evaluation, whose logits are in the compute dtype, in float32 and as log-probabilities.
     """
-    shape, lora, c = LlamaShape.of(llama_config), step.lora, DTYPE_BYTES[step.compute_dtype]
+    shape, lora, c = LlamaDims.of(llama_config), step.lora, DTYPE_BYTES[step.compute_dtype]
     tokens = batch_size * step.max_length
     labelled = round(tokens * step.labelled_share)
     num_trainable = shape.num_trainable(lora.r, lora.targets)
@@ -224,7 +224,7 @@ def largest_batch(llama_config: Mapping[str, Any], step: TrainStep, memory_bytes
     return fitting
 
 
-def _layer_bytes_per_token(shape: LlamaShape, step: TrainStep) -> int:
+def _layer_bytes_per_token(shape: LlamaDims, step: TrainStep) -> int:
     """What one block keeps of one token for the backward pass; see `estimate`."""
     lora, c = step.lora, DTYPE_BYTES[step.compute_dtype]
     norms = 2 * (4 * shape.hidden + 4)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from training.base_models.llama_shape import LlamaShape
+from training.base_models.llama_shape import LlamaDims
 from training.base_models.nf4 import ComputeDtype, compute_dtype_on
 from training.config.load import resolved
 from training.config.train_config import TrainConfig
@@ -102,7 +102,7 @@ class Plan:
 def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     """Count what a run with these inputs will do: on this machine, or with RAY_ADDRESS on GPUs unless use_gpu=false."""
     llama_config = inputs.base.llama_config()
-    shape = LlamaShape.of(llama_config)
+    shape = LlamaDims.of(llama_config)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     gpus = (0 if config.use_gpu is False else config.max_workers) if on_cluster else gpus_here(config)
     on_gpu = wants_gpu(config, gpus)

@@ -20,13 +20,13 @@ from training.planning.resources import check_resources, check_this_machine, wan
 from training.ray_train.session import equal_share, one_line, ray_is_running_here, ray_session, ray_storage
 from training.ray_train.trackers import check_trackers
 from training.runs.attempt import failure_recorded
-from training.runs.continue_from import copy_parent, resolve_parent, with_warning
+from training.runs.continue_from import copy_parent, resolve_parent_adapter, with_warning
 from training.runs.progress import Progress, show_progress_of, write_progress
 from training.runs.report import write_report
-from training.runs.result import FitResult, read_result
+from training.runs.result import RunResult, read_result
 from training.runs.resume import is_over, open_run, record_data, run_dir_of, with_absolute_paths
 from training.runs.run_dir import RunDir
-from training.runs.run_lock import driving
+from training.runs.run_lock import hold_run_lock
 
 if TYPE_CHECKING:
     from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
 
 
-def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
+def fit(config: TrainConfig, *, debug: bool = False) -> RunResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
     A run that has been trained to its end before is not trained again: what it left is returned.
@@ -48,9 +48,9 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     if not on_cluster and not ray_is_running_here():
         check_this_machine(config)
-    config, parent = resolve_parent(config, resolve_base_model(config.base_model, config.base_revision))
+    config, parent = resolve_parent_adapter(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = with_warning(read_inputs(config), config, parent)
-    print(inputs.report.short(), file=sys.stderr)
+    print(inputs.report.summary(), file=sys.stderr)
     run_dir = run_dir_of(config)
     if is_over(run_dir):  # without a driver, whose times the report would show
         config = open_run(config, run_dir)
@@ -59,7 +59,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> FitResult:
         print(note, file=sys.stderr)
         return read_result(config, run_dir, inputs, parent)
     title = f"{config.adapter} on {inputs.base.name}"
-    with driving(run_dir):
+    with hold_run_lock(run_dir):
         config = open_run(config, run_dir)
         record_data(run_dir, inputs)
         run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from training.base_models.resolve import base_name
 from training.config.load import resolved
 from training.config.train_config import TrainConfig
-from training.local_ray.cpu_priority import step_forward
+from training.local_ray.cpu_priority import normal_priority
 from training.ray_train.environment import environment_here
 from training.ray_train.trackers import TrackedRun, open_trackers
 from training.runs.attempt import failure_recorded, scratch_of
@@ -70,7 +70,7 @@ def train_into(
 
     from training.trainer import train as sft
 
-    step_forward()  # before torch starts this thread's helpers
+    normal_priority()  # before torch starts this thread's helpers
     _keep_quiet()
     if run.rank == 0:
         num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -93,7 +93,7 @@ def train_into(
 
 
 class RayRun:
-    """A `training.trainer.callback.Run` on a Ray Train worker; leaving its block closes the trackers.
+    """A `training.trainer.callback.RunReporter` on a Ray Train worker; leaving its block closes the trackers.
 
     Args:
         step: of the checkpoint that the run goes on from, 0 for a new run.

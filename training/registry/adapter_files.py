@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel as PydanticModel
-from pydantic import ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from training.base_models.embedded import EMBEDDED_MODEL
-from training.base_models.llama_shape import LLAMA_LINEARS, LlamaLinear, LlamaShape, module_path
-from training.base_models.resolve import BaseModel, base_name
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims, LlamaLinear, module_path
+from training.base_models.resolve import BaseCheckpoint, base_name
 from training.errors import AdapterRefused
 from training.registry.safetensors_header import read_json, read_safetensors_header, refuse, shortened, zero_tensors
 
@@ -31,7 +30,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 _UNSAFE_SUFFIXES = {".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".py"}
 
 
-class LoraShape(PydanticModel):
+class LoraParams(BaseModel):
     """Rank, scaling and place of an adapter's matrices."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,14 +65,14 @@ class AdapterFiles:
         changes: whether B @ A is other than zero for any layer; PEFT starts with B at zero.
     """
 
-    lora: LoraShape
+    lora: LoraParams
     config_json: bytes
     weights: Path
     weights_sha256: str
     changes: bool
 
 
-class _AdapterConfig(PydanticModel):
+class _AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: Literal["LORA"]
@@ -94,7 +93,7 @@ class _AdapterConfig(PydanticModel):
     qalora_group_size: int | None = None
 
 
-def read_adapter(directory: Path, base: BaseModel) -> AdapterFiles:
+def read_adapter(directory: Path, base: BaseCheckpoint) -> AdapterFiles:
     """Check the adapter in `directory` against `base`; other files beside the two are left alone.
 
     Raises:
@@ -115,9 +114,9 @@ def read_adapter(directory: Path, base: BaseModel) -> AdapterFiles:
     return AdapterFiles(lora, _published_config(config, lora, base), weights, sha256, changes)
 
 
-def lora_shapes(base: BaseModel, lora: LoraShape) -> dict[str, tuple[int, int]]:
+def lora_shapes(base: BaseCheckpoint, lora: LoraParams) -> dict[str, tuple[int, int]]:
     """Every tensor name that PEFT writes for `lora` on `base`, with its shape: A [r, in], B [out, r]."""
-    dims = LlamaShape.of(base.llama_config())
+    dims = LlamaDims.of(base.llama_config())
     shapes = {}
     for layer in range(dims.num_layers):
         for linear in lora.target_modules:
@@ -143,7 +142,7 @@ def _check_present(directory: Path) -> None:
         raise AdapterRefused(f"{directory} has no {name}: name a folder that PEFT's save_pretrained wrote")
 
 
-def _read_config(path: Path) -> tuple[_AdapterConfig, LoraShape]:
+def _read_config(path: Path) -> tuple[_AdapterConfig, LoraParams]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         refuse(path, f"has {path.stat().st_size} bytes, at most {_MAX_CONFIG_BYTES} are read")
     fields = read_json(path, path.read_bytes())
@@ -168,11 +167,11 @@ def _read_config(path: Path) -> tuple[_AdapterConfig, LoraShape]:
     others = [name for name in linears if name not in LLAMA_LINEARS]
     if others or not names:
         refuse(path, f"target_modules has {shortened(others[0] if others else names)}: only {accepted} can be adapted")
-    shape = LoraShape(r=config.r, lora_alpha=config.lora_alpha, target_modules=linears, use_rslora=config.use_rslora)
+    shape = LoraParams(r=config.r, lora_alpha=config.lora_alpha, target_modules=linears, use_rslora=config.use_rslora)
     return config, shape
 
 
-def _check_named_base(path: Path, named: str | None, base: BaseModel) -> None:
+def _check_named_base(path: Path, named: str | None, base: BaseCheckpoint) -> None:
     if not named or named in (base.source, str(base.path)):
         return
     last = base_name(named)
@@ -184,7 +183,7 @@ def _check_named_base(path: Path, named: str | None, base: BaseModel) -> None:
         )
 
 
-def _published_config(config: _AdapterConfig, lora: LoraShape, base: BaseModel) -> bytes:
+def _published_config(config: _AdapterConfig, lora: LoraParams, base: BaseCheckpoint) -> bytes:
     from_hub = base.revision is not None and base.source != EMBEDDED_MODEL
     fields = {
         "peft_type": "LORA",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from training.errors import AdapterRefused
 
 
-def objection(metrics: Mapping[str, float], min_improvement: float, *, changes: bool) -> str | None:
+def rejection_reason(metrics: Mapping[str, float], min_improvement: float, *, changes: bool) -> str | None:
     """Why the adapter should not be published, or None; whoever knows better may force it.
 
     Args:

@@ -5,20 +5,19 @@
 
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, ConfigDict, Field
-from pydantic import BaseModel as PydanticModel
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from training.base_models.nf4 import Quantization
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused
-from training.registry.adapter_files import WEIGHTS_FILE, LoraShape
+from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
 
 Method = Literal["sft", "dpo", "kto"]
 
 MANIFEST_FILE = "manifest.json"
 
 
-class Record(PydanticModel):
+class Record(BaseModel):
     """Closed, frozen, JSON on disk."""
 
     # Metrics of a forced version may be NaN, which plain JSON cannot say.
@@ -105,7 +104,7 @@ class AdapterManifest(Record):
     base: BaseRef
     quantization: Quantization
     chat_format: str
-    lora: LoraShape
+    lora: LoraParams
     dataset: DatasetRef | None
     config: dict[str, Any] | None
     metrics: dict[str, float]
@@ -131,7 +130,7 @@ class AdapterManifest(Record):
         return f"{self.base.name}:{self.name}@{self.version}"
 
 
-def check_base(manifest: AdapterManifest, base: BaseModel) -> None:
+def check_base(manifest: AdapterManifest, base: BaseCheckpoint) -> None:
     """Make sure that `base` is what the adapter was trained on: same name, same weights, same revision.
 
     The revision is compared where both sides have one; a copy in a local directory has none.

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from training.base_models.nf4 import Quantization
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused, RegistryError
 from training.registry.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read_adapter
-from training.registry.gate import check_evaluated, objection
+from training.registry.gate import check_evaluated, rejection_reason
 from training.registry.layout import NUMBERED, PUBLISHED, check_name, claim_path, version_folder
 from training.registry.manifest import (
     MANIFEST_FILE,
@@ -52,7 +52,7 @@ class AdapterDraft:
     """
 
     name: str
-    base: BaseModel
+    base: BaseCheckpoint
     chat_format: str
     quantization: Quantization = field(default_factory=Quantization)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -91,7 +91,9 @@ class AdapterPublisher:
             raise RegistryError("chat format 'auto' cannot be recorded: give the name that it stands for")
         adapter = read_adapter(source_dir, draft.base)
         check_evaluated(draft.evaluated_sha256, adapter.weights_sha256)
-        reason = objection(draft.metrics, min_improvement, changes=adapter.changes and draft.changes is not False)
+        reason = rejection_reason(
+            draft.metrics, min_improvement, changes=adapter.changes and draft.changes is not False
+        )
         if reason and not force:
             raise AdapterRefused(f"adapter {draft.name!r} is not registered: {reason}, or force it")
         base = draft.base
@@ -173,7 +175,7 @@ def import_adapter(
     registry: AdapterRegistry,
     source_dir: Path,
     name: str,
-    base: BaseModel,
+    base: BaseCheckpoint,
     *,
     chat_format: str,
     force: bool = False,

@@ -7,7 +7,7 @@ out of their reach. Called by `training.ray_train.fit`; what starts from the fil
 
 from dataclasses import replace
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import RunInputs
 from training.errors import ConfigError
@@ -24,8 +24,8 @@ _SPLIT_KEYS = (
 )  # fmt: skip
 
 
-def resolve_parent(
-    config: TrainConfig, base: BaseModel, registry: AdapterRegistry | None = None
+def resolve_parent_adapter(
+    config: TrainConfig, base: BaseCheckpoint, registry: AdapterRegistry | None = None
 ) -> tuple[TrainConfig, AdapterManifest | None]:
     """The configuration with the parent's exact version, LoRA shape and chat format written out, and the parent.
 

@@ -14,11 +14,11 @@ from training.registry.manifest import AdapterManifest, SampleAnswer
 from training.registry.publish import AdapterDraft, AdapterPublisher
 from training.registry.registry import AdapterRegistry
 from training.runs.continue_from import parent_ref
-from training.runs.result import FitResult
+from training.runs.result import RunResult
 
 
 def register(
-    config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
+    config: TrainConfig, result: RunResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
 ) -> AdapterManifest:
     """Publish the adapter of a finished run as the next version of `config.adapter`; once, however often it is asked.
 
@@ -52,7 +52,7 @@ def register(
     return manifest
 
 
-def _version_of(registry: AdapterRegistry, name: str, result: FitResult) -> AdapterManifest | None:
+def _version_of(registry: AdapterRegistry, name: str, result: RunResult) -> AdapterManifest | None:
     """The version that this run's very weights became before."""
     if name not in registry.names():
         return None

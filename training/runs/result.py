@@ -11,13 +11,13 @@ from training.runs.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
-class FitResult:
+class RunResult:
     """A finished run.
 
     Attributes:
         run_dir: where everything of the run lies.
         inputs: base, chat format and data that were trained on.
-        metrics: see `training.trainer.train.SftResult`.
+        metrics: see `training.trainer.train.TrainResult`.
         samples: held-out prompts answered by base and adapter, as `training.trainer.samples.Sample` has them.
         quantization: of the base, with the compute dtype that was used.
         adapter_dir: the trained adapter, a PEFT folder on this machine.
@@ -46,10 +46,10 @@ class FitResult:
         return self.run_dir.name
 
 
-def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent: AdapterManifest | None) -> FitResult:
+def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent: AdapterManifest | None) -> RunResult:
     """What a run with a `result.json` left."""
     result = run_dir.read_json("result.json")
-    return FitResult(
+    return RunResult(
         run_dir=run_dir,
         inputs=inputs,
         metrics=result["metrics"],

@@ -10,7 +10,7 @@ from training.data.run_inputs import RunInputs
 from training.errors import ConfigError
 from training.home import corral_home
 from training.runs.run_dir import RunDir
-from training.runs.run_lock import read_driver
+from training.runs.run_lock import read_lock_holder
 
 # What may differ when a run is resumed: where and how watchfully it runs, not what it computes.
 _MAY_CHANGE = {
@@ -66,7 +66,7 @@ def is_over(run_dir: RunDir) -> bool:
     """Whether the run was trained to its end and nobody drives it any more."""
     if run_dir.read_json("result.json") is None:
         return False
-    driver = read_driver(run_dir)
+    driver = read_lock_holder(run_dir)
     return driver is None or not driver.is_alive
 
 

@@ -21,7 +21,7 @@ class Outcome:
 
     Attributes:
         status: `stopped` is by the scheduler, before its end.
-        metrics: of a finished trial, as `training.trainer.train.SftResult` has them.
+        metrics: of a finished trial, as `training.trainer.train.TrainResult` has them.
         num_steps: optimizer steps that were taken.
         reason: why it failed.
     """

@@ -29,7 +29,7 @@ _NO_LABEL: TokenizedRow = {"input_ids": [0], "labels": [IGNORED_LABEL]}
 
 
 @dataclass(frozen=True, slots=True)
-class GateReport:
+class HeldOutResult:
     """What came of running an adapter, loaded from its files, on held-out rows.
 
     Attributes:
@@ -60,7 +60,7 @@ class GateReport:
         }
 
 
-def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[TokenizedRow]) -> GateReport:
+def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[TokenizedRow]) -> HeldOutResult:
     """Load the adapter in `adapter_dir` onto `base` and compute both held-out losses; `base` is left as it was.
 
     Args:
@@ -81,7 +81,7 @@ def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[Tok
     finally:
         model.unload()
     # The same kernels on the same rows: two sums that agree to the last bit come from outputs that all do.
-    return GateReport(eval_loss, base_eval_loss, int(eval_tokens), eval_loss != base_eval_loss, sha256)
+    return HeldOutResult(eval_loss, base_eval_loss, int(eval_tokens), eval_loss != base_eval_loss, sha256)
 
 
 def load_adapter(adapter_dir: Path, base: LlamaForCausalLM) -> tuple[PeftModel, str]:

@@ -93,7 +93,7 @@ class Batch(ctypes.Structure):
         *[(name, _int) for name in ("num_tokens", "num_out", "table_width")],
         *[
             (name, _pointer)
-            for name in ("token_ids", "positions", "slots", "sequences", "block_tables", "out_rows", "out")
+            for name in ("token_ids", "positions", "slots", "sequences", "block_tables", "output_rows", "out")
         ],
     ]
 

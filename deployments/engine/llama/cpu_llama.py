@@ -14,7 +14,7 @@ from deployments.engine.llama import cpu_kernels
 from deployments.engine.llama.cpu_kernels import COLUMNS, GROUP, PAGE, KernelsUnavailable, Layer, Linear, Lora
 from deployments.engine.llama.interface import ForwardBatch, num_kv_blocks
 from deployments.engine.llama.lora import LoraWeights
-from training.base_models.llama_shape import LLAMA_LINEARS, LlamaShape, module_path
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims, module_path
 
 
 class CpuLlama:
@@ -30,7 +30,7 @@ class CpuLlama:
         config = model.config
         self.num_blocks = num_kv_blocks(model, PAGE, max_model_len, max_num_seqs, kv_cache_bytes)
         self.vocab_size: int = config.vocab_size
-        dims = LlamaShape.of(config.to_dict())
+        dims = LlamaDims.of(config.to_dict())
         num_kv_heads, head_dim = dims.num_kv_heads, dims.head_dim
         self._check(model, head_dim)
         suffix = "bf16" if self.dtype == torch.bfloat16 else "f32"
@@ -79,22 +79,22 @@ class CpuLlama:
         )
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; hidden states of `batch.out_rows` after the last norm, [n, hidden]."""
-        out = torch.empty(len(batch.out_rows), self._hidden_size, dtype=self.dtype)
+        """Run the batch and extend the KV cache; [n, hidden] states of `batch.output_rows` after the last norm."""
+        out = torch.empty(len(batch.output_rows), self._hidden_size, dtype=self.dtype)
         tensors = [
             torch.tensor(values, dtype=torch.int32)
             for values in (
                 batch.token_ids,
                 batch.positions,
-                batch.slots,
-                batch.sequences,
+                batch.adapter_slots,
+                batch.seq_index,
                 batch.block_tables,
-                batch.out_rows,
+                batch.output_rows,
             )
         ]
         pointers = [t.data_ptr() for t in tensors]
         width = len(batch.block_tables[0])
-        call = cpu_kernels.Batch(len(batch.token_ids), len(batch.out_rows), width, *pointers, out.data_ptr())
+        call = cpu_kernels.Batch(len(batch.token_ids), len(batch.output_rows), width, *pointers, out.data_ptr())
         self._forward(ctypes.byref(self._model), ctypes.byref(call))
         return out
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from deployments.engine.llama.lora import LoraWeights
-from training.base_models.llama_shape import LlamaShape
+from training.base_models.llama_shape import LlamaDims
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +20,18 @@ class ForwardBatch:
     Attributes:
         token_ids: [num_tokens]
         positions: [num_tokens], each token's place in its sequence; all before it are in the KV cache or in the batch.
-        slots: [num_tokens], the adapter slot of each, NO_ADAPTER for the base.
-        sequences: [num_tokens], row of `block_tables`; 0, 1, ... in order.
+        adapter_slots: [num_tokens], the adapter slot of each, NO_ADAPTER for the base.
+        seq_index: [num_tokens], row of `block_tables`; 0, 1, ... in order.
         block_tables: the KV blocks of each sequence, all rows equally long.
-        out_rows: tokens whose hidden state is wanted.
+        output_rows: tokens whose hidden state is wanted.
     """
 
     token_ids: list[int]
     positions: list[int]
-    slots: list[int]
-    sequences: list[int]
+    adapter_slots: list[int]
+    seq_index: list[int]
     block_tables: list[list[int]]
-    out_rows: list[int]
+    output_rows: list[int]
 
 
 class Llama(Protocol):
@@ -44,7 +44,7 @@ class Llama(Protocol):
     device: torch.device
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; hidden states of `out_rows` after the last norm."""
+        """Run the batch and extend the KV cache; hidden states of `output_rows` after the last norm."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> [n, vocab_size] in float32."""
@@ -57,7 +57,7 @@ def num_kv_blocks(
     model: LlamaForCausalLM, block_size: int, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int
 ) -> int:
     """How many KV blocks the memory has room for, no more than the sequences could fill, and enough for one."""
-    dims = LlamaShape.of(model.config.to_dict())
+    dims = LlamaDims.of(model.config.to_dict())
     per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * model.dtype.itemsize
     one_sequence = -(-max_model_len // block_size)
     return max(one_sequence, min(kv_cache_bytes // (per_token * block_size), one_sequence * max_num_seqs))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from deployments.engine.llama.interface import ForwardBatch
 from deployments.engine.llama.lora import NO_ADAPTER
-from deployments.engine.llama.step_tensors import Step
+from deployments.engine.llama.step_tensors import StepTensors
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ def varlen_attn_reads_blocks(
     batch = ForwardBatch(
         token_ids=[0] * 5,
         positions=[CUDA_BLOCK + 1, 7, 8, 9, 0],
-        slots=[NO_ADAPTER] * 5,
-        sequences=[0, 1, 1, 1, 2],
+        adapter_slots=[NO_ADAPTER] * 5,
+        seq_index=[0, 1, 1, 1, 2],
         block_tables=[[3, 1], [0, 0], [2, 0]],
-        out_rows=[],
+        output_rows=[],
     )
-    step = Step.of(batch, CUDA_BLOCK).to(device)
+    step = StepTensors.of(batch, CUDA_BLOCK).to(device)
     q, keys, values = random(5, num_heads, head_dim), random(*blocks), random(*blocks)
     try:
         found = attend_in_blocks(q, keys, values, step)
@@ -52,7 +52,7 @@ def varlen_attn_reads_blocks(
     return False
 
 
-def attend_in_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+def attend_in_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepTensors) -> torch.Tensor:
     """q [num_tokens, heads, d] over blocks [num_blocks, block_size, kv_heads, d] -> [num_tokens, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -73,7 +73,7 @@ def attend_in_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     return cast(torch.Tensor, out)
 
 
-def attend_gathered(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
+def attend_gathered(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: StepTensors) -> torch.Tensor:
     """What `attend_in_blocks` gives, on any device and in any dtype."""
     if step.max_new == 1 and len(step.lengths) > 1:
         seen = torch.arange(step.tables.shape[1] * keys.shape[1], device=q.device) < step.lengths[:, None]

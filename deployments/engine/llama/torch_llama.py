@@ -23,8 +23,8 @@ from deployments.engine.llama.paged_attention import (
     attend_in_blocks,
     varlen_attn_reads_blocks,
 )
-from deployments.engine.llama.step_tensors import Step
-from training.base_models.llama_shape import LLAMA_LINEARS, LlamaShape
+from deployments.engine.llama.step_tensors import StepTensors
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class TorchLlama:
         self.device = model.device
         self.dtype: torch.dtype = model.model.norm.weight.dtype
         self.vocab_size: int = config.vocab_size
-        dims = LlamaShape.of(config.to_dict())
+        dims = LlamaDims.of(config.to_dict())
         num_kv_heads, self._head_dim = dims.num_kv_heads, dims.head_dim
         self._eps: float = config.rms_norm_eps
         self._embed_tokens: torch.Tensor = model.model.embed_tokens.weight
@@ -73,12 +73,12 @@ class TorchLlama:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; hidden states of `batch.out_rows` after the last norm, [n, hidden]."""
-        stacked = self._loras.stacked if any(slot != NO_ADAPTER for slot in batch.slots) else None
+        """Run the batch and extend the KV cache; [n, hidden] states of `batch.output_rows` after the last norm."""
+        stacked = self._loras.stacked if any(slot != NO_ADAPTER for slot in batch.adapter_slots) else None
         hidden = self._replayed(batch, stacked)
         if hidden is None:
-            hidden = self._run(Step.of(batch, self.block_size).to(self.device), stacked)
-        return F.rms_norm(hidden[batch.out_rows], hidden.shape[-1:], self._norm, self._eps)
+            hidden = self._run(StepTensors.of(batch, self.block_size).to(self.device), stacked)
+        return F.rms_norm(hidden[batch.output_rows], hidden.shape[-1:], self._norm, self._eps)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -100,9 +100,9 @@ class TorchLlama:
             self._graphs = None
             return None
 
-    def _run(self, step: Step, stacked: StackedLora | None) -> torch.Tensor:
+    def _run(self, step: StepTensors, stacked: StackedLora | None) -> torch.Tensor:
         """All layers; hidden states of all tokens before the last norm, [num_tokens, hidden]."""
-        owned = None if stacked is None else stacked.owned_by(step.slots)
+        owned = None if stacked is None else stacked.owned_by(step.adapter_slots)
 
         def adapted(i: int, targets: Sequence[str], linears: _Linears, x: torch.Tensor) -> Sequence[torch.Tensor]:
             outputs = linears(x)

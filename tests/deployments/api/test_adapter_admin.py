@@ -14,7 +14,7 @@ from deployments.replica.model import LlamaModel
 from tests.clients.cli.test_cli import assert_one_line_error, corral
 from tests.conftest import register_three
 from tests.deployments.in_process import behind, serving
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.aliases import draw
 from training.registry.audit import os_user
 from training.registry.promotion import AdapterPromoter
@@ -42,7 +42,7 @@ class Api:
 
 @pytest.fixture(scope="module")
 def served(
-    tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+    tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, AdapterRegistry, Any]]:
     import torch
 
@@ -59,7 +59,7 @@ def served(
 @pytest.fixture
 def api(
     served: tuple[str, AdapterRegistry, Any],
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tiny_adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -81,7 +81,7 @@ def assert_error(response: httpx.Response, status: int, code: str | None, words:
 
 
 @pytest.mark.promise("A5")
-def test_list_and_show(api: Api, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_list_and_show(api: Api, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     nan = {"eval_loss": float("nan"), "base_eval_loss": 2.0}
     draft = AdapterDraft(name="other", base=tiny_base, chat_format="chatml", metrics=nan)
     AdapterPublisher(api.registry).register(tiny_adapter, draft, force=True)

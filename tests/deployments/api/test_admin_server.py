@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.aliases import draw
 from training.registry.manifest import AdapterManifest
 from training.registry.promotion import AdapterPromoter
@@ -25,7 +25,7 @@ NAME = "canary-test"
 
 
 @pytest.fixture(scope="module")
-def model(server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel) -> Iterator[str]:
+def model(server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint) -> Iterator[str]:
     """Two versions of an adapter, the first of them the champion."""
     registry = AdapterRegistry()
     for _ in range(2):

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tests.repository.import_graph import import_graph, modules
 from tests.training.data.test_formats import FIXTURES, dialog
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.base_models.tokenizer import load_tokenizer
 from training.chat.chat_format import ChatFormat
 from training.chat.detect import load_chat_format
@@ -35,12 +35,12 @@ Prepare = Callable[..., PreparedData]
 
 
 @pytest.fixture(scope="module")
-def chatml(tiny_base: BaseModel) -> ChatFormat:
+def chatml(tiny_base: BaseCheckpoint) -> ChatFormat:
     return load_chat_format("chatml", tiny_base)
 
 
 @pytest.fixture(scope="module")
-def prepare(tiny_base: BaseModel, chatml: ChatFormat) -> Prepare:
+def prepare(tiny_base: BaseCheckpoint, chatml: ChatFormat) -> Prepare:
     tokenizer = load_tokenizer(tiny_base)
 
     def prepared(path: Any, max_length: int = 200, seed: int = 0, kind: Any = "sft", **values: Any) -> PreparedData:
@@ -407,7 +407,7 @@ def test_truncation_drops_whole_exchanges_and_says_so(prepare: Prepare, chatml: 
         [note] = prepared.report.truncated
         assert (note.source, prepared.report.num_truncated) == (f"{path}:1", 1)
         assert note.reason == f"has {whole} tokens: its last 2 messages are left out"
-        assert "1 shortened" in prepared.report.short()
+        assert "1 shortened" in prepared.report.summary()
     with pytest.raises(DatasetError, match="is too long"):  # not even the first exchange fits
         prepare(path, max_length=10, on_too_long="truncate")
 
@@ -509,7 +509,7 @@ def test_given_evaluation_rows_are_not_trained_on(prepare: Prepare, tmp_path: Pa
     assert asked(prepared, "held_out") == ["question 3", "question 5", "new"]
     assert asked(prepared) == [f"question {n}" for n in range(10) if n not in (3, 5)]
     assert (prepared.report.num_leaked, prepared.report.num_duplicates) == (3, 1)
-    assert "3 that are held out" in prepared.report.short()
+    assert "3 that are held out" in prepared.report.summary()
     with pytest.raises(DatasetError, match="leaves no training row that is not held out too"):
         prepare(train, held_out_path=train)
 

@@ -96,7 +96,7 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         out: torch.Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
         return out
 
-    monkeypatch.setattr(attention, "document_attention", documents)
+    monkeypatch.setattr(attention, "varlen_attention", documents)
     monkeypatch.setattr(F, "dropout", lambda x, p, *_: torch.native_dropout(x, p, True)[0])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     yield

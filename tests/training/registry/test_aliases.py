@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import register_three
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import RegistryConflict, RegistryError
 from training.registry.aliases import Canary, Traffic, draw
 from training.registry.promotion import AdapterPromoter
@@ -22,7 +22,7 @@ IDENTITIES = [f"user:{number}" for number in range(2000)]
 
 @pytest.fixture(params=["disk", "object store"])
 def registry(
-    request: pytest.FixtureRequest, tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    request: pytest.FixtureRequest, tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> Iterator[AdapterRegistry]:
     """Three versions of `ranch`, the second of them the champion."""
     root = str(tmp_path / "registry") if request.param == "disk" else f"memory://{tmp_path.name}/registry"
@@ -139,7 +139,7 @@ def test_what_stands_against_a_change_is_said(registry: AdapterRegistry) -> None
 
 
 def test_without_a_champion_there_is_nothing_to_compare_with(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     registry = AdapterRegistry(tmp_path / "registry")
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused
-from training.registry.gate import objection
+from training.registry.gate import rejection_reason
 from training.registry.manifest import AdapterManifest, Environment, ParentRef, SampleAnswer
 from training.registry.publish import AdapterDraft, AdapterPublisher
 from training.registry.registry import AdapterRegistry
@@ -34,7 +34,7 @@ def zero_adapter(tiny_adapter: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def draft(base: BaseModel, metrics: dict[str, float] = GOOD, **changes: object) -> AdapterDraft:
+def draft(base: BaseCheckpoint, metrics: dict[str, float] = GOOD, **changes: object) -> AdapterDraft:
     return AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=metrics, **changes)  # type: ignore[arg-type]
 
 
@@ -56,21 +56,23 @@ def test_min_improvement_is_in_nats_below_the_bases_loss(
     eval_loss: float, min_improvement: float, passes: bool
 ) -> None:
     metrics = {"eval_loss": eval_loss, "base_eval_loss": 2.0}
-    assert (objection(metrics, min_improvement, changes=True) is None) is passes
+    assert (rejection_reason(metrics, min_improvement, changes=True) is None) is passes
 
 
 def test_continuation_worse_than_its_parent_is_refused_though_better_than_the_base() -> None:
     for eval_loss, passes in ((1.2, True), (1.2 + 1e-9, False), (1.1, True), (1.9, False)):
         metrics = {"eval_loss": eval_loss, "base_eval_loss": 2.0, "parent_eval_loss": 1.2}
-        assert (objection(metrics, 0.0, changes=True) is None) is passes
-    message = str(objection({"eval_loss": 1.9, "base_eval_loss": 2.0, "parent_eval_loss": 1.2}, 0.0, changes=True))
+        assert (rejection_reason(metrics, 0.0, changes=True) is None) is passes
+    message = str(
+        rejection_reason({"eval_loss": 1.9, "base_eval_loss": 2.0, "parent_eval_loss": 1.2}, 0.0, changes=True)
+    )
     assert "its held-out loss is 1.9000, above the 1.2000 of the version that it continues" in message
     lost = {"eval_loss": 1.0, "base_eval_loss": 2.0, "parent_eval_loss": float("nan")}
-    assert objection(lost, 0.0, changes=True) is not None
+    assert rejection_reason(lost, 0.0, changes=True) is not None
 
 
 def test_force_past_the_parents_loss_is_recorded(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     worse = draft(tiny_base, {**GOOD, "parent_eval_loss": 0.5})
     with pytest.raises(AdapterRefused, match=r"above the 0\.5000 of the version that it continues"):
@@ -82,7 +84,7 @@ def test_force_past_the_parents_loss_is_recorded(
 
 
 def test_adapter_of_zeros_is_refused_from_its_tensors_whatever_its_figures_say(
-    registry: AdapterRegistry, tiny_base: BaseModel, zero_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, zero_adapter: Path
 ) -> None:
     with pytest.raises(AdapterRefused, match="it changes nothing"):
         AdapterPublisher(registry).register(zero_adapter, draft(tiny_base))
@@ -94,7 +96,7 @@ def test_adapter_of_zeros_is_refused_from_its_tensors_whatever_its_figures_say(
 
 
 def test_one_layer_that_is_not_zero_is_a_change(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, zero_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, zero_adapter: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -106,14 +108,14 @@ def test_one_layer_that_is_not_zero_is_a_change(
 
 
 def test_adapter_that_changed_no_output_is_refused(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     with pytest.raises(AdapterRefused, match="changes nothing"):
         AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, changes=False))
 
 
 def test_other_weights_than_those_evaluated_are_refused_also_by_force(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     for force in (False, True):
         with pytest.raises(AdapterRefused, match="evaluated abcabcabcabc"):
@@ -128,7 +130,7 @@ def test_other_weights_than_those_evaluated_are_refused_also_by_force(
     )
 
 
-def test_lineage_is_recorded(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_lineage_is_recorded(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     first = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     assert (first.parent, first.environment, first.samples, first.method) == (None, None, [], None)
     lineage = {
@@ -144,7 +146,7 @@ def test_lineage_is_recorded(registry: AdapterRegistry, tiny_base: BaseModel, ti
 
 
 def test_manifests_of_schema_version_1_are_read(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     path = registry.fetch(AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))) / "manifest.json"
     fields = json.loads(path.read_text())

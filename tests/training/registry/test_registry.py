@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from training.base_models.nf4 import Quantization
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterNotFound, AdapterRefused, RegistryError
 from training.names import ModelId, parse_model_id
 from training.registry.manifest import AdapterManifest, DatasetRef, check_base
@@ -25,7 +25,7 @@ GOOD = {"eval_loss": 1.0, "base_eval_loss": 2.0}
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: BaseModel) -> None:
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: BaseCheckpoint) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
 
 
@@ -34,7 +34,7 @@ def registry(tmp_path: Path) -> AdapterRegistry:
     return AdapterRegistry(tmp_path / "registry")
 
 
-def draft(base: BaseModel, name: str = "ranch", metrics: dict[str, float] | None = None) -> AdapterDraft:
+def draft(base: BaseCheckpoint, name: str = "ranch", metrics: dict[str, float] | None = None) -> AdapterDraft:
     return AdapterDraft(name=name, base=base, chat_format="chatml", metrics=GOOD if metrics is None else metrics)
 
 
@@ -71,7 +71,7 @@ def test_other_model_ids_are_refused_with_the_forms(text: str) -> None:
 # Versions
 
 
-def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     full = AdapterDraft(
         name="ranch",
         base=tiny_base,
@@ -109,7 +109,7 @@ def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseModel,
 
 @pytest.mark.promise("E4")
 def test_registered_folder_loads_with_peft_and_answers_the_same(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM, PeftModel
@@ -130,7 +130,7 @@ def test_registered_folder_loads_with_peft_and_answers_the_same(
 
 @pytest.mark.promise("C4")
 def test_harmless_files_beside_the_adapter_stay_behind(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_adapter, tmp_path / "checkpoint"))
     for name in ("training_args.bin", "optimizer.pt", "README.md", "evil.py"):
@@ -142,7 +142,7 @@ def test_harmless_files_beside_the_adapter_stay_behind(
 @pytest.mark.promise("C4")
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "-a", ".a", "a" * 64, "a\n", "ä", "a\0"])
 def test_names_that_could_leave_the_root_are_refused(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, name: str
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(RegistryError, match="is not accepted"):
         AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, name))
@@ -154,14 +154,16 @@ def test_names_that_could_leave_the_root_are_refused(
 
 @pytest.mark.parametrize("ref", ["", "..", "../../x", "0", "3", "9" * 62, "a/b", "²"])
 def test_unknown_references_are_not_found(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, ref: str
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, ref: str
 ) -> None:
     AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     with pytest.raises(AdapterNotFound, match="ranch"):
         registry.resolve("ranch", ref)
 
 
-def test_not_found_names_what_is_nearest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_not_found_names_what_is_nearest(
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
     with pytest.raises(AdapterNotFound, match="there is none yet"):
         registry.resolve("ranch")
     AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, "ranch-hand"))
@@ -190,7 +192,7 @@ def test_not_found_names_what_is_nearest(registry: AdapterRegistry, tiny_base: B
 )
 def test_adapter_no_better_than_allowed_is_refused_unless_forced(
     registry: AdapterRegistry,
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tiny_adapter: Path,
     metrics: dict[str, float],
     min_improvement: float,
@@ -206,14 +208,14 @@ def test_adapter_no_better_than_allowed_is_refused_unless_forced(
 
 
 def test_force_is_recorded_only_where_it_was_needed(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     assert not AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base), force=True).forced
 
 
 @pytest.mark.promise("C4")
 def test_files_are_checked_also_when_forced(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_adapter, tmp_path / "spoilt"))
     with (source / "adapter_model.safetensors").open("r+b") as file:
@@ -224,43 +226,43 @@ def test_files_are_checked_also_when_forced(
 
 
 def test_import_needs_figures_or_force_and_the_same_base(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterRefused, match="eval_loss"):
         import_adapter(registry, tiny_adapter, "guest", tiny_base, chat_format="chatml")
     assert import_adapter(registry, tiny_adapter, "guest", tiny_base, chat_format="chatml", force=True).forced
     assert not import_adapter(registry, tiny_adapter, "guest", tiny_base, chat_format="chatml", metrics=GOOD).forced
-    other = BaseModel("llama-2-7b", "meta-llama/Llama-2-7b", tiny_base.path.parent / "elsewhere", None)
+    other = BaseCheckpoint("llama-2-7b", "meta-llama/Llama-2-7b", tiny_base.path.parent / "elsewhere", None)
     with pytest.raises(AdapterRefused, match=r"tiny-llama.*meta-llama/Llama-2-7b"):
         import_adapter(registry, tiny_adapter, "guest", other, chat_format="chatml", force=True)
 
 
 @pytest.mark.promise("C4")
 def test_serving_on_another_base_is_refused(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     manifest = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     check_base(manifest, tiny_base)
     other = Path(shutil.copytree(tiny_base.path, tmp_path / "tiny-llama"))
-    check_base(manifest, BaseModel("tiny-llama", str(other), other, None))  # the same weights elsewhere
+    check_base(manifest, BaseCheckpoint("tiny-llama", str(other), other, None))  # the same weights elsewhere
 
     with pytest.raises(AdapterRefused, match="base 'tiny-llama' and not 'other'"):
-        check_base(manifest, BaseModel("other", str(other), other, None))
+        check_base(manifest, BaseCheckpoint("other", str(other), other, None))
     with (other / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x01")
     with pytest.raises(AdapterRefused, match="weights with sha256"):
-        check_base(manifest, BaseModel("tiny-llama", str(other), other, None))
+        check_base(manifest, BaseCheckpoint("tiny-llama", str(other), other, None))
 
     from_hub = manifest.model_copy(update={"base": manifest.base.model_copy(update={"revision": "abc"})})
     with pytest.raises(AdapterRefused, match="revision 'abc' and not 'def'"):
-        check_base(from_hub, BaseModel("tiny-llama", "acme/tiny-llama", tiny_base.path, "def"))
+        check_base(from_hub, BaseCheckpoint("tiny-llama", "acme/tiny-llama", tiny_base.path, "def"))
 
 
 # Aliases and deletion
 
 
-def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     for _ in range(3):
         AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     assert registry.resolve("ranch").version == 3
@@ -285,7 +287,7 @@ def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseModel, t
 
 
 def test_delete_keeps_aliased_versions_and_never_gives_a_number_again(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     for _ in range(3):
         AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
@@ -307,7 +309,7 @@ def test_delete_keeps_aliased_versions_and_never_gives_a_number_again(
 
 @pytest.mark.promise("D12")
 def test_reader_racing_a_delete_gets_not_found_and_never_half(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     failures: list[Exception] = []
@@ -342,7 +344,7 @@ def test_reader_racing_a_delete_gets_not_found_and_never_half(
 
 @pytest.mark.promise("C4")
 def test_changed_added_or_linked_files_are_refused_at_load(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     manifest = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     folder = registry.fetch(manifest)
@@ -379,7 +381,7 @@ def test_changed_added_or_linked_files_are_refused_at_load(
     ],
 )
 def test_damaged_manifest_is_an_error_of_that_version_only(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, change: dict[str, Any], reason: str
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, change: dict[str, Any], reason: str
 ) -> None:
     manifest = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     second = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
@@ -397,7 +399,7 @@ def test_damaged_manifest_is_an_error_of_that_version_only(
 PRELUDE = """
 import json, os, resource, signal, sys
 from pathlib import Path
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterNotFound, RegistryError
 from training.registry.promotion import AdapterPromoter
 from training.registry.publish import AdapterDraft, AdapterPublisher
@@ -405,7 +407,7 @@ from training.registry.registry import AdapterRegistry
 import numpy
 
 root, source, base_path = map(Path, sys.argv[1:4])
-base = BaseModel("tiny-llama", str(base_path), base_path, None)
+base = BaseCheckpoint("tiny-llama", str(base_path), base_path, None)
 base.weights_sha256()
 draft = AdapterDraft(
     name="ranch", base=base, chat_format="chatml", metrics={"eval_loss": 1.0, "base_eval_loss": 2.0}
@@ -455,7 +457,7 @@ def whole():
 """
 
 
-def run_script(script: str, root: Path, base: BaseModel, adapter: Path) -> str:
+def run_script(script: str, root: Path, base: BaseCheckpoint, adapter: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script), str(root), str(adapter), str(base.path)],
         capture_output=True,
@@ -469,7 +471,7 @@ def run_script(script: str, root: Path, base: BaseModel, adapter: Path) -> str:
 
 @pytest.mark.promise("D12")
 def test_kill_at_every_step_of_register_leaves_whole_versions(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     out = run_script(
         """
@@ -493,7 +495,7 @@ def test_kill_at_every_step_of_register_leaves_whole_versions(
 
 @pytest.mark.promise("D12")
 def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     run_script(
         """
@@ -525,7 +527,7 @@ def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new(
 
 @pytest.mark.promise("D12")
 def test_eight_writers_get_eight_versions_and_one_alias_winner(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     out = run_script(
         """
@@ -547,7 +549,9 @@ def test_eight_writers_get_eight_versions_and_one_alias_winner(
 
 
 @pytest.mark.promise("D12")
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
     root = tmp_path / "registry"
     out = run_script(
         """
@@ -569,7 +573,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_base: Bas
 
 @pytest.mark.promise("D12")
 def test_read_only_registry_serves_on_and_refuses_in_one_line(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     out = run_script(
         """
@@ -610,7 +614,9 @@ def test_read_only_registry_serves_on_and_refuses_in_one_line(
     assert all("read-only for this user" in line for line in lines)
 
 
-def test_file_in_place_of_the_registry_is_one_line(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_file_in_place_of_the_registry_is_one_line(
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
     (tmp_path / "registry").write_text("not a folder")
     registry = AdapterRegistry(tmp_path / "registry")
     for call in (
@@ -623,7 +629,7 @@ def test_file_in_place_of_the_registry_is_one_line(tmp_path: Path, tiny_base: Ba
 
 
 def test_what_dead_writers_left_is_swept_after_a_day_and_not_before(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     versions = tmp_path / "registry" / "ranch" / "versions"
@@ -648,7 +654,7 @@ def bucket(tmp_path: Path) -> AdapterRegistry:
 
 @pytest.mark.promise("D12")
 def test_object_store_keeps_the_same_rules(
-    bucket: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    bucket: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     import fsspec
 
@@ -680,7 +686,7 @@ def test_object_store_keeps_the_same_rules(
 
 @pytest.mark.promise("D12")
 def test_version_without_manifest_does_not_exist_on_an_object_store(
-    bucket: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    bucket: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     import fsspec
 
@@ -698,7 +704,7 @@ def test_store_that_cannot_be_opened_is_one_line() -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_default_root_is_in_corral_home(tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_default_root_is_in_corral_home(tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path) -> None:
     manifest: AdapterManifest = AdapterPublisher(AdapterRegistry()).register(tiny_adapter, draft(tiny_base))
     assert AdapterRegistry().fetch(manifest).is_relative_to(tmp_path / "home" / "registry")
 

@@ -17,7 +17,7 @@ from deployments.engine.llama.torch_llama import TorchLlama
 from deployments.engine.request import EngineRequest
 from tests.deployments.engine.test_engine import Answers, drain, greedy
 from training.base_models.nf4 import Quantization, load_quantized
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 17, 40]
@@ -34,7 +34,7 @@ def prompts_and_next() -> tuple[ForwardBatch, ForwardBatch]:
 
 
 @pytest.fixture
-def llama(tiny_base: BaseModel) -> TorchLlama:
+def llama(tiny_base: BaseCheckpoint) -> TorchLlama:
     model = load_quantized(tiny_base, Quantization(compute_dtype="float32"))
     llama = TorchLlama(model, max_model_len=64, max_num_seqs=2, kv_cache_bytes=1 << 20)
     for slot, r in enumerate((4, 16)):
