@@ -40,6 +40,9 @@ _OWN = _SCRATCH if _IS_CONTROLLER else _SCRATCH / os.environ["PYTEST_XDIST_WORKE
 os.environ["CORRAL_HOME"] = str(_OWN / "home")
 os.environ["RAY_TMPDIR"] = str(_OWN / "ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = (
+    "0.3"  # of a run's end and its failures Ray Train hears in these steps
+)
 os.environ.pop("RAY_ADDRESS", None)
 for _name in ("models", "kernels"):  # made under a lock, and the same for all
     _shared = _QUICKSTART_HOME / _name
