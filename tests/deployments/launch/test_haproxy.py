@@ -161,7 +161,7 @@ def test_what_haproxy_answers_itself_is_an_openai_error() -> None:
 def test_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_new_one(server: RunningServer) -> None:
     (ingress,) = descendants(server.pid, "ChatIngress")
     os.kill(ingress.pid, signal.SIGKILL)
-    refusals, num_lost, started = [], 0, time.monotonic()
+    refusals, num_lost, deadline = [], 0, time.monotonic() + 180
     while True:
         try:
             response = httpx.get(f"{server.url}/v1/models", timeout=60)
@@ -172,7 +172,7 @@ def test_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_ne
             break
         refusals.append(response)
         time.sleep(0.1)
-        assert time.monotonic() - started < 30, response.text  # 8 to 12 s on a quiet machine
+        assert time.monotonic() < deadline, response.text
     assert num_lost <= 1
     for response in refusals:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")

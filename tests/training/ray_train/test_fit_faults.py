@@ -63,9 +63,11 @@ def test_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config
     assert not [file for file in files if file.startswith("scratch")]
 
 
+@pytest.mark.slow
+@pytest.mark.promise("D13")
 @pytest.mark.parametrize(("num_workers", "fsdp"), [([1, 2], False), ([2, 3], True)])
 def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
-    config: TrainConfig, num_workers: list[int], fsdp: bool
+    config: TrainConfig, num_workers: list[int], fsdp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps have the same rows on any number of workers: the run ends where the uninterrupted one does."""
     import ray
@@ -78,7 +80,11 @@ def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
     )  # fmt: skip
     changes = {"num_workers": num_workers, "fsdp": fsdp, "max_failures": 2, "run_name": "elastic"}
     fewest, most = num_workers
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": fewest, "include_dashboard": False})
+    # Ray takes a silent node for dead after 2 s, and Ray Train a place on it for lost
+    silence = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    head = {"num_cpus": fewest, "include_dashboard": False, "_system_config": silence}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     leaving = cluster.add_node(num_cpus=most - fewest)
     try:
         ray.init(address=cluster.address, log_to_driver=False)

@@ -116,6 +116,8 @@ def test_a_run_is_seen_live_at_rays_prometheus_endpoint_and_afterwards_in_tensor
         "storage_path": str(tmp_path / "runs"), "run_name": "scraped",
     }  # fmt: skip
     scraped = dict[str, float]()
+    figures = ("step", "loss", "tokens_total", "tokens_per_second", "grad_norm", "learning_rate")
+    seen = {f"ray_corral_train_{figure}" for figure in figures}
     ended = threading.Event()
 
     def scrape() -> None:
@@ -132,7 +134,10 @@ def test_a_run_is_seen_live_at_rays_prometheus_endpoint_and_afterwards_in_tensor
     scraper.start()
     try:
         result = fit(TrainConfig.model_validate(settings))
-        time.sleep(2)
+        deadline = time.monotonic() + 60
+        while not seen <= scraped.keys():
+            assert time.monotonic() < deadline, scraped
+            time.sleep(0.1)
     finally:
         ended.set()
         scraper.join()

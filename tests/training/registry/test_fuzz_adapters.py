@@ -146,12 +146,12 @@ def test_the_largest_header_costs_bounded_memory_and_time(register: Register, fi
     text = json.dumps(entries).encode()
     assert 9_000_000 < len(text) < 10_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started = time.process_time()
     assert not register(files[0], struct.pack("<Q", len(text)) + text)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"\na 10 MB header is refused in {seconds:.1f} s with {megabytes:.0f} MB more")
-    assert seconds < 30  # a second or two on an idle machine
+    assert seconds < 30  # it takes one or two
     assert megabytes < 400
 
 

@@ -652,7 +652,7 @@ def bucket(tmp_path: Path) -> AdapterRegistry:
     return AdapterRegistry(f"memory://{tmp_path.name}/registry")
 
 
-@pytest.mark.promise("D12")
+@pytest.mark.promise("D12", "D17")
 def test_object_store_keeps_the_same_rules(
     bucket: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
@@ -684,7 +684,7 @@ def test_object_store_keeps_the_same_rules(
         bucket.fetch(first)
 
 
-@pytest.mark.promise("D12")
+@pytest.mark.promise("D12", "D17")
 def test_version_without_manifest_does_not_exist_on_an_object_store(
     bucket: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:

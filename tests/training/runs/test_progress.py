@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +39,16 @@ def test_a_log_gets_a_line_for_each_phase_and_not_for_each_step(capsys: pytest.C
         *(Progress("training", step, 90, 1.0, 10.0) for step in range(1, 90)),
         Progress("end"),
     ]
-    shown = iter(states)
-    with show_progress(lambda: next(shown, None), "ranch [hand]", poll_s=0.001):
-        time.sleep(0.5)
+    shown, all_shown = iter(states), threading.Event()
+
+    def next_state() -> Progress | None:
+        state = next(shown, None)
+        if state is None:
+            all_shown.set()
+        return state
+
+    with show_progress(next_state, "ranch [hand]", poll_s=0.001):
+        assert all_shown.wait(timeout=60)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"ranch [hand]: {p}" for p in ("loading", "training", "end")]
 

@@ -81,7 +81,7 @@ def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunD
     with driven(run_dir) as first:
         began = time.monotonic()
         told = refusal(run_dir)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < driver._SILENT_S  # it waits for no sign of life
         assert re.match(
             rf"run 'run' is driven by process {first.pid} on {re.escape(socket.gethostname())}, started "
             r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it, end it with 'corral runs stop run --storage "
@@ -118,8 +118,12 @@ def test_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
 def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_SILENT_S", 5.0)
     with driven(run_dir, seen_every_s=0.5, host="elsewhere") as far:
-        time.sleep(6)
-        assert re.search(r" on elsewhere, started .* UTC, seen [0-4] s ago: .* end it there with .*", refusal(run_dir))
+        first = read_lock_holder(run_dir)
+        assert first
+        wait_until(
+            lambda: (last := read_lock_holder(run_dir)) is not None and last.seen > first.seen + driver._SILENT_S
+        )
+        assert re.search(r" on elsewhere, started .* UTC, seen \d+ s ago: .* end it there with .*", refusal(run_dir))
 
         far.send_signal(signal.SIGSTOP)
         wait_until(lambda: (last := read_lock_holder(run_dir)) is not None and not last.is_alive)
@@ -163,7 +167,7 @@ def test_a_number_that_another_process_has_now_is_no_driver(tmp_path: Path) -> N
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
