@@ -1,7 +1,7 @@
 """`python -m training --config X.yaml key=value ...`: train an adapter and register it, or the best one of a sweep.
 
-Runs here, or on a Ray cluster: `ray job submit --working-dir . -- python -m training --config X.yaml`. A YAML that has
-`search` is a sweep's. `corral train` and `corral sweep` call `run_training` and `run_search` too.
+Runs locally, or on a Ray cluster: `ray job submit --working-dir . -- python -m training --config X.yaml`. A YAML with
+a `search` section configures a sweep.
 """
 
 import argparse
@@ -25,35 +25,35 @@ from training.sweep.run import run_sweep
 
 
 def run_training(config: TrainConfig, *, force: bool = False, debug: bool = False) -> AdapterManifest:
-    """Train, evaluate on the held-out rows, register, and print what came of it.
+    """Train, evaluate on the held-out rows, register the adapter, and print a summary.
 
     Args:
-        force: register an adapter that does not pass `gate` all the same; its manifest says so.
+        force: register the adapter even if it does not pass `gate`; recorded in its manifest.
 
     Raises:
-        CorralError: the run failed or was stopped, or its adapter is refused.
+        CorralError: the run failed or was stopped, or its adapter was refused.
     """
     with sigterm_interrupts():
         result = fit(config, debug=debug)
         try:
             manifest = register(config, result, force=force)
-        except KeyboardInterrupt:  # the registry has a whole version or none
+        except KeyboardInterrupt:  # registering is atomic
             raise RunStopped(result.run_name) from None
         except CorralError as error:
-            _leave_report(result.run_dir, {"refused": str(error)})
+            _write_outcome(result.run_dir, {"refused": str(error)})
             raise
-        _leave_report(result.run_dir, {"model_id": manifest.model_id, "forced": manifest.forced})
+        _write_outcome(result.run_dir, {"model_id": manifest.model_id, "forced": manifest.forced})
     print(summary(manifest, result))
     return manifest
 
 
 def run_search(config: SweepConfig, *, force: bool = False, as_json: bool = False, debug: bool = False) -> int:
-    """Run the trials of a sweep, register the best, and print what came of them.
+    """Run the trials of a sweep, register the best adapter, and print the results.
 
     Returns the exit code: 1 if nothing was registered.
 
     Raises:
-        CorralError: config, data or machine do not fit, or the sweep was stopped.
+        CorralError: the configuration, data or machine is not suitable, or the sweep was stopped.
     """
     with sigterm_interrupts():
         result = run_sweep(config, force=force, debug=debug)
@@ -62,7 +62,7 @@ def run_search(config: SweepConfig, *, force: bool = False, as_json: bool = Fals
 
 
 def summary(manifest: AdapterManifest, result: RunResult) -> str:
-    """A few lines for the person who waited: what was learned, and which model id to ask."""
+    """A few lines about a finished run: its losses, sample answers, and how to query the adapter."""
     metrics = result.metrics
     lines = [f"\n{manifest.model_id} is registered" + (" (forced)" if manifest.forced else "")]
     minutes, seconds = divmod(round(metrics["train_s"]), 60)
@@ -70,7 +70,7 @@ def summary(manifest: AdapterManifest, result: RunResult) -> str:
     if "eval_reward_margin" in metrics:
         lines.append(
             f"  held-out loss  reference {metrics['base_eval_loss']:.3f}, adapter {metrics['eval_loss']:.3f}; "
-            f"{metrics['eval_preference_accuracy']:.0%} preferred rightly, reward margin "
+            f"preference accuracy {metrics['eval_preference_accuracy']:.0%}, reward margin "
             f"{metrics['eval_reward_margin']:.2f}"
         )
     elif "eval_loss" in metrics:
@@ -81,21 +81,21 @@ def summary(manifest: AdapterManifest, result: RunResult) -> str:
     report = result.inputs.report
     if skipped := [*report.skipped, *report.too_long]:
         count = report.num_skipped + report.num_too_long
-        lines.append(f"  rows skipped   {count}, the first {skipped[0].source}: {skipped[0].reason}")
+        lines.append(f"  rows skipped   {count}, first: {skipped[0].source}: {skipped[0].reason}")
     for sample in result.samples:
         lines += [f"  > {_one_line(sample['prompt'])}"]
         lines += [f"    base     {_one_line(sample['base'])}", f"    adapter  {_one_line(sample['adapter'])}"]
     lines.append(f"  report         {result.run_dir}/{REPORT_FILE}")
-    lines.append(f"  ask it with    corral chat --model {manifest.base.name}:{manifest.name}")
+    lines.append(f"  chat with it   corral chat --model {manifest.base.name}:{manifest.name}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns its exit code."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training", description="Train an adapter and register it.")
     parser.add_argument("--config", required=True, help="YAML file, such as configs/train/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as lora.r=8 learning_rate=1e-4")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the plan, and exit")
     parser.add_argument("--json", action="store_true", help="print --dry-run, or a sweep's trials, as JSON")
     parser.add_argument("--force", action="store_true", help="register even if the held-out loss is no better")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and Ray's own log")
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _leave_report(run_dir: RunDir, outcome: dict[str, Any]) -> None:
-    """What became of the adapter, and the report, in the run's directory; no full disk undoes it."""
+def _write_outcome(run_dir: RunDir, outcome: dict[str, Any]) -> None:
+    """Write the adapter's outcome and the report to the run's directory; a failure, such as a full disk, is ignored."""
     with contextlib.suppress(CorralError):
         run_dir.write_json("registered.json", outcome)
         write_report(run_dir)

@@ -1,25 +1,25 @@
-"""The exceptions a user can mend, in one tree.
+"""The exceptions whose cause a user can fix, in one tree.
 
     CorralError
     ├── ConfigError            a YAML file or key=value override
     ├── BaseModelError         a base model that cannot be found, read or used
     ├── ChatFormatError        a dialog that the chat format cannot render
     ├── DatasetError           a dataset file or row
-    ├── TrainingError          a run that diverged or was given what the cluster lacks
-    ├── RunStopped             a run that SIGTERM or Ctrl-C ended; its name resumes it
-    ├── ExportError            an adapter that cannot be written as a model of its own
+    ├── TrainingError          a run that diverged, or needs resources that do not exist
+    ├── RunStopped             a run that was ended by SIGTERM or Ctrl-C; its name resumes it
+    ├── ExportError            an adapter that cannot be exported as a standalone model
     └── RegistryError          the adapter registry
         ├── AdapterNotFound    no such adapter, version or alias
-        ├── RegistryConflict   a change that aliases or canaries stand against
+        ├── RegistryConflict   a change that conflicts with an alias or canary
         └── AdapterRefused     an adapter that must not be registered or loaded
 
-`str(error)` is one line: what was wrong, what was given, what to do next. The serving side derives its
-own errors from `CorralError` too (`deployments.errors`).
+`str(error)` is one line: what was wrong, what was given, what to do next. The errors of serving derive from
+`CorralError` too (`deployments.errors`).
 """
 
 
 class CorralError(Exception):
-    """A failure whose message is written for the person who can mend it."""
+    """A failure whose message is written for the person who can fix it."""
 
 
 class ConfigError(CorralError):
@@ -31,7 +31,7 @@ class BaseModelError(CorralError):
 
 
 class ChatFormatError(CorralError):
-    """A dialog that has no rendering; `message_index` is the offending message, if one is."""
+    """A dialog that cannot be rendered; `message_index` is the offending message, or None."""
 
     def __init__(self, message: str, message_index: int | None = None) -> None:
         super().__init__(message)
@@ -43,11 +43,11 @@ class DatasetError(CorralError):
 
 
 class TrainingError(CorralError):
-    """A run that cannot start or must not go on."""
+    """A run that cannot start or must not continue."""
 
 
 class RunStopped(CorralError):
-    """A run that SIGTERM or Ctrl-C ended."""
+    """A run that was ended by SIGTERM or Ctrl-C."""
 
     def __init__(self, run_name: str) -> None:
         super().__init__(f"run {run_name!r} was stopped: run_name={run_name} resumes it from its last checkpoint")
@@ -55,11 +55,11 @@ class RunStopped(CorralError):
 
 
 class ExportError(CorralError):
-    """A merged model or GGUF file that cannot be written."""
+    """A merged model or GGUF file that cannot be exported."""
 
 
 class RegistryError(CorralError):
-    """The adapter registry cannot do what was asked."""
+    """An operation that the adapter registry cannot perform."""
 
 
 class AdapterNotFound(RegistryError):
@@ -67,8 +67,8 @@ class AdapterNotFound(RegistryError):
 
 
 class RegistryConflict(RegistryError):
-    """What was asked does not go with where aliases and canaries point."""
+    """A change that conflicts with an alias or canary."""
 
 
 class AdapterRefused(RegistryError):
-    """The adapter fails a check and is neither registered nor loaded."""
+    """An adapter that fails a check; it is neither registered nor loaded."""

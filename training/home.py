@@ -1,4 +1,4 @@
-"""`CORRAL_HOME`: the one folder Corral writes to (models, registry, runs, keys)."""
+"""`CORRAL_HOME`: the folder for everything that Corral stores (models, registry, runs, keys)."""
 
 import os
 import secrets
@@ -14,7 +14,7 @@ def corral_home() -> Path:
 
 
 def replace_private_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of a file at once, readable by its owner only."""
+    """Write a file atomically, readable by its owner only."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

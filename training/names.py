@@ -1,4 +1,4 @@
-"""What adapters, runs and models may be called. Nothing is looked up here."""
+"""Valid names of adapters, runs and models. Nothing is looked up here."""
 
 import re
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class ModelId:
 
 
 def parse_model_id(text: str) -> ModelId:
-    """Take a model id apart; nothing is looked up.
+    """Parse a model id; nothing is looked up.
 
     Raises:
-        RegistryError: it has none of the four forms.
+        RegistryError: the text has none of the four forms of `ModelId`.
     """
     base, colon, rest = text.partition(":")
     adapter, at, ref = rest.partition("@")

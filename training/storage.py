@@ -1,8 +1,8 @@
-"""Files under one root, on a local disk or an object store: what the registry and run directories are built from.
+"""Atomic file operations under one root, on a local disk or an object store.
 
-A file written here is there whole or not at all. On a local disk that is a temporary file, fsync and a rename;
-on an object store (any fsspec filesystem) a put is whole by nature, and only `exclusive` has no counterpart.
-It does not know what an adapter is. Paths are relative to the root and use `/`.
+A reader never sees a partially written file. On a local disk, writing is a temporary file, fsync and a rename; on an
+object store (any fsspec filesystem) a put is atomic anyway, and only `exclusive` has no counterpart. Knows nothing of
+what the files contain. Paths are relative to the root and use `/`.
 """
 
 import errno
@@ -29,67 +29,69 @@ _LOCK_TIMEOUT_S = 30
 
 
 class Storage:
-    """One root; `root` may be a path or any fsspec address such as `s3://bucket/registry`.
+    """The files under `root`, a path or any fsspec address such as `s3://bucket/registry`.
 
     Args:
-        what: the root's name in messages.
-        failure: raised by `guard`.
+        label: what error messages call the root.
+        error_type: raised if the root cannot be opened, and by `guard`.
     """
 
-    def __init__(self, root: str | Path, what: str = "registry", failure: type[CorralError] = RegistryError) -> None:
-        self.address, self._what, self._failure = str(root), what, failure
+    def __init__(
+        self, root: str | Path, label: str = "registry", error_type: type[CorralError] = RegistryError
+    ) -> None:
+        self.address, self._label, self._error_type = str(root), label, error_type
         try:
             self._fs, path = fsspec.core.url_to_fs(os.path.expanduser(self.address))
         except (ImportError, ValueError) as error:
-            raise failure(f"{what} {self.address!r} cannot be opened: {_one_line(error)}") from error
+            raise error_type(f"{label} {self.address!r} cannot be opened: {_one_line(error)}") from error
         self._is_local = isinstance(self._fs, LocalFileSystem)
         self._root: str = os.path.abspath(path) if self._is_local else path.rstrip("/")
 
     @contextmanager
     def guard(self, action: str) -> Iterator[None]:
-        """Turn a failure of disk or network while doing `action` into one line."""
+        """Turn a disk or network error during `action` into a one-line `error_type`."""
         try:
             yield
         except CorralError:
             raise
         except OSError as error:
-            advice = "check that the path is right and can be reached"
+            advice = "check that the path is correct and reachable"
             if error.errno in _NO_SPACE:
                 advice = "free some space or set CORRAL_HOME to a larger disk"
             elif error.errno in _READ_ONLY or isinstance(error, PermissionError):
-                advice = f"it is read-only for this user: give write access or name another {self._what}"
-            raise self._failure(
-                f"{self._what} {self.address}: cannot {action}: {error.strerror or _one_line(error)}: {advice}"
+                advice = f"it is read-only for this user: grant write access or use another {self._label}"
+            raise self._error_type(
+                f"{self._label} {self.address}: cannot {action}: {error.strerror or _one_line(error)}: {advice}"
             ) from error
         except Exception as error:
             if self._is_local:
                 raise
-            # An object store's client has its own exceptions (no credentials, no such endpoint).
-            raise self._failure(f"{self._what} {self.address}: cannot {action}: {_one_line(error)}") from error
+            # Object store clients raise their own exceptions (no credentials, no such endpoint).
+            raise self._error_type(f"{self._label} {self.address}: cannot {action}: {_one_line(error)}") from error
 
     def local_path(self, path: str) -> Path | None:
-        """Where the file is on this machine's disk; None on an object store."""
+        """The file's path on a local disk; None on an object store."""
         return Path(self._at(path)) if self._is_local else None
 
     def find(self, path: str = "") -> list[str]:
-        """All files at or below `path`, sorted; none if it does not exist."""
+        """All files at or below `path`, sorted; empty if it does not exist."""
         if self._is_local:
             return sorted(_walk(self._at(path), f"{path}/" if path else ""))
         self._fs.invalidate_cache()
         start = len(self._root) + 1
-        return sorted(found[start:] for found in self._fs.find(self._at(path)))
+        return sorted(file[start:] for file in self._fs.find(self._at(path)))
 
     def exists(self, path: str) -> bool:
         self._fs.invalidate_cache()
         return bool(self._fs.exists(self._at(path)))
 
     def read(self, path: str) -> bytes:
-        """The file's bytes; FileNotFoundError if it is not there."""
+        """The file's bytes; raises FileNotFoundError if it does not exist."""
         data: bytes = self._fs.cat_file(self._at(path))
         return data
 
     def read_if_there(self, path: str) -> bytes | None:
-        """The file's bytes, None if it is not there; a failure of disk or network is one line, as `guard` has it."""
+        """The file's bytes, or None if it does not exist; other errors are those of `guard`."""
         with self.guard(f"read {path}"):
             try:
                 return self.read(path)
@@ -103,7 +105,7 @@ class Storage:
         return time.time() - float(self._fs.modified(self._at(path)).timestamp())
 
     def create(self, path: str, data: bytes = b"") -> bool:
-        """Make a file with `data`; False if somebody else has made it. One caller of many gets True."""
+        """Create a file with `data`; False if it exists. Of several concurrent callers, exactly one gets True."""
         try:
             if self._is_local:
                 with self._replacing(path, put=_rename_if_new) as file:
@@ -115,12 +117,12 @@ class Storage:
         return True
 
     def write(self, path: str, data: bytes) -> None:
-        """Put `data` in place of the file, at once."""
+        """Write or replace a file atomically."""
         with self._replacing(path) as file:
             file.write(data)
 
     def upload(self, source: Path, path: str) -> str:
-        """Copy a local file here; returns the sha256 of what was copied."""
+        """Copy a local file to `path`; returns the sha256 of the copied bytes."""
         digest = hashlib.sha256()
         with source.open("rb") as original, self._replacing(path) as copy:
             while block := original.read(1 << 20):
@@ -133,20 +135,20 @@ class Storage:
             shutil.copyfileobj(remote, local, 1 << 20)
 
     def remove(self, path: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._at(path))
 
     def remove_folder(self, path: str) -> None:
-        """Remove a folder that nobody writes to any more."""
+        """Remove a folder that is no longer written to."""
         for file in self.find(path):
             self.remove(file)
         if self._is_local:
-            with suppress(OSError):  # not empty after all, or gone
+            with suppress(OSError):  # not empty, or removed already
                 os.rmdir(self._at(path))
 
     def exclusive(self, path: str) -> AbstractContextManager[Any]:
-        """Keep other writers on this disk out; on an object store the last writer wins."""
+        """A lock against other writers on this disk; on an object store there is none, and the last writer wins."""
         if not self._is_local:
             return nullcontext()
         from filelock import FileLock
@@ -184,10 +186,10 @@ class Storage:
 def _walk(directory: str, prefix: str) -> Iterator[str]:
     try:
         with os.scandir(directory) as entries:
-            found = list(entries)
+            children = list(entries)
     except FileNotFoundError:
         return
-    for entry in found:
+    for entry in children:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
         else:
@@ -195,12 +197,12 @@ def _walk(directory: str, prefix: str) -> Iterator[str]:
 
 
 def _rename_if_new(source: str, target: str) -> None:
-    """Rename, but raise FileExistsError where there is a file."""
+    """Rename, but raise FileExistsError if `target` exists."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
-    except OSError:  # no hard links there; for a moment the file is empty
+    except OSError:  # no hard links on this file system; the target is empty for a moment
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
         os.replace(source, target)
 

@@ -188,7 +188,7 @@ def _bar(share: float) -> str:
 
 def _print_notes(console: "Console", notes: Sequence["RowNote"], count: int) -> None:
     for note in notes[:_SHOWN_NOTES]:
-        text = f"  {note.source} {note.reason}\n    it starts with {note.excerpt!r}"
+        text = f"  {note.source}: {note.reason}\n    the row starts with {note.excerpt!r}"
         console.print(text, soft_wrap=True, markup=False)
     if count > _SHOWN_NOTES:
         console.print(f"  and {count - _SHOWN_NOTES:,} more; --json names the first thousand")
@@ -197,8 +197,8 @@ def _print_notes(console: "Console", notes: Sequence["RowNote"], count: int) -> 
 def _legend(report: "DataReport", console: "Console") -> str:
     if _has_colours(console):
         return "As the model sees them, the trained tokens in [green]green[/green]"
-    kinds = {segment.use for row in report.samples for segment in row}
-    rejected = ", rejected answers in [--]" if "rejected" in kinds else ""
+    roles = {segment.role for row in report.samples for segment in row}
+    rejected = ", rejected answers in [--]" if "rejected" in roles else ""
     return f"As the model sees them, the trained tokens in «»{rejected}"
 
 
@@ -206,9 +206,9 @@ def _coloured(row: Sequence["Segment"], console: "Console") -> "Text":
     from rich.text import Text
 
     text = Text()
-    for use, part in _shortened(row):
-        before, after = ("", "") if _has_colours(console) else _MARKS[use]
-        text.append(f"{before}{part}{after}", style=_STYLES[use])
+    for role, part in _shortened(row):
+        before, after = ("", "") if _has_colours(console) else _MARKS[role]
+        text.append(f"{before}{part}{after}", style=_STYLES[role])
     text.rstrip()
     return text
 
@@ -219,7 +219,7 @@ def _shortened(row: Sequence["Segment"]) -> Iterator[tuple[str, str]]:
     for segment in row:
         half = room // 2
         whole = len(segment.text) <= room
-        yield segment.use, segment.text if whole else f"{segment.text[:half]} [...] {segment.text[-half:]}"
+        yield segment.role, segment.text if whole else f"{segment.text[:half]} [...] {segment.text[-half:]}"
 
 
 def _has_colours(console: "Console") -> bool:

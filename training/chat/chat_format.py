@@ -1,9 +1,9 @@
 """Chat messages -> pieces -> token ids and loss mask, in the formats llama-2, llama-3 and chatml.
 
-Training and the ingress both render here, so a model is asked exactly as it was trained. A piece is a
-control token or a text; text is always encoded as text, so `</s>` or `<|im_start|>` typed by a user is
-no control token. Nothing is dropped or cut: a dialog that a format cannot hold is a ChatFormatError.
-The jinja template of the base model is never run.
+Training and serving share this code, so a model is prompted exactly as it was trained. A piece is a control token or a
+text. Text is always encoded as text: `</s>` or `<|im_start|>` typed by a user never becomes a control token. Nothing is
+dropped or truncated: a dialog that a format cannot represent raises ChatFormatError. The jinja template of the base
+model is never run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A dialog as token ids; `loss_mask[i]` is True where the model is to learn `input_ids[i]`."""
+    """A dialog as token ids; `loss_mask[i]` is True where `input_ids[i]` carries loss."""
 
     input_ids: list[int]
     loss_mask: list[bool]
 
 
-# "[INST] hi [/INST]" in the Llama-2 vocabulary, which these two entries tell.
+# "[INST] hi [/INST]" in the Llama-2 vocabulary, which is recognized by these two entries.
 _LLAMA_2_VOCABULARY = {"▁[": 518, "INST": 25580}
 _LLAMA_2_KNOWN_IDS = [518, 25580, 29962, 7251, 518, 29914, 25580, 29962]
 
@@ -38,7 +38,7 @@ class ChatFormat:
     Attributes:
         name: the format, as adapter manifests record it.
         stop_token_ids: every token that ends an assistant turn or the text.
-        bos_token: what begins a chatml text, where the base asks for it; the other formats bring their own.
+        bos_token: prepended to a chatml dialog if the base requires it; the other formats include their own.
     """
 
     name: ChatFormatName
@@ -50,8 +50,8 @@ class ChatFormat:
 
         Args:
             name: the format.
-            tokenizer: with `encode_special_tokens` on; control tokens that are not marked special in it get marked.
-            bos_token: begins every chatml text; the other formats bring their own.
+            tokenizer: with `encode_special_tokens` on; control tokens that are not special tokens are marked as such.
+            bos_token: prepended to every chatml dialog; the other formats include their own.
 
         Raises:
             ChatFormatError: a control token is missing, or text would be parsed for control tokens.
@@ -61,26 +61,26 @@ class ChatFormat:
         self._layout = LAYOUTS[name]
         self.bos_token = bos_token if name == "chatml" else None
         self._control_ids = control_ids(tokenizer)
-        needed = self._layout.controls + ((self.bos_token,) if self.bos_token else ())
-        missing = [token for token in needed if token not in self._control_ids]
+        required = self._layout.controls + ((self.bos_token,) if self.bos_token else ())
+        missing = [token for token in required if token not in self._control_ids]
         if missing:
             raise ChatFormatError(
                 f"this tokenizer does not fit chat format {name!r}: it has no {', '.join(missing)}; "
                 f"set chat_format to auto or one of {', '.join(CHAT_FORMATS)}"
             )
-        ends = [token for token in self._layout.end_of_turn if token in self._control_ids]
-        self.stop_token_ids = tuple(self._control_ids[token] for token in ends)
-        _mark_special(tokenizer, {*needed, *ends})
+        stop_tokens = [token for token in self._layout.end_of_turn if token in self._control_ids]
+        self.stop_token_ids = tuple(self._control_ids[token] for token in stop_tokens)
+        _mark_special(tokenizer, {*required, *stop_tokens})
         self._check_text_stays_text()
         if name == "llama-2":
             self._check_known_ids()
         self._lost_lead_bytes = _lost_lead_bytes(tokenizer)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids that ask for the next assistant turn; `messages` end with a user's.
+        """Token ids that prompt for the next assistant turn; the last of `messages` is from the user.
 
         Raises:
-            ChatFormatError: the dialog has no rendering; its `message_index` says where.
+            ChatFormatError: the dialog cannot be rendered; `message_index` is the offending message.
         """
         check_dialog(messages, "user")
         self._check_encodable(messages)
@@ -89,19 +89,19 @@ class ChatFormat:
     def render_training(self, messages: Sequence[Message]) -> Rendered:
         """A dialog that ends with an assistant turn, with loss on text and end of turn of every learned message.
 
-        `render_prompt(m)` is exactly the beginning of `render_training([*m, answer]).input_ids`.
+        `render_prompt(m)` is exactly a prefix of `render_training([*m, answer]).input_ids`.
 
         Raises:
-            ChatFormatError: the dialog has no rendering; its `message_index` says where.
+            ChatFormatError: the dialog cannot be rendered; `message_index` is the offending message.
         """
         check_dialog(messages, "assistant")
         self._check_encodable(messages)
         return self._render(messages, iter(()))
 
     def render_all(self, rows: Sequence[Sequence[Message] | str]) -> list[Rendered | ChatFormatError]:
-        """`render_training` of each dialog and `render_text` of each plain text, all encoded in one parallel call.
+        """`render_training` of each dialog and `render_text` of each plain text, encoded in one parallel call.
 
-        What cannot be rendered is answered with its error.
+        For a row that cannot be rendered, the result is its error.
         """
         pieces = [self._pieces_or_error(row) for row in rows]
         texts = [*dict.fromkeys(p.text for row in pieces if isinstance(row, list) for p in row if not p.control)]
@@ -110,10 +110,10 @@ class ChatFormat:
         return [self._assemble(row, ids.__getitem__) if isinstance(row, list) else row for row in pieces]
 
     def render_text(self, text: str) -> Rendered:
-        """A text for continued pretraining, between the tokens that begin and end a text; all of it is trained.
+        """A text for continued pretraining, between begin-of-text and end-of-text; all but begin-of-text carry loss.
 
         Raises:
-            ChatFormatError: it holds a character for which there is no token.
+            ChatFormatError: the text contains a character that the model has no token for.
         """
         return self._assemble(self._text_pieces(text), self._encode)
 
@@ -136,7 +136,7 @@ class ChatFormat:
 
     def _text_pieces(self, text: str) -> list[Piece]:
         if has_lone_surrogate(text):
-            raise ChatFormatError("the text holds half a UTF-16 surrogate pair: expected valid Unicode text")
+            raise ChatFormatError("the text contains half a UTF-16 surrogate pair: expected valid Unicode text")
         self._check_encodable([Message("user", text)])
         begin = self._layout.begin_of_text or self.bos_token
         ends = [end for end in self._layout.end_of_text if end in self._control_ids]
@@ -159,7 +159,7 @@ class ChatFormat:
             if len(text.translate(None, self._lost_lead_bytes)) < len(text):
                 lost = next(char for char in message.content if char.encode()[0] in self._lost_lead_bytes)
                 raise ChatFormatError(
-                    f"messages[{index}] holds the character U+{ord(lost):04X}, for which this model has no token: "
+                    f"messages[{index}] contains the character U+{ord(lost):04X}, for which this model has no token: "
                     "remove it",
                     index,
                 )
@@ -167,7 +167,7 @@ class ChatFormat:
     def _check_text_stays_text(self) -> None:
         if not self._tokenizer.encode_special_tokens:
             raise ChatFormatError(
-                "the tokenizer parses texts for special tokens: set encode_special_tokens = True on it first"
+                "the tokenizer parses text for special tokens: set encode_special_tokens = True on it first"
             )
         for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
             if token.special and token_id in self._encode(token.content):
@@ -179,21 +179,21 @@ class ChatFormat:
     def _check_known_ids(self) -> None:
         if any(self._tokenizer.token_to_id(token) != token_id for token, token_id in _LLAMA_2_VOCABULARY.items()):
             return
-        found = self._encode("[INST] hi [/INST]")
-        if found != _LLAMA_2_KNOWN_IDS:
+        ids = self._encode("[INST] hi [/INST]")
+        if ids != _LLAMA_2_KNOWN_IDS:
             raise ChatFormatError(
-                f"this Llama-2 tokenizer encodes '[INST] hi [/INST]' as {found}, Llama 2 was trained on "
+                f"this Llama-2 tokenizer encodes '[INST] hi [/INST]' as {ids}, but Llama 2 was trained on "
                 f"{_LLAMA_2_KNOWN_IDS}: use the tokenizer.json of the original model"
             )
 
 
 def control_ids(tokenizer: "Tokenizer") -> dict[str, int]:
-    """Every added token of the tokenizer, special or not, and its id."""
+    """All added tokens of the tokenizer, special or not, with their ids."""
     return {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
 
 
 def _lost_lead_bytes(tokenizer: "Tokenizer") -> bytes:
-    """First UTF-8 bytes of characters that vanish in encoding: some vocabularies miss rare single bytes."""
+    """First UTF-8 bytes of characters that are lost in encoding: some vocabularies lack rare single bytes."""
     two_bytes = range(0x80, 0x800, 0x40)
     three_bytes = (0x800, *range(0x1000, 0x10000, 0x1000))
     four_bytes = (0x10000, *range(0x40000, 0x110000, 0x40000))
@@ -206,7 +206,7 @@ def _lost_lead_bytes(tokenizer: "Tokenizer") -> bytes:
 
 
 def _mark_special(tokenizer: "Tokenizer", controls: set[str]) -> None:
-    """Some models list their control tokens as ordinary added tokens, which would be parsed in user text."""
+    """Mark control tokens as special: some models list them as ordinary added tokens, which are parsed in user text."""
     from tokenizers import AddedToken
 
     added = tokenizer.get_added_tokens_decoder().values()

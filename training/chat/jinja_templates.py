@@ -1,9 +1,9 @@
-"""Our chat formats as jinja templates, for an exported model that other software serves.
+"""The chat formats as jinja templates, for exported models that are served by other software.
 
-The base's own template may be another (it may add a system prompt that the adapter never saw) or be missing. Corral
-itself runs none of these: `training.chat.chat_format` renders there. They give the same tokens, with two exceptions
-that a text cannot express: other software parses control tokens inside a message, and joins white space that a chatml
-answer begins with to the line break before it.
+The base's own template may differ (it may add a system prompt that the adapter was not trained with) or be missing.
+Corral itself does not run these templates. They give the same tokens as our renderer, with two exceptions that a text
+template cannot express: other software parses control tokens inside a message, and merges leading whitespace of a
+chatml answer with the line break before it.
 """
 
 from training.chat.templates import ChatFormatName
@@ -37,5 +37,5 @@ CHAT_TEMPLATES: dict[ChatFormatName, str] = {
 
 
 def chat_template(name: ChatFormatName, bos_token: str | None = None) -> str:
-    """The template of a format; `bos_token` begins every chatml text where the base asks for it."""
+    """The template of a format; `bos_token` is prepended to chatml if the base requires it."""
     return (bos_token or "") + CHAT_TEMPLATES[name] if name == "chatml" else CHAT_TEMPLATES[name]

@@ -1,4 +1,4 @@
-"""A dialog's messages, and the order of roles that a chat format renders."""
+"""The messages of a dialog, and the order of roles that chat formats accept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a dialog. `role` may hold anything a row or request gave; rendering checks it.
+    """One turn of a dialog. `role` is whatever the row or request contained; it is checked when rendered.
 
     Attributes:
-        trained: False for an assistant turn that is only read, not learned; of other turns it says nothing.
+        trained: False for an assistant turn that is context only, without loss; ignored for other roles.
     """
 
     role: Role
@@ -29,7 +29,7 @@ class Message:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether a text holds half a UTF-16 pair, as JSON may: such a text has no bytes, and so no tokens."""
+    """Whether a text contains half a UTF-16 pair, as JSON allows: it cannot be encoded as UTF-8, nor as tokens."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -38,7 +38,7 @@ def has_lone_surrogate(text: str) -> bool:
 
 
 def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
-    """Refuse a dialog that no format renders: an optional system message, then user and assistant in turn.
+    """Check that a dialog can be rendered: an optional system message, then user and assistant alternating.
 
     Raises:
         ChatFormatError: with the index of the offending message and what was expected there.
@@ -50,7 +50,7 @@ def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
         where = f"messages[{index}]"
         if message.role not in ROLES:
             raise ChatFormatError(
-                f"{where} has role {message.role!r:.80}: expected {' or '.join(expected)} (chat formats know "
+                f"{where} has role {message.role!r:.80}: expected {' or '.join(expected)} (supported roles: "
                 f"{', '.join(ROLES)})",
                 index,
             )
@@ -60,12 +60,12 @@ def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
         if message.role == "user" and not message.content.strip():
             raise ChatFormatError(f"{where} from the user is empty: expected some text", index)
         if has_lone_surrogate(message.content):
-            raise ChatFormatError(f"{where} holds half a UTF-16 surrogate pair: expected valid Unicode text", index)
+            raise ChatFormatError(f"{where} contains half a UTF-16 surrogate pair: expected valid Unicode text", index)
     last = len(messages) - 1
     if messages[last].role != last_role:
-        purpose = "so that the assistant can answer" if last_role == "user" else "to learn from"
+        purpose = "for the assistant to answer" if last_role == "user" else "to train on"
         raise ChatFormatError(
-            f"messages[{last}] is the last and from the {messages[last].role}: expected a last message from the "
+            f"messages[{last}], the last, is from the {messages[last].role}: expected a last message from the "
             f"{last_role} {purpose}",
             last,
         )
@@ -74,9 +74,9 @@ def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
 def _out_of_order(messages: Sequence[Message], index: int, expected: tuple[str, ...]) -> str:
     role = messages[index].role
     if role == "system":
-        what = "is a second system message" if messages[0].role == "system" else "is a system message after the start"
+        problem = "is a second system message" if messages[0].role == "system" else "is a system message, but not first"
     elif index == 0:
-        what = f"is the first and from the {role}"
+        problem = f"is the first message, but from the {role}"
     else:
-        what = f"is from the {role} and follows one from the {messages[index - 1].role}"
-    return f"messages[{index}] {what}: expected {' or '.join(expected)} there"
+        problem = f"is from the {role} and follows one from the {messages[index - 1].role}"
+    return f"messages[{index}] {problem}: expected {' or '.join(expected)} there"

@@ -1,6 +1,6 @@
-"""The chat formats as data: which control tokens and texts each makes of a dialog, and which of them are trained.
+"""The chat formats as data: the control tokens and texts that a dialog is rendered to, and which of them carry loss.
 
-The formats are llama-2, llama-3 and chatml. Knows no tokenizer and no token ids.
+The formats are llama-2, llama-3 and chatml. Knows nothing of tokenizers and token ids.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +56,7 @@ def _llama_3_header(role: str) -> Iterator[Piece]:
 
 
 def _chatml(messages: Sequence[Message]) -> Iterator[Piece]:
-    """OpenAI's ChatML: contents as they are, no default system prompt."""
+    """OpenAI's ChatML: contents unchanged, no default system prompt."""
     for message in messages:
         if message.role == "assistant":
             yield from _chatml_opening()
@@ -76,11 +76,11 @@ def _chatml_opening() -> Iterator[Piece]:
 @dataclass(frozen=True, slots=True)
 class Layout:
     turns: Callable[[Sequence[Message]], Iterator[Piece]]
-    opening: Callable[[], Iterator[Piece]]  # what precedes the model's answer
-    controls: tuple[str, ...]  # the tokenizer must have them
-    end_of_turn: tuple[str, ...]  # stop tokens: those of them that the tokenizer has
+    opening: Callable[[], Iterator[Piece]]  # precedes the model's answer
+    controls: tuple[str, ...]  # required in the tokenizer
+    end_of_turn: tuple[str, ...]  # stop tokens, those that the tokenizer has
     begin_of_text: str | None  # of a plain text; None: the tokenizer's own, if it has one
-    end_of_text: tuple[str, ...]  # of a plain text: the first of them that the tokenizer has
+    end_of_text: tuple[str, ...]  # of a plain text: the first that the tokenizer has
 
 
 LAYOUTS: dict[ChatFormatName, Layout] = {

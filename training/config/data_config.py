@@ -1,6 +1,6 @@
-"""`data:` of a training configuration: which rows, in which format, how many held out. Light: imports pydantic only.
+"""The `data:` section of a training configuration: which rows, in which format, how many held out.
 
-`training.config.train_config` makes it part of `TrainConfig`; `training.data.prepare` reads what it names.
+Schema only: reads no files, imports nothing heavier than pydantic.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ DatasetFormat = Literal[
     "preference",
     "unpaired_preference",
 ]
-RowKind = Literal["sft", "preference", "unpaired_preference"]  # what a method trains on
+RowKind = Literal["sft", "preference", "unpaired_preference"]  # what a training method consumes
 Column = Literal[
     "messages",
     "conversations",
@@ -47,12 +47,12 @@ class _Section(BaseModel):
 
 
 class DataSource(_Section):
-    """One entry of `data.path`; a plain string is a source with nothing but its path."""
+    """One entry of `data.path`; a plain string is short for `{path: ...}`."""
 
     path: str = Field(min_length=1)
     """A file, a folder, a glob, or a hub dataset id (`owner/name`)."""
     weight: float = Field(default=1.0, gt=0, le=100)
-    """How often an epoch takes the source's training rows: 0.5 is a seeded half of them, 2 is each of them twice."""
+    """How often each of its training rows occurs in an epoch: 0.5 takes a seeded half of the rows, 2 each row twice."""
     format: DatasetFormat | Literal["auto"] | None = None  # None: data.format
     columns: dict[Column, str] | None = None  # None: data.columns
     split: str | None = None  # None: data.split
@@ -61,40 +61,40 @@ class DataSource(_Section):
 
 
 class DataConfig(_Section):
-    """Where the rows come from and how much of them is held out."""
+    """Where the rows come from and how many of them are held out."""
 
     path: list[DataSource] = Field(min_length=1)
-    """Files (JSONL, JSON, CSV, TSV, Parquet, plain text), folders, globs, hub ids; one, or a list with weights."""
+    """Files (JSONL, JSON, CSV, TSV, Parquet, plain text), folders, globs or hub ids; one, or a list with weights."""
     format: DatasetFormat | Literal["auto"] = "auto"
-    """`auto` decides row by row from the keys. `text` must be asked for: under `auto` a text is a guanaco dialog."""
+    """`auto` decides per row, from its keys. `text` must be set explicitly: `auto` reads a `text` key as guanaco."""
     columns: dict[Column, str] = {}
-    """Where a row has its parts under other names, such as `{prompt: question, completion: answer}`.
+    """Maps our column names to those of the dataset, such as `{prompt: question, completion: answer}`.
 
-    A part that is not named here is read under its own name, such as a column `system`.
+    Columns that are not listed are read under our names, such as `system`.
     """
     split: str = "train"
     """The split of a hub dataset."""
     name: str | None = None
-    """The configuration of a hub dataset that has several, as `datasets.load_dataset` calls it."""
+    """The configuration of a hub dataset that has several: `name` of `datasets.load_dataset`."""
     revision: str | None = None
-    """The commit, tag or branch of a hub dataset; None: its main branch as it is now."""
+    """The commit, tag or branch of a hub dataset; None: the current main branch."""
     held_out: StrictInt | StrictFloat = Field(default=0.1, ge=0)
-    """What is kept for evaluation: up to 0.5 a share of the rows, from 1 on a number of rows.
+    """How much is held out for evaluation: a fraction of the rows (up to 0.5) or a number of rows (from 1).
 
-    Conversations with the same first user message are never divided: a share is not exceeded for them, a number is
-    reached, with a few more rows where it takes them.
+    Conversations with the same first user message are never split up. For their sake fewer rows than the fraction may
+    be held out, or a few more than the number.
     """
     split_seed: int = Field(default=0, ge=0, lt=2**32)
-    """Chooses which rows are held out; not `seed`, so that runs with several seeds are compared on the same rows."""
+    """Selects the held-out rows. Separate from `seed`, so that runs with different seeds share their held-out rows."""
     held_out_path: list[DataSource] = []
-    """Rows to evaluate on, instead of a share of `path`."""
+    """Rows to evaluate on, instead of a part of `path`."""
     deduplicate: bool = True
-    """Drop a row that says the same as an earlier one, whitespace aside."""
+    """Drop rows that duplicate an earlier one, ignoring whitespace."""
     on_bad_row: OnBadRow = "error"
     on_too_long: OnTooLong | None = None
-    """A row of more than `max_length` tokens; `truncate` drops a dialog's last exchanges. None: as `on_bad_row`."""
+    """For rows of more than `max_length` tokens; `truncate` drops a dialog's last exchanges. None: as `on_bad_row`."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Read only that many rows, of each source of `path` equally many as far as it has them."""
+    """Read at most this many rows, split evenly over the sources of `path`; longer ones make up for short ones."""
 
     @field_validator("path", "held_out_path", mode="before")
     @classmethod
@@ -102,26 +102,26 @@ class DataConfig(_Section):
         if isinstance(value, str | Mapping | DataSource):
             value = [value]
         if not isinstance(value, list) or not all(isinstance(item, str | Mapping | DataSource) for item in value):
-            raise ValueError("name a file, a folder, a glob or a hub dataset id, or a list of {path: ..., weight: ...}")
+            raise ValueError("give a file, folder, glob or hub dataset id, or a list of {path: ..., weight: ...}")
         return [{"path": item} if isinstance(item, str) else item for item in value]
 
     @field_validator("held_out")
     @classmethod
-    def _share_or_number(cls, value: float) -> float:
+    def _fraction_or_count(cls, value: float) -> float:
         if 0.5 < value < 1 or (value > 1 and value % 1):
-            raise ValueError("write a share of the rows up to 0.5, or a whole number of rows")
+            raise ValueError("give a fraction of the rows up to 0.5, or a whole number of rows")
         return value
 
     @field_validator("held_out_path")
     @classmethod
     def _unweighted(cls, value: list[DataSource]) -> list[DataSource]:
         if any(source.weight != 1 for source in value):
-            raise ValueError("held-out rows have no weight: every one of them is evaluated once")
+            raise ValueError("held-out sources take no weight: every row is evaluated once")
         return value
 
     @property
     def sources(self) -> list[DataSource]:
-        """Everything that is read, training sources first, with what `data` says filled in."""
+        """All sources, training sources first, with the defaults of `data` filled in."""
         return [
             source.model_copy(
                 update={
@@ -137,16 +137,16 @@ class DataConfig(_Section):
 
     @property
     def paths(self) -> list[str]:
-        """The training sources as they were named."""
+        """The paths of the training sources, as given."""
         return [source.path for source in self.path]
 
     def with_absolute_paths(self) -> "DataConfig":
-        """The same for a worker with another working directory; hub ids stay as they are."""
+        """A copy for workers with another working directory; hub ids stay as they are."""
 
         def absolute(source: DataSource) -> DataSource:
             path = Path(source.path).expanduser()
-            local = path.exists() or GLOB_CHARS & set(source.path)
-            return source.model_copy(update={"path": str(path.absolute())}) if local else source
+            is_local = path.exists() or GLOB_CHARS & set(source.path)
+            return source.model_copy(update={"path": str(path.absolute())}) if is_local else source
 
         return self.model_copy(
             update={

@@ -1,7 +1,7 @@
-"""YAML and `key=value` overrides -> a checked configuration, and one line for whatever is wrong with them.
+"""YAML and `key=value` overrides -> a validated configuration, or a one-line error.
 
-A message names the file or override, the key, its value, and the nearest key or what is accepted. Knows no particular
-configuration: the pydantic model that a caller gives decides what is valid.
+The error names the file or override, the key, its value, and the closest known key or the accepted values. What is
+valid is decided by the pydantic model alone.
 """
 
 import difflib
@@ -20,25 +20,25 @@ _Config = TypeVar("_Config", bound=TrainConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a `TrainConfig` from the YAML file `path`, with `overrides` such as `lora.r=8` applied to it.
+    """Read a `TrainConfig` from the YAML file `path` and apply `overrides` such as `lora.r=8`.
 
     Raises:
-        ConfigError: the file, a key or a value is not accepted; one line that names them.
+        ConfigError: the file cannot be read, or a key or value is not accepted.
     """
     return build_config(read_yaml(Path(path)), overrides, str(path))
 
 
 def build_config(values: dict[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
-    """A `TrainConfig` of plain values, with `overrides` applied to them; `source` says in errors where they are from.
+    """A `TrainConfig` from plain values and `overrides`; errors name `source` as the origin of the values.
 
     Raises:
-        ConfigError: a key or a value is not accepted.
+        ConfigError: a key or value is not accepted.
     """
     return build_config_of(TrainConfig, values, overrides, source)
 
 
 def build_config_of(model: type[_Config], values: dict[str, Any], overrides: Sequence[str], source: str) -> _Config:
-    """As `build_config`, for a `model` that knows more keys."""
+    """Like `build_config`, for a subclass of `TrainConfig` with more keys."""
     overridden = {_apply_override(values, override) for override in overrides}
     try:
         return model.model_validate(values)
@@ -47,17 +47,17 @@ def build_config_of(model: type[_Config], values: dict[str, Any], overrides: Seq
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice and reads 2e-4 as a number, which YAML 1.1 does not."""
+    """Safe YAML that rejects duplicate keys and reads 2e-4 as a number, which YAML 1.1 does not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool) and key in seen:
+            if isinstance(key, str | int | float | bool) and key in keys:
                 line = key_node.start_mark.line + 1
-                raise ConfigError(f"key {key!r} is given twice (line {line}): remove one of them")
+                raise ConfigError(f"duplicate key {key!r} (line {line}): remove one of them")
             if isinstance(key, str | int | float | bool):
-                seen.add(key)
+                keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -74,13 +74,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file.
 
     Raises:
-        ConfigError: it cannot be read or holds something else.
+        ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
-        hint = f"did you mean {str(path.parent / near[0])!r}?" if near else "check the path"
+        names = [file.name for file in path.parent.glob("*.yaml")]
+        suggestions = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {str(path.parent / suggestions[0])!r}?" if suggestions else "check the path"
         raise ConfigError(f"configuration {str(path)!r} does not exist: {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {str(path)!r} cannot be read: {error}") from None
@@ -98,65 +99,66 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     key, equals, text = override.partition("=")
     key = key.strip().removeprefix("--")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-        raise ConfigError(f"override {override!r} is not of the form key=value, such as lora.r=8")
+        raise ConfigError(f"override {override!r} is not of the form key=value: write for example lora.r=8")
     try:
         value = _parse_yaml(text)
     except (yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(
-            f"override {override!r} has a value that is not YAML: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {reason}") from None
     *sections, leaf = key.split(".")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"override {override!r} goes into {section!r}, which is not a section but {target!r}")
+            raise ConfigError(f"override {override!r}: {section!r} is not a section, its value is {target!r}")
     target[leaf] = value
     return key
 
 
 def explain(error: ValidationError, source: str, overridden: set[str], model: type[BaseModel]) -> str:
-    """One line on the first thing wrong: where, the key, its value, and the nearest key or what is accepted."""
+    """One line about the first problem: the origin, the key, its value, and the closest key or the accepted values."""
     first, *others = error.errors(include_url=False)
-    # Where a value may be of several types, the location ends in the name of the type that was tried.
-    known = set(_dotted_keys(model))
+    # Where a value may have several types, the location ends with the name of the type that was tried.
+    known_keys = set(_dotted_keys(model))
     parts = [str(part) for part in first["loc"]]
     key = ".".join(parts)
     if first["type"] != "extra_forbidden":
-        key = next((k for i in range(len(parts), 0, -1) if _without_positions(k := ".".join(parts[:i])) in known), key)
-    where = "override" if any(f"{key}.".startswith(f"{k}.") for k in overridden) else source
-    more = len({tuple(map(str, e["loc"]))[: key.count(".") + 1] for e in others} - {tuple(key.split("."))})
-    also = f" (and {more} more)" if more else ""
+        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        key = next((prefix for prefix in prefixes if _without_positions(prefix) in known_keys), key)
+    origin = "override" if any(f"{key}.".startswith(f"{k}.") for k in overridden) else source
+    num_more = len({tuple(map(str, e["loc"]))[: key.count(".") + 1] for e in others} - {tuple(key.split("."))})
+    more = f" (and {num_more} more)" if num_more else ""
     if first["type"] == "missing":
-        return f"{where}: key '{key}' is missing: set it{also}"
-    given = _short(first["input"])
+        return f"{origin}: key '{key}' is missing: set it{more}"
+    value = _short(first["input"])
     if first["type"] == "extra_forbidden":
-        near = _nearest_key(key, known)
-        hint = f"did you mean '{near}'?" if near else f"known keys here: {', '.join(_siblings(key, known))}"
-        return f"{where}: unknown key '{key}' (value {given}): {hint}{also}"
+        suggestion = _closest_key(key, known_keys)
+        siblings = ", ".join(_siblings(key, known_keys))
+        hint = f"did you mean '{suggestion}'?" if suggestion else f"known keys here: {siblings}"
+        return f"{origin}: unknown key '{key}' (value {value}): {hint}{more}"
     messages = [
         e["msg"].removeprefix("Value error, ") for e in (first, *others) if ".".join(map(str, e["loc"])).startswith(key)
     ]
     reason = " or ".join(dict.fromkeys(m[:1].lower() + m[1:] for m in messages))
-    if not key:  # keys that do not go together
+    if not key:  # a conflict between keys
         return f"{source}: {reason}"
-    return f"{where}: key '{key}' has value {given}: {reason}{also}"
+    return f"{origin}: key '{key}' has value {value}: {reason}{more}"
 
 
-def _nearest_key(key: str, known: set[str]) -> str | None:
+def _closest_key(key: str, known_keys: set[str]) -> str | None:
     key = _without_positions(key)
     parent, _, leaf = key.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
-    if near := difflib.get_close_matches(leaf, siblings, n=1):
-        return siblings[near[0]]
-    leaves = {k.rpartition(".")[2]: k for k in sorted(known)}  # the right key in the wrong section
-    near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
-    return leaves[near[0]] if near else None
+    siblings = {k.rpartition(".")[2]: k for k in known_keys if k.rpartition(".")[0] == parent}
+    if matches := difflib.get_close_matches(leaf, siblings, n=1):
+        return siblings[matches[0]]
+    leaves = {k.rpartition(".")[2]: k for k in sorted(known_keys)}  # the right key in the wrong section
+    matches = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    return leaves[matches[0]] if matches else None
 
 
-def _siblings(key: str, known: set[str]) -> list[str]:
+def _siblings(key: str, known_keys: set[str]) -> list[str]:
     parent = _without_positions(key).rpartition(".")[0]
-    return sorted(k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent)
+    return sorted(k.rpartition(".")[2] for k in known_keys if k.rpartition(".")[0] == parent)
 
 
 def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -173,7 +175,7 @@ def _is_section(value: object) -> bool:
 
 
 def _without_positions(key: str) -> str:
-    """`data.path.1.weight` is the key `data.path.weight` of the second entry."""
+    """Drop list positions: `data.path.1.weight` becomes `data.path.weight`."""
     return re.sub(r"\.\d+(?=\.|$)", "", key)
 
 
@@ -183,5 +185,5 @@ def _short(value: object) -> str:
 
 
 def resolved(config: TrainConfig) -> Mapping[str, Any]:
-    """The whole configuration as plain values, defaults included."""
+    """The complete configuration as plain values, defaults included."""
     return config.model_dump(mode="json")

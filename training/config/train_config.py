@@ -1,7 +1,7 @@
-"""What a training run is told: `TrainConfig`, and `load_config`, which reads it from YAML and `key=value` overrides.
+"""`TrainConfig`: the schema of a training run's configuration, with every default.
 
-Every default lives here. A key that is unknown, misspelt, doubled or of the wrong type is refused before anything
-heavy is imported. Knows nothing of Ray: `check_resources` takes plain numbers.
+Unknown keys and values of the wrong type are rejected before anything heavy is imported. Knows nothing of Ray, nor
+of the machine that a run will get.
 """
 
 import re
@@ -30,7 +30,7 @@ class LoraSettings(_Section):
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
     use_rslora: bool = False
-    # default: A random, B zero; loftq: both take up what 4 bits lose of the base's weights (arXiv:2310.08659)
+    # default: A random, B zero; loftq: A and B approximate the base's quantization error (arXiv:2310.08659)
     init_lora_weights: Literal["default", "gaussian", "loftq"] = "default"
 
     @field_validator("target_modules")
@@ -43,56 +43,57 @@ class LoraSettings(_Section):
     @property
     def targets(self) -> list[LlamaLinear]:
         """The linear layers that get an adapter, in the order of a Llama block."""
-        chosen = LLAMA_LINEARS if self.target_modules == "all-linear" else self.target_modules
-        return [name for name in LLAMA_LINEARS if name in chosen]
+        names = LLAMA_LINEARS if self.target_modules == "all-linear" else self.target_modules
+        return [name for name in LLAMA_LINEARS if name in names]
 
 
 class PreferenceSettings(_Section):
-    """What `method: dpo` (arXiv:2305.18290) and `method: kto` (arXiv:2402.01306) optimize; TRL's names and defaults.
+    """Settings of `method: dpo` (arXiv:2305.18290) and `method: kto` (arXiv:2402.01306); TRL's names and defaults.
 
-    Their reward is `beta` x the log-ratio of adapter to reference. Dropout is off in both, as in TRL.
+    The reward is `beta` x the log-ratio of adapter to reference. Dropout is off in both, as in TRL.
     """
 
     beta: float = Field(default=0.1, gt=0)  # the higher, the closer the adapter stays to the reference
-    reference: Literal["initial", "base"] = "initial"  # initial: what the run starts from, so the parent if it has one
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"] = "sigmoid"  # of dpo
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # of loss_type robust: share of pairs labelled wrongly
-    desirable_weight: float = Field(default=1.0, gt=0)  # of kto: where one kind of row is rarer, weigh it more
+    reference: Literal["initial", "base"] = "initial"  # initial: what the run starts from: the parent adapter, if any
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"] = "sigmoid"  # dpo
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)  # loss_type robust: fraction of pairs labelled wrongly
+    desirable_weight: float = Field(default=1.0, gt=0)  # kto: raise the weight of the rarer label
     undesirable_weight: float = Field(default=1.0, gt=0)
 
 
 class GateConfig(_Section):
     """When an adapter may be registered: its held-out loss must be at least `min_improvement` below the base's.
 
-    With `continue_from` it must not be above the parent's either, on the same rows and by the same method.
+    With `continue_from` it must also be no higher than the parent's, on the same rows and by the same method.
 
-    With `method` dpo and kto that is the method's loss, and the reference stands in for the base.
+    For `method` dpo and kto, the loss is the method's own and is compared with the reference instead of the base.
     """
 
     min_improvement: float = Field(default=0.0, ge=0)  # nats per token; 0: no worse than the base
 
 
 class TrainConfig(_Section):
-    """One training run. Names are those of transformers, PEFT and Ray Train wherever they have one."""
+    """The configuration of one training run, with the names of transformers, PEFT and Ray Train where they exist."""
 
-    run_name_prefix: ClassVar[str] = ""  # of names that are made up
+    run_name_prefix: ClassVar[str] = ""  # of generated run names
 
     base_model: str = EMBEDDED_MODEL
     base_revision: str | None = None
     adapter: str  # name in the registry
-    method: Literal["sft", "dpo", "kto"] = "sft"  # on conversations, pairs of answers, or answers with a verdict
-    preference: PreferenceSettings = PreferenceSettings()  # of dpo and kto
-    continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS: a registered adapter instead of a new one
+    method: Literal["sft", "dpo", "kto"] = "sft"  # trains on conversations, preference pairs, or labelled answers
+    preference: PreferenceSettings = PreferenceSettings()  # dpo and kto
+    continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS of a registered adapter to start from
     chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"
     data: DataConfig
     quantization: Quantization = Quantization()
     lora: LoraSettings = LoraSettings()
 
-    # Examples at once: rows, or with `packing` packs of rows. auto: what fits the device; a step keeps its size.
+    # Examples per forward pass: rows, or with `packing` packs of rows. auto: what fits the device; the size of a step
+    # does not change.
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    train_batch_size: int | None = Field(default=None, ge=1)  # of a step, over all workers; None: from the two above
-    packing: bool = False  # an example is as many rows as fit into max_length; they do not see each other
+    train_batch_size: int | None = Field(default=None, ge=1)  # per step, over all workers; None: from the two above
+    packing: bool = False  # an example is as many rows as fit into max_length; they do not attend to each other
     group_by_length: bool = False
     num_train_epochs: float = Field(default=3.0, gt=0, le=1e6)
     max_steps: int = Field(default=-1, ge=-1)  # -1: as many as num_train_epochs needs
@@ -104,29 +105,29 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
     max_length: int = Field(default=1024, ge=8)  # tokens of one conversation
-    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: where the device has too little memory without
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # auto: only where the device's memory requires it
     neftune_noise_alpha: float | None = Field(default=None, gt=0)  # noise on embeddings (arXiv:2310.05914), such as 5
-    loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # B's learning rate over A's (arXiv:2402.12354)
-    eval_steps: int | None = Field(default=None, ge=1)  # held-out loss every so many steps; None: at the end only
-    load_best_model_at_end: bool = False  # publish the adapter of the lowest held-out loss among those
-    early_stopping_patience: int | None = Field(default=None, ge=1)  # stop after so many without a better one
-    early_stopping_threshold: float = Field(default=0.0, ge=0)  # nats by which a better one is better
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)  # learning rate of B over that of A (arXiv:2402.12354)
+    eval_steps: int | None = Field(default=None, ge=1)  # steps between held-out evaluations; None: at the end only
+    load_best_model_at_end: bool = False  # publish the adapter of the evaluation with the lowest held-out loss
+    early_stopping_patience: int | None = Field(default=None, ge=1)  # stop after this many evaluations without a gain
+    early_stopping_threshold: float = Field(default=0.0, ge=0)  # nats that count as a gain
     seed: int = Field(default=0, ge=0, lt=2**32)
     logging_steps: int = Field(default=1, ge=1)
     save_steps: int = Field(default=100, ge=1)
     sample_prompts: int = Field(default=3, ge=0, le=100)  # held-out prompts answered after training
-    report_to: list[TrackerName] = ["tensorboard"]  # beside metrics.jsonl and Ray's Prometheus endpoint; [] for none
+    report_to: list[TrackerName] = ["tensorboard"]  # besides metrics.jsonl and Ray's Prometheus endpoint; [] for none
     price_per_hour: float | None = Field(default=None, ge=0)  # of all workers together, in any currency; for the report
 
     gate: GateConfig = GateConfig()
 
-    num_workers: int | list[int] = 1  # [1, 4]: as many as there are at the moment, between the two
-    fsdp: bool = False  # each worker holds its part of the 4-bit base only, and gathers a layer when it needs it
+    num_workers: int | list[int] = 1  # [1, 4]: elastic, as many as the cluster has room for, within these bounds
+    fsdp: bool = False  # shard the 4-bit base over the workers; each gathers a layer when it is needed
     use_gpu: bool | Literal["auto"] = "auto"
     resources_per_worker: dict[str, float] | None = None  # None: an equal share of the CPUs, and a GPU where used
-    max_failures: int = Field(default=1, ge=0)  # times a run goes on from its last checkpoint after a worker died
+    max_failures: int = Field(default=1, ge=0)  # how often a run resumes from its last checkpoint after a worker died
     storage_path: str | None = None  # a directory or fsspec address that all workers see; None: CORRAL_HOME/runs
-    run_name: str | None = None  # None: a fresh one; the name of an earlier run resumes it
+    run_name: str | None = None  # None: a new name; the name of an earlier run resumes it
 
     @field_validator("adapter")
     @classmethod
@@ -139,7 +140,7 @@ class TrainConfig(_Section):
     @classmethod
     def _preference(cls, value: PreferenceSettings, info: ValidationInfo) -> PreferenceSettings:
         if info.data.get("method") == "sft" and value != PreferenceSettings():
-            raise ValueError("method is 'sft', which has no preferences: set method to dpo or kto")
+            raise ValueError("method 'sft' does not use preference settings: set method to dpo or kto")
         return value
 
     @field_validator("continue_from")
@@ -155,26 +156,29 @@ class TrainConfig(_Section):
     def _num_workers(cls, value: int | list[int]) -> int | list[int]:
         low, high = value if isinstance(value, list) and len(value) == 2 else (value, value)
         if isinstance(low, list) or isinstance(high, list) or not 1 <= low <= high:
-            raise ValueError("write a number from 1, or two as in [1, 4], the lower first")
+            raise ValueError("give a number of at least 1, or two as in [1, 4], the lower first")
         return value
 
     @model_validator(mode="after")
-    def _go_together(self) -> Self:
+    def _check_conflicts(self) -> Self:
         if self.train_batch_size is not None and self.gradient_accumulation_steps != 1:
-            raise ValueError("train_batch_size decides how often gradients accumulate: leave the other one out")
+            raise ValueError("train_batch_size already determines gradient_accumulation_steps: remove one of them")
         for key in ("packing", "group_by_length", "neftune_noise_alpha", "loraplus_lr_ratio"):
             if self.method != "sft" and getattr(self, key):
-                raise ValueError(f"{key} is of method sft, and method is {self.method}: leave it out")
+                raise ValueError(f"{key} requires method sft, but method is {self.method}: remove {key}")
         if self.fsdp and self.min_workers < 2:
             raise ValueError(
-                f"fsdp shares the base among workers, and num_workers is {self.num_workers}: use 2 or more"
+                f"fsdp shards the base over the workers, but num_workers is {self.num_workers}: use 2 or more"
             )
         if self.fsdp and self.method != "sft":
-            raise ValueError(f"fsdp is of method sft, and method is {self.method}: leave it out")
+            raise ValueError(f"fsdp requires method sft, but method is {self.method}: remove fsdp")
         if self.fsdp and self.lora.init_lora_weights == "loftq":
-            raise ValueError("fsdp leaves no worker the whole base, which lora.init_lora_weights 'loftq' compares with")
+            raise ValueError(
+                "lora.init_lora_weights 'loftq' needs the complete base, of which fsdp gives each worker only a shard: "
+                "remove one of them"
+            )
         if self.lr_scheduler_type == "constant" and self.warmup_steps:
-            raise ValueError("lr_scheduler_type constant knows no warmup_steps: set it to constant_with_warmup")
+            raise ValueError("lr_scheduler_type constant has no warmup_steps: set it to constant_with_warmup")
         for key in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, key) and self.eval_steps is None:
                 raise ValueError(f"{key} needs held-out losses during training: set eval_steps")
@@ -184,23 +188,23 @@ class TrainConfig(_Section):
 
     @property
     def min_workers(self) -> int:
-        """The fewest workers that a run goes on with."""
+        """The fewest workers that a run trains with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """The most workers that a run takes."""
+        """The most workers that a run trains with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def micro_batch_size(self) -> int:
-        """Examples that a worker takes at once; 8 where that is not decided yet."""
+        """Examples in a worker's forward pass; 8 while `auto` is not resolved."""
         size = self.per_device_train_batch_size
         return 8 if isinstance(size, str) else size
 
     @property
     def step_size(self) -> int:
-        """Examples in an optimizer step, over all workers, however many there are at the moment."""
+        """Examples in an optimizer step, over all workers; the same whatever their current number."""
         return self.train_batch_size or self.micro_batch_size * self.gradient_accumulation_steps * self.max_workers
 
     @field_validator("run_name")

@@ -1,6 +1,6 @@
-"""Raw rows -> parsed, rendered and written into a row store, in one stream, with everything counted on the way.
+"""Raw rows -> a row store: parses, tokenizes, counts and writes them in one stream.
 
-`training.data.prepare` calls it where no store of the same data is there yet. At most a few hundred rows are in memory.
+At most a few hundred rows are in memory at a time.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from training.data.sources import RawRow, read_rows, sha256_of, source_files
 from training.data.split import hash_content, hash_opening
 from training.errors import ChatFormatError, DatasetError
 
-_CHUNK_ROWS = 256  # encoded in one call, which spreads them over the cores
+_CHUNK_ROWS = 256  # tokenized in one call, which uses all cores
 _MARKUP = re.compile(
     r"<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|begin_of_text)\|>|\[/?INST\]|<</?SYS>>|</s>"
 )
@@ -32,39 +32,39 @@ _MARKUP = re.compile(
 def read_into(
     directory: Path, config: DataConfig, chat_format: ChatFormat, *, kind: RowKind, max_length: int
 ) -> ReadFacts:
-    """Write every usable row of `config.sources` into a store in `directory`, an existing one.
+    """Write every usable row of `config.sources` into a store in `directory`, which must exist.
 
     Raises:
-        DatasetError: a source cannot be read, or a row is refused as `on_bad_row` and `on_too_long` have it.
+        DatasetError: a source cannot be read, or `on_bad_row` or `on_too_long` makes a row an error.
     """
-    reading = StoreBuilder(config, chat_format, kind, max_length)
+    builder = StoreBuilder(config, chat_format, kind, max_length)
     limits = _limits(config)
     with StoreWriter(directory) as store:
         for position, source in enumerate(config.sources):
             rows = itertools.islice(read_rows(source), limits.get(position))
             while chunk := [*itertools.islice(rows, _CHUNK_ROWS)]:
-                for row in reading.stored_rows(position, source, chunk):
+                for row in builder.stored_rows(position, source, chunk):
                     store.append(row)
-    return reading.finished()
+    return builder.read_facts()
 
 
 def _limits(config: DataConfig) -> dict[int, int]:
-    """How many rows of which source are read: `max_rows` in equal parts, the rest of a short source to the others."""
+    """Rows to read per source: `max_rows` in equal shares; what a short source leaves goes to the longer ones."""
     if config.max_rows is None:
         return {}
     training = config.sources[: len(config.path)]
-    if len(training) == 1:  # nothing to share, nothing to count
+    if len(training) == 1:  # no need to count its rows
         return {0: config.max_rows}
-    there = [sum(1 for _ in itertools.islice(read_rows(source), config.max_rows)) for source in training]
+    counts = [sum(1 for _ in itertools.islice(read_rows(source), config.max_rows)) for source in training]
     limits: dict[int, int] = {}
-    for position in sorted(range(len(there)), key=there.__getitem__):
-        share = (config.max_rows - sum(limits.values())) // (len(there) - len(limits))
-        limits[position] = min(there[position], share)
+    for position in sorted(range(len(counts)), key=counts.__getitem__):
+        share = (config.max_rows - sum(limits.values())) // (len(counts) - len(limits))
+        limits[position] = min(counts[position], share)
     return limits
 
 
 class StoreBuilder:
-    """What is the same for all rows of one pass, and the counts that grow in it."""
+    """Turns the raw rows of all sources into stored rows, chunk by chunk, and counts what it sees."""
 
     def __init__(self, config: DataConfig, chat_format: ChatFormat, kind: RowKind, max_length: int) -> None:
         self.facts = ReadFacts(rows_read=[0] * len(config.sources))
@@ -80,8 +80,8 @@ class StoreBuilder:
         self._files = [source_files(source.path) for source in config.sources]
         self._hub_sha256 = sha256()
 
-    def finished(self) -> ReadFacts:
-        """All counts."""
+    def read_facts(self) -> ReadFacts:
+        """The counts, complete once all rows have been read."""
         digest = sha256_of([*itertools.chain(*self._files)])
         if not all(self._files):
             self._hub_sha256.update(digest.encode())
@@ -98,7 +98,7 @@ class StoreBuilder:
         )
 
     def stored_rows(self, position: int, source: DataSource, chunk: Sequence[RawRow]) -> Iterator[StoredRow]:
-        """The usable rows of a chunk, those that cannot be used being refused or counted."""
+        """The usable rows of a chunk; unusable ones raise DatasetError or are skipped and counted."""
         self.facts.rows_read[position] += len(chunk)
         parsed: list[tuple[RawRow, Example]] = []
         for raw in chunk:
@@ -107,49 +107,49 @@ class StoreBuilder:
             try:
                 row = parse_row(raw, source, self._kind)
             except BadRow as bad:
-                self._bad(RowNote(source=raw.location, reason=str(bad), excerpt=raw.excerpt))
+                self._skip_bad(RowNote(source=raw.location, reason=str(bad), excerpt=raw.excerpt))
                 continue
             self._formats[row.format] += 1
             self._count_unused(row.unused_keys)
             parsed.append((raw, row.example))
-        texts = [_texts(example) for _, example in parsed]
-        rendered = iter(self._chat_format.render_all([*itertools.chain(*texts)]))
-        for (raw, example), its_texts in zip(parsed, texts, strict=True):
-            outcomes = [next(rendered) for _ in its_texts]
-            if error := next((o for o in outcomes if isinstance(o, ChatFormatError)), None):
-                reason = f"is no dialog to learn from: {error}"
-                self._bad(RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt))
+        inputs = [_render_inputs(example) for _, example in parsed]
+        results = iter(self._chat_format.render_all([*itertools.chain(*inputs)]))
+        for (raw, example), example_inputs in zip(parsed, inputs, strict=True):
+            example_results = [next(results) for _ in example_inputs]
+            if error := next((r for r in example_results if isinstance(r, ChatFormatError)), None):
+                reason = f"not a valid dialog for training: {error}"
+                self._skip_bad(RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt))
                 continue
-            yield from self._rows_of(position, raw, example, [o for o in outcomes if isinstance(o, Rendered)])
+            yield from self._to_stored(position, raw, example, [r for r in example_results if isinstance(r, Rendered)])
 
-    def _rows_of(self, position: int, raw: RawRow, example: Example, rendered: list[Rendered]) -> Iterator[StoredRow]:
+    def _to_stored(self, position: int, raw: RawRow, example: Example, rendered: list[Rendered]) -> Iterator[StoredRow]:
         if isinstance(example, TextExample):
-            yield from self._pieces(position, raw, example, rendered[0])
+            yield from self._split_text(position, raw, example, rendered[0])
             return
         length = max(len(one.input_ids) for one in rendered)
         messages = _dialog_of(example)
         truncate = isinstance(example, Dialog) and self._config.on_too_long == "truncate"
-        if length > self._max_length and truncate and (shorter := self._shortened(messages, rendered[0])):
-            reason = f"has {length} tokens: its last {len(messages) - len(shorter[0])} messages are left out"
+        if length > self._max_length and truncate and (prefix := self._truncated(messages, rendered[0])):
+            reason = f"{length} tokens: the last {len(messages) - len(prefix[0])} messages are dropped"
             self.facts.num_truncated += 1
             self.facts.note(self.facts.truncated, RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt))
-            messages, rendered = shorter[0], [shorter[1]]
+            messages, rendered = prefix[0], [prefix[1]]
             length = len(rendered[0].input_ids)
         if length > self._max_length:
-            self._refuse_too_long(raw, length)
+            self._skip_too_long(raw, length)
             return
-        self._count(messages)
-        tokens, num_trained = _tokens(example, rendered)
+        self._count_messages(messages)
+        tokens, num_trained = _token_lists(example, rendered)
         if isinstance(example, Dialog):
             spans = tokens["spans"]
             self.facts.short_answers += sum(e - b <= 2 for b, e in zip(spans[::2], spans[1::2], strict=True))
-        said = [text for message in messages for text in (message.role, message.content)]
-        # the same words with other marks teach something else
-        said += [f"untrained {at}" for at, m in enumerate(messages) if m.role == "assistant" and not m.trained]
+        content = [text for message in messages for text in (message.role, message.content)]
+        # dialogs that differ only in which answers are trained are not duplicates
+        content += [f"untrained {at}" for at, m in enumerate(messages) if m.role == "assistant" and not m.trained]
         if isinstance(example, PreferencePair):
-            said.append(example.rejected.content)
+            content.append(example.rejected.content)
         if isinstance(example, UnpairedExample):
-            said.append(str(example.label))
+            content.append(str(example.label))
         yield StoredRow(
             tokens,
             label=getattr(example, "label", None),
@@ -157,13 +157,13 @@ class StoreBuilder:
             messages=messages,
             source=position,
             opening=hash_opening(next(message.content for message in messages if message.role == "user")),
-            content=hash_content(said),
+            content=hash_content(content),
             length=length,
             num_trained=num_trained,
         )
 
-    def _pieces(self, position: int, raw: RawRow, document: TextExample, rendered: Rendered) -> Iterator[StoredRow]:
-        """A text that is too long becomes several rows of about the same length; nothing of it is left out."""
+    def _split_text(self, position: int, raw: RawRow, example: TextExample, rendered: Rendered) -> Iterator[StoredRow]:
+        """Split a text that is too long into rows of about the same length; no token is dropped."""
         ids = rendered.input_ids
         num_pieces = -(-len(ids) // self._max_length)
         self.facts.num_split += num_pieces > 1
@@ -171,76 +171,74 @@ class StoreBuilder:
         bounds = [number * len(ids) // num_pieces for number in range(num_pieces + 1)]
         for start, end in itertools.pairwise(bounds):
             piece = ids[start:end]
-            trained = [start + at > 0 for at in range(len(piece))]  # all but the token that begins the text
+            trained = [start + at > 0 for at in range(len(piece))]  # all but the first token of the text
             yield StoredRow(
                 {"input_ids": piece, "spans": trained_spans(trained)},
                 label=None,
                 location=raw.location,
                 messages=None,
                 source=position,
-                opening=hash_opening(document.text),
-                content=hash_content([document.text, str(start)]),
+                opening=hash_opening(example.text),
+                content=hash_content([example.text, str(start)]),
                 length=len(piece),
                 num_trained=sum(trained),
             )
 
-    def _shortened(
+    def _truncated(
         self, messages: tuple[Message, ...], rendered: Rendered
     ) -> tuple[tuple[Message, ...], Rendered] | None:
-        """As many whole exchanges from the start as fit, up to a trained one; None if not even the first does."""
-        answers = [at for at, message in enumerate(messages) if message.learned]  # one for each span
+        """The longest prefix that fits and ends with a trained answer; None if not even the first answer fits."""
+        answers = [at for at, message in enumerate(messages) if message.learned]  # one per span
         ends = trained_spans(rendered.loss_mask)[1::2]
-        for fitting in range(sum(end <= self._max_length for end in ends), 0, -1):
-            kept = messages[: answers[fitting - 1] + 1]
-            again = self._chat_format.render_training(kept)
-            if len(again.input_ids) <= self._max_length:
-                return kept, again
+        for num_answers in range(sum(end <= self._max_length for end in ends), 0, -1):
+            prefix = messages[: answers[num_answers - 1] + 1]
+            rendered_prefix = self._chat_format.render_training(prefix)
+            if len(rendered_prefix.input_ids) <= self._max_length:
+                return prefix, rendered_prefix
         return None
 
-    def _count(self, messages: Sequence[Message]) -> None:
+    def _count_messages(self, messages: Sequence[Message]) -> None:
         self._roles.update(message.role for message in messages)
         self._turns[sum(message.role == "assistant" for message in messages)] += 1
         self.facts.empty_system += any(m.role == "system" and not m.content.strip() for m in messages)
         self.facts.markup += any(_MARKUP.search(message.content) for message in messages)
 
     def _count_unused(self, keys: Iterable[str]) -> None:
-        """Where every row has keys of its own, the first thousand will do."""
+        """Count unused keys; only the first thousand, since every row may have keys of its own."""
         self._unused.update(key for key in keys if key in self._unused or len(self._unused) < LISTED)
 
-    def _bad(self, note: RowNote) -> None:
+    def _skip_bad(self, note: RowNote) -> None:
         if self._config.on_bad_row == "error":
-            raise refused(note, "on_bad_row", self._kind)
+            raise row_error(note, "on_bad_row", self._kind)
         self.facts.num_skipped += 1
         self.facts.note(self.facts.skipped, note)
 
-    def _refuse_too_long(self, raw: RawRow, length: int) -> None:
-        reason = f"is too long, {length} tokens with max_length {self._max_length}"
+    def _skip_too_long(self, raw: RawRow, length: int) -> None:
+        reason = f"too long: {length} tokens, max_length is {self._max_length}"
         note = RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt)
         if too_long_is_error(self._config):
-            raise refused(note, "on_too_long", self._kind)
+            raise row_error(note, "on_too_long", self._kind)
         self.facts.num_too_long += 1
         self._too_long[length] += 1
         self.facts.note(self.facts.too_long, note)
 
 
 def too_long_is_error(config: DataConfig) -> bool:
-    """Whether a row of more than max_length tokens ends the run; one that cannot be truncated is as a bad row is."""
+    """Whether a row of more than max_length tokens is an error; `on_bad_row` decides where it cannot be truncated."""
     policy = config.on_bad_row if config.on_too_long in (None, "truncate") else config.on_too_long
     return policy == "error"
 
 
-def refused(note: RowNote, key: Literal["on_bad_row", "on_too_long"], kind: RowKind) -> DatasetError:
-    """The error for a row that may not be skipped, as `key` has it."""
-    mend = "mend it, or set data.on_bad_row to skip"
+def row_error(note: RowNote, key: Literal["on_bad_row", "on_too_long"], kind: RowKind) -> DatasetError:
+    """The error for a row that the setting `key` forbids to skip."""
+    fix = "fix the row, or set data.on_bad_row to skip"
     if key == "on_too_long":
-        mend = "raise max_length, or set data.on_too_long to skip or truncate"
-    return DatasetError(
-        f"{note.source}: the row {note.reason}; it starts with {note.excerpt!r}; {ACCEPTED[kind]}; {mend}"
-    )
+        fix = "raise max_length, or set data.on_too_long to skip or truncate"
+    return DatasetError(f"{note.source}: {note.reason}; the row starts with {note.excerpt!r}; {ACCEPTED[kind]}; {fix}")
 
 
-def _texts(example: Example) -> list[Sequence[Message] | str]:
-    """What has to be rendered for an example."""
+def _render_inputs(example: Example) -> list[Sequence[Message] | str]:
+    """The dialogs or the text to render for an example."""
     if isinstance(example, TextExample):
         return [example.text]
     if isinstance(example, PreferencePair):
@@ -255,10 +253,10 @@ def _dialog_of(example: Example) -> tuple[Message, ...]:
     return (*example.prompt, example.chosen if isinstance(example, PreferencePair) else example.completion)
 
 
-def _tokens(example: Example, rendered: Sequence[Rendered]) -> tuple[dict[str, list[int]], int]:
+def _token_lists(example: Example, rendered: Sequence[Rendered]) -> tuple[dict[str, list[int]], int]:
     """The token lists of a row, and how many of the tokens carry loss.
 
-    An answer is the last trained stretch: its text and the end of turn. What precedes it is `render_prompt`'s.
+    An answer is the last trained span: its text and the end of turn. What precedes it is what `render_prompt` gives.
     """
     if isinstance(example, Dialog):
         return {"input_ids": rendered[0].input_ids, "spans": trained_spans(rendered[0].loss_mask)}, sum(

@@ -1,4 +1,4 @@
-"""What a row of a dataset becomes before it is tokenized: a dialog, a text, a preference pair or a rated answer."""
+"""What a dataset row becomes before it is tokenized: a dialog, a text, a preference pair or an unpaired example."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,26 @@ from training.config.data_config import DatasetFormat
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: continues the words "the row"."""
+    """A row that cannot be used; the message gives the reason and names the key, not the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialog:
-    """Messages that end with an assistant turn; at least one assistant turn is trained."""
+    """Messages that end with an assistant turn; at least one assistant turn carries loss."""
 
     messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """A text that is trained whole."""
+    """A plain text; every token of it carries loss."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A dialog that ends with a user turn, a better answer to it and a worse one."""
+    """A dialog that ends with a user turn, and a chosen and a rejected answer to it."""
 
     prompt: tuple[Message, ...]
     chosen: Message
@@ -35,7 +35,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class UnpairedExample:
-    """A dialog that ends with a user turn, and an answer that is wanted (`label`) or not."""
+    """A dialog that ends with a user turn, and an answer that is desirable (`label` is True) or not."""
 
     prompt: tuple[Message, ...]
     completion: Message
@@ -47,9 +47,10 @@ Example = Dialog | TextExample | PreferencePair | UnpairedExample
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
-    """What a row teaches, the format that it was found to have, and which of its keys say nothing to that format.
+    """An example, the format it was read in, and the keys of the row that this format ignores.
 
-    `unused_keys` are the row's own names, those of a message as in `messages[].name`; keys without a value are no keys.
+    `unused_keys` are the row's own names, those inside messages as in `messages[].name`. Keys with an empty value do
+    not count.
     """
 
     format: DatasetFormat

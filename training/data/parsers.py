@@ -1,4 +1,4 @@
-"""One raw row of each dataset format -> an example. Strict: a row that would have to be guessed is refused."""
+"""One raw row of each dataset format -> an example. Strict: an ambiguous row is rejected, not guessed at."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from training.data.examples import BadRow, Dialog, Example, PreferencePair, Text
 from training.errors import ChatFormatError
 
 _EXCERPT_CHARS = 80
-# Whether a message is trained: OpenAI's 0 or 1, and the two names of Axolotl's examples, true or false.
+# Whether a message carries loss: OpenAI's `weight`, 0 or 1, and the two names in Axolotl's examples, true or false.
 TRAINED_KEYS = ("weight", "train", "training")
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -23,7 +23,7 @@ _SHAREGPT_ROLES: dict[str, Role] = {
 
 
 def keys_of(fields: dict[str, Any]) -> str:
-    # hub rows fill up with null
+    # rows from the hub have null for every missing key
     return ", ".join(k if fields[k] is not None else f"{k} (null)" for k in sorted(fields, key=str)) or "(none)"
 
 
@@ -36,15 +36,15 @@ def _from_sharegpt(fields: dict[str, Any]) -> Dialog:
 
 
 def _from_alpaca(fields: dict[str, Any]) -> Dialog:
-    """Instruction and input make one user turn, joined by a line break as LLaMA-Factory joins them; `history` is a
-    list of earlier [question, answer] pairs."""
+    """Instruction and input form one user turn, joined by a line break as in LLaMA-Factory; `history` is a list of
+    earlier [question, answer] pairs."""
     return _dialog(fields, [*_alpaca_prompt(fields), Message("assistant", _text(fields, "output"))])
 
 
 def _alpaca_prompt(fields: dict[str, Any]) -> Iterator[Message]:
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
-        _wrong("history", "a list of [question, answer] pairs", history)
+        _raise_unexpected("history", "a list of [question, answer] pairs", history)
     for index, (question, answer) in enumerate(history):
         yield Message("user", _content(question, f"history[{index}][0]"))
         yield Message("assistant", _content(answer, f"history[{index}][1]"))
@@ -61,8 +61,8 @@ def _from_guanaco(fields: dict[str, Any]) -> Dialog:
     before, *turns = _GUANACO_TURN.split(text)
     if before.strip() or not turns:
         raise BadRow(
-            "has a text that does not start with '### Human:', as a dialog in a text does; set data.format to text if "
-            "the whole text is to be trained"
+            "text: expected a guanaco dialog, but it does not start with '### Human:'; to train on the complete text, "
+            "set data.format to text"
         )
     return _dialog(fields, _alternating(turns))
 
@@ -70,68 +70,70 @@ def _from_guanaco(fields: dict[str, Any]) -> Dialog:
 def _from_text(fields: dict[str, Any]) -> TextExample:
     text = _text(fields, "text")
     if not text.strip():
-        raise BadRow("has an empty text")
+        raise BadRow("text: empty")
     return TextExample(text)
 
 
 def _from_preference(fields: dict[str, Any]) -> PreferencePair:
-    """With a prompt, or with two whole dialogs that begin alike and differ in the last answer."""
+    """Either a prompt and two answers, or two dialogs that differ in the last answer only."""
     chosen, rejected = (_turns(fields, key, "assistant") for key in ("chosen", "rejected"))
     if any(message.role == "user" for message in (*chosen, *rejected)):
         prompt = _shared_prefix(chosen, rejected)
-        _check_is_beginning(fields, prompt)
+        _check_prompt_in(fields, prompt)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
         prompt = [*_prompt(fields)]
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         if len(answer) != 1 or answer[0].role != "assistant":
-            raise BadRow(f"has in {key} {len(answer)} messages that differ, expected one answer at the end")
+            raise BadRow(f"{key}: expected one answer at the end, got {len(answer)} messages after the shared ones")
     if chosen == rejected:
-        raise BadRow("has the same answer as chosen and as rejected")
-    _check_judged(chosen[0], rejected[0])
-    return PreferencePair(_checked(fields, prompt, chosen[0]), chosen[0], _answered(rejected[0], "rejected"))
+        raise BadRow("chosen and rejected are the same answer")
+    _check_not_untrained(chosen[0], rejected[0])
+    pair = PreferencePair(_checked_prompt(fields, prompt, chosen[0]), chosen[0], rejected[0])
+    _check_not_empty(rejected[0], "rejected")
+    return pair
 
 
 def _from_unpaired(fields: dict[str, Any]) -> UnpairedExample:
-    label = verdict(fields["label"])
+    label = parse_label(fields["label"])
     if label is None:
-        _wrong("label", "true or false", fields["label"])
+        _raise_unexpected("label", "true or false", fields["label"])
     completion = _turns(fields, "completion", "assistant")
     if len(completion) != 1 or completion[0].role != "assistant":
-        raise BadRow(f"has in completion {len(completion)} messages: expected one answer from the assistant")
-    _check_judged(completion[0])
-    return UnpairedExample(_checked(fields, [*_prompt(fields)], completion[0]), completion[0], label)
+        raise BadRow(f"completion: expected one answer from the assistant, got {len(completion)} messages")
+    _check_not_untrained(completion[0])
+    return UnpairedExample(_checked_prompt(fields, [*_prompt(fields)], completion[0]), completion[0], label)
 
 
-def verdict(label: Any) -> bool | None:
-    """Whether an answer is wanted, as JSON, Parquet and the cells of CSV files say it; None for any other value."""
+def parse_label(label: Any) -> bool | None:
+    """Whether an answer is desirable, as JSON, Parquet and CSV cells encode it; None for any other value."""
     if isinstance(label, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
     return bool(label) if label in (True, False) else None  # 1 and 0 are equal to them
 
 
-def _check_judged(*answers: Message) -> None:
-    """What an answer teaches here is that it is better, worse, wanted or not; a prompt's turns are context anyway."""
+def _check_not_untrained(*answers: Message) -> None:
+    """Reject an answer that is marked as untrained: preference methods have nothing else to train on."""
     if not all(answer.trained for answer in answers):
-        raise BadRow("marks the answer that it judges as not to be trained: leave the mark or the row out")
+        raise BadRow("the answer to be rated is marked as untrained: remove the mark or the row")
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    same = 0
-    while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
-        same += 1
-    return chosen[:same]
+    num_shared = 0
+    while num_shared < min(len(chosen), len(rejected)) - 1 and chosen[num_shared] == rejected[num_shared]:
+        num_shared += 1
+    return chosen[:num_shared]
 
 
-def _check_is_beginning(fields: dict[str, Any], prefix: list[Message]) -> None:
-    """UltraFeedback's rows have the question in `prompt` once more."""
-    given = fields.get("prompt")
-    if isinstance(given, str) and given.strip() not in {m.content.strip() for m in prefix if m.role == "user"}:
-        raise BadRow("has a prompt that is not in the dialogs of chosen and rejected")
+def _check_prompt_in(fields: dict[str, Any], prefix: list[Message]) -> None:
+    """UltraFeedback's rows repeat the question in `prompt`; it has to be in the shared prefix."""
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str) and prompt.strip() not in {m.content.strip() for m in prefix if m.role == "user"}:
+        raise BadRow("prompt: not in the dialogs of chosen and rejected")
 
 
 def _prompt(fields: dict[str, Any]) -> Iterator[Message]:
-    """What precedes an answer, wherever a row has it."""
+    """The messages before the answer, from whichever key holds them."""
     if fields.get("prompt") is not None:
         yield from _turns(fields, "prompt", "user")
     elif fields.get("conversations") is not None:
@@ -139,11 +141,11 @@ def _prompt(fields: dict[str, Any]) -> Iterator[Message]:
     elif fields.get("instruction") is not None:
         yield from _alpaca_prompt(fields)
     else:
-        raise BadRow(f"has no prompt: it has the keys {keys_of(fields)}")
+        raise BadRow(f"no prompt: the row has the keys {keys_of(fields)}")
 
 
 def _turns(fields: dict[str, Any], key: str, role: Role) -> list[Message]:
-    """A text, one message, a list of messages, or a dialog written out as in Anthropic's HH sets."""
+    """The messages of a text, a message, a list of messages, or a dialog as text in the format of Anthropic's HH."""
     value = fields[key]
     if isinstance(value, dict):
         value = [value]
@@ -165,16 +167,16 @@ def _alternating(turns: list[str]) -> Iterator[Message]:
 def _dialog(fields: dict[str, Any], messages: Iterable[Message]) -> Dialog:
     turns = [*messages]
     if not turns:
-        return Dialog(_checked(fields, [], None))
+        return Dialog(_checked_prompt(fields, [], None))
     *prompt, answer = turns
-    messages = (*_checked(fields, prompt, answer), answer)
+    messages = (*_checked_prompt(fields, prompt, answer), answer)
     if not any(message.learned for message in messages):
-        raise BadRow("has nothing to learn: every answer is marked as not to be trained")
+        raise BadRow("nothing to train on: every answer is marked as untrained")
     return Dialog(messages)
 
 
-def _checked(fields: dict[str, Any], prompt: list[Message], answer: Message | None) -> tuple[Message, ...]:
-    """The prompt, with the row's `system` before it, if it makes a dialog together with `answer`."""
+def _checked_prompt(fields: dict[str, Any], prompt: list[Message], answer: Message | None) -> tuple[Message, ...]:
+    """The prompt, preceded by the row's `system`, after checking that prompt and answer form a valid dialog."""
     system = fields.get("system")
     if isinstance(system, str) and system.strip() and (not prompt or prompt[0].role != "system"):
         prompt = [Message("system", system), *prompt]
@@ -182,17 +184,16 @@ def _checked(fields: dict[str, Any], prompt: list[Message], answer: Message | No
     try:
         check_dialog(messages, "assistant")
     except ChatFormatError as error:
-        raise BadRow(f"is no dialog to learn from: {error}") from error
+        raise BadRow(f"not a valid dialog for training: {error}") from error
     for index, message in enumerate(messages):
         if message.role == "assistant":
-            _answered(message, f"messages[{index}]")
+            _check_not_empty(message, f"messages[{index}]")
     return tuple(prompt)
 
 
-def _answered(message: Message, where: str) -> Message:
-    if not message.content.strip():
-        raise BadRow(f"has an empty answer in {where}")
-    return message
+def _check_not_empty(answer: Message, where: str) -> None:
+    if not answer.content.strip():
+        raise BadRow(f"{where}: the answer is empty")
 
 
 def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]:
@@ -200,21 +201,21 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
         try:
             items = json.loads(items)
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"has in {key} a text that is not JSON ({error})") from error
+            raise BadRow(f"{key}: not valid JSON ({error})") from error
     if not isinstance(items, list):
-        _wrong(key, "a list of messages", items)
+        _raise_unexpected(key, "a list of messages", items)
     names = ("from", "value") if sharegpt else ("role", "content")
     for index, item in enumerate(items):
         where = f"{key}[{index}]"
         if not isinstance(item, dict):
-            _wrong(where, f"an object with {' and '.join(names)}", item)
+            _raise_unexpected(where, f"an object with {' and '.join(names)}", item)
         if sharegpt and "from" not in item and "role" in item:
             names = ("role", "content")
         missing = [name for name in names if name not in item]
         if missing:
-            raise BadRow(f"has no {' and no '.join(missing)} in {where}: it has the keys {keys_of(item)}")
+            raise BadRow(f"{where}: {' and '.join(missing)} missing, the message has the keys {keys_of(item)}")
         if item.get("tool_calls") or item.get("function_call"):
-            raise BadRow(f"calls a tool in {where}: chat formats know text only")
+            raise BadRow(f"{where}: tool calls are not supported, only text")
         role, content = (item[name] for name in names)
         if sharegpt and isinstance(role, str):
             role = _SHAREGPT_ROLES.get(role.lower(), role)
@@ -222,17 +223,17 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
 
 
 def _is_trained(item: dict[str, Any], role: Any, where: str) -> bool:
-    """As OpenAI and Axolotl mark a message; an assistant's is trained unless it says otherwise."""
-    if len(item) == 2:  # nearly all: a role and a content
+    """Whether a message carries loss, by the keys of OpenAI and Axolotl; an assistant's does by default."""
+    if len(item) == 2:  # the common case: role and content only
         return True
     if item.get("train_detail"):
-        raise BadRow(f"trains parts of a message (train_detail) in {where}: only whole messages can be left out")
-    marks = {key: item[key] for key in TRAINED_KEYS if item.get(key) is not None}  # Parquet fills up with null
+        raise BadRow(f"{where}: train_detail is not supported, a message is trained completely or not at all")
+    marks = {key: item[key] for key in TRAINED_KEYS if item.get(key) is not None}  # Parquet has null for missing keys
     for key, mark in marks.items():
         if mark not in (0, 1):  # false and true are equal to them
-            _wrong(f"{where}.{key}", "0 or 1" if key == "weight" else "true or false", mark)
+            _raise_unexpected(f"{where}.{key}", "0 or 1" if key == "weight" else "true or false", mark)
         if mark and role != "assistant":
-            _wrong(f"{where}.{key}", "none: only messages of the assistant are trained", mark)
+            raise BadRow(f"{where}.{key}: only assistant messages can be trained, got {json.dumps(mark)}")
     return all(marks.values())
 
 
@@ -244,19 +245,19 @@ def _content(content: Any, where: str, expected: str = "a string or a list of te
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or expected == "a string":
-        _wrong(where, expected, content)
+        _raise_unexpected(where, expected, content)
     texts = []
     for index, part in enumerate(content):
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
-            _wrong(f"{where}[{index}]", 'a part {"type": "text", "text": "..."}', part)
+            _raise_unexpected(f"{where}[{index}]", 'a part {"type": "text", "text": "..."}', part)
         texts.append(text)
     return "".join(texts)
 
 
-def _wrong(where: str, expected: str, found: Any) -> NoReturn:
-    text = json.dumps(found, ensure_ascii=False, default=str)
-    raise BadRow(f"has in {where} {text[:_EXCERPT_CHARS]}, expected {expected}")
+def _raise_unexpected(where: str, expected: str, value: Any) -> NoReturn:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    raise BadRow(f"{where}: expected {expected}, got {text[:_EXCERPT_CHARS]}")
 
 
 PARSERS: dict[DatasetFormat, Callable[[dict[str, Any]], Example]] = {

@@ -1,7 +1,6 @@
-"""What is known of a dataset before anything is trained on it: `DataReport`.
+"""`DataReport`: what is known of a dataset before a run trains on it, as kept in the run's `data.json`.
 
-`training.data.prepare` makes one for every run, which keeps it as `data.json`; `corral data check` shows it. The
-counting that needs the rows' text happens while they are read and is handed over as `ReadFacts`.
+Counts that need the text of the rows are taken while the sources are read, as `ReadFacts`.
 """
 
 import math
@@ -9,18 +8,18 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
-SegmentUse = Literal["context", "trained", "rejected"]
+SegmentRole = Literal["context", "trained", "rejected"]
 
-LISTED = 1000  # rows named in a report; all are counted
+LISTED = 1000  # rows listed per kind of note; all are counted
 _HISTOGRAM_BARS = 12
 _SHOWN_KEYS = 8
-_LENGTHS_ASKED = (128, 256, 512, 1024, 2048, 4096, 8192)
+_MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)  # that a report counts the longer rows for
 
 
 class RowNote(BaseModel):
-    """A row worth naming: left out, shortened, or twice in the data."""
+    """A row that was skipped, truncated, or is a duplicate."""
 
     source: str  # location, such as `file.jsonl:12`
     reason: str
@@ -28,16 +27,16 @@ class RowNote(BaseModel):
 
 
 class ReadFacts(BaseModel):
-    """What was counted while the sources were read; the same for every split and weight of them.
+    """The counts taken while the sources are read; they do not depend on the split or the weights.
 
     Attributes:
         rows_read: by position of the source.
-        turns: rows by number of their assistant turns.
-        roles: messages by role.
-        unused_keys: rows by a key that says nothing to their format, such as `tools` or `messages[].name`.
-        lengths_too_long: rows that were left out for their length, by tokens.
-        short_answers: answers of a single token before their end of turn.
-        markup: rows that hold control tokens of a chat format as text.
+        turns: number of rows by number of assistant turns.
+        roles: number of messages by role.
+        unused_keys: number of rows by key that their format ignores, such as `tools` or `messages[].name`.
+        lengths_too_long: number of rows that were skipped as too long, by number of tokens.
+        short_answers: answers of a single token before the end of turn.
+        markup: rows that contain control tokens of a chat format as text.
         sha256: of the files' bytes, or of a hub dataset's rows as JSON.
     """
 
@@ -60,7 +59,7 @@ class ReadFacts(BaseModel):
     sha256: str = ""
 
     def note(self, notes: list[RowNote], note: RowNote) -> None:
-        """Name a row, as long as not too many are named already."""
+        """Append a note, unless `LISTED` are listed already."""
         if len(notes) < LISTED:
             notes.append(note)
 
@@ -78,11 +77,11 @@ class SourceReport(BaseModel):
 
 
 class LengthReport(BaseModel):
-    """Tokens per row, of the rows in use and of those that were too long.
+    """Tokens per row, over the rows in use and those that were too long.
 
     Attributes:
-        histogram: [largest length, rows] of each bar.
-        longer_than: rows that a `max_length` of so many tokens leaves out.
+        histogram: [largest length, number of rows] of each bar.
+        longer_than: number of rows that a given `max_length` in tokens would exclude.
     """
 
     mean: float
@@ -94,23 +93,25 @@ class LengthReport(BaseModel):
 
 
 class Segment(BaseModel):
-    """A stretch of a row as text; `rejected` is the worse of two answers."""
+    """A span of a row as text; `rejected` is the worse of two answers."""
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     text: str
-    use: SegmentUse
+    role: SegmentRole = Field(alias="use")  # its key in data.json
 
 
 class DataReport(BaseModel):
     """A dataset as a run uses it; JSON on disk.
 
     Attributes:
-        unused_keys: rows by a key that was seen in them and not used, the first thousand such keys.
-        num_rows: rows that can be used, duplicates and held-out ones included.
-        num_duplicates: rows that say the same as an earlier one; left out where `deduplicated`.
-        num_leaked: training rows left out because `held_out_path` asks the same.
+        unused_keys: number of rows by key that their format ignores; the first thousand such keys.
+        num_rows: usable rows, duplicates and held-out rows included.
+        num_duplicates: rows with the content of an earlier one; dropped where `deduplicated`.
+        num_leaked: training rows dropped because `held_out_path` has the same first user message.
         num_train_rows: per epoch, weights included.
-        num_train_tokens: likewise; `num_trained_tokens` of them carry loss.
-        skipped, too_long, truncated, duplicates: the first thousand.
+        num_train_tokens: per epoch, weights included; `num_trained_tokens` of them carry loss.
+        skipped, too_long, truncated, duplicates: the first thousand of each.
     """
 
     sources: list[SourceReport]
@@ -145,95 +146,95 @@ class DataReport(BaseModel):
 
     @property
     def trained_share(self) -> float:
-        """Of an epoch's tokens, those that carry loss."""
+        """The fraction of an epoch's tokens that carry loss."""
         return self.num_trained_tokens / max(1, self.num_train_tokens)
 
     @property
     def unused(self) -> str:
-        """The commonest keys that were not used, with the rows that have them; empty where there is none."""
-        listed = [*self.unused_keys.items()][:_SHOWN_KEYS]
-        more = len(self.unused_keys) - len(listed)
-        return ", ".join(f"{key} ({count:,} rows)" for key, count in listed) + (f" and {more:,} more" if more else "")
+        """The most common unused keys and how many rows have them; empty if there are none."""
+        shown = [*self.unused_keys.items()][:_SHOWN_KEYS]
+        more = len(self.unused_keys) - len(shown)
+        return ", ".join(f"{key} ({count:,} rows)" for key, count in shown) + (f" and {more:,} more" if more else "")
 
     def summary(self) -> str:
         """A few lines for the person who starts a run."""
-        left_out = [
-            f"{count:,} {what}"
-            for count, what in (
+        dropped = [
+            f"{count:,} {reason}"
+            for count, reason in (
                 (self.num_skipped, "bad"),
-                (self.num_too_long, f"longer than {self.max_length}"),
+                (self.num_too_long, f"longer than {self.max_length} tokens"),
                 (self.num_duplicates if self.deduplicated else 0, "duplicates"),
-                (self.num_leaked, "that are held out"),
+                (self.num_leaked, "also held out"),
             )
             if count
         ]
         line = (
             f"data: {self.num_train_rows:,} training and {self.num_held_out:,} held-out rows "
-            f"({', '.join(self.formats)}), {self.num_train_tokens:,} tokens an epoch, "
+            f"({', '.join(self.formats)}), {self.num_train_tokens:,} tokens per epoch, "
             f"{self.trained_share:.0%} of them trained"
         )
-        line += f"; left out: {', '.join(left_out)}" if left_out else ""
-        line += f"; {self.num_truncated:,} shortened" if self.num_truncated else ""
-        unused = [f"data: keys that are not used: {self.unused}"] if self.unused_keys else []
+        line += f"; dropped: {', '.join(dropped)}" if dropped else ""
+        line += f"; {self.num_truncated:,} truncated" if self.num_truncated else ""
+        unused = [f"data: unused keys: {self.unused}"] if self.unused_keys else []
         return "\n".join([line, *unused, *(f"data: note: {warning}" for warning in self.warnings)])
 
 
 def length_report(lengths: NDArray[np.uint32], too_long: dict[int, int], max_length: int) -> LengthReport:
-    """Of rows in use and of rows left out for their length; at least one of either."""
-    extra = np.repeat(np.array([*too_long], dtype=np.uint32), np.array([*too_long.values()], dtype=np.int64))
-    seen = np.sort(np.concatenate([lengths, extra]))
-    longest = int(seen[-1])
+    """The lengths of the rows in use and, by number of tokens, of those that were too long; at least one of either."""
+    excluded = np.repeat(np.array([*too_long], dtype=np.uint32), np.array([*too_long.values()], dtype=np.int64))
+    all_lengths = np.sort(np.concatenate([lengths, excluded]))
+    longest = int(all_lengths[-1])
     width = _nice_width(longest / _HISTOGRAM_BARS)
     bounds = np.arange(width, longest + width, width)
-    counts = np.diff(np.searchsorted(seen, bounds, side="right"), prepend=0)
-    asked = sorted({n for n in _LENGTHS_ASKED if n < longest} | {max_length})
+    counts = np.diff(np.searchsorted(all_lengths, bounds, side="right"), prepend=0)
+    max_lengths = sorted({n for n in _MAX_LENGTHS if n < longest} | {max_length})
     return LengthReport(
-        mean=float(seen.mean()),
-        p50=_percentile(seen, 0.5),
-        p95=_percentile(seen, 0.95),
+        mean=float(all_lengths.mean()),
+        p50=_percentile(all_lengths, 0.5),
+        p95=_percentile(all_lengths, 0.95),
         max=longest,
         histogram=[(int(bound), int(count)) for bound, count in zip(bounds, counts, strict=True)],
-        longer_than={n: len(seen) - int(np.searchsorted(seen, n, side="right")) for n in asked},
+        longer_than={n: len(all_lengths) - int(np.searchsorted(all_lengths, n, side="right")) for n in max_lengths},
     )
 
 
 def warnings_of(report: DataReport, facts: ReadFacts) -> list[str]:
-    """What a careful person would ask about this dataset, each in one sentence."""
-    found = []
+    """Likely mistakes in this dataset, one sentence each."""
+    warnings = []
     if facts.empty_system:
-        found.append(f"{facts.empty_system:,} rows have an empty system prompt: leave it out where it says nothing")
+        warnings.append(f"{facts.empty_system:,} rows have an empty system prompt: remove it from them")
     if facts.markup:
-        found.append(
-            f"{facts.markup:,} rows hold control tokens of a chat format as text, such as <|im_end|> or [INST]: they "
-            "are trained as plain text; take a template's markup out of the rows"
+        warnings.append(
+            f"{facts.markup:,} rows contain control tokens of a chat format as text, such as <|im_end|> or [INST], "
+            "which are trained as plain text: remove the template's markup from the rows"
         )
     if (answers := facts.roles.get("assistant", 0)) and facts.short_answers > answers / 10:
-        found.append(f"{facts.short_answers:,} of {answers:,} answers are a single token")
+        warnings.append(f"{facts.short_answers:,} of {answers:,} answers are a single token")
     if len(report.sources) > 1:
         largest = max(report.sources, key=lambda source: source.num_train_rows)
         share = largest.num_train_rows / max(1, report.num_train_rows)
         if share > 0.9:
-            found.append(f"{share:.0%} of the training rows are from {largest.path}: its weight drowns the others")
+            warnings.append(f"{share:.0%} of the training rows are from {largest.path}, which dominates the mix")
     if report.num_duplicates > report.num_rows / 5:
-        kept = "are left out" if report.deduplicated else "are kept (data.deduplicate is false)"
-        found.append(f"{report.num_duplicates:,} of {report.num_rows:,} rows say the same as an earlier one and {kept}")
-    if report.num_rows_read and (lost := report.num_skipped + report.num_too_long) > report.num_rows_read / 20:
-        found.append(f"{lost:,} of {report.num_rows_read:,} rows cannot be used")
+        action = "are dropped" if report.deduplicated else "are kept (data.deduplicate is false)"
+        warnings.append(f"{report.num_duplicates:,} of {report.num_rows:,} rows are duplicates and {action}")
+    if report.num_rows_read and (unusable := report.num_skipped + report.num_too_long) > report.num_rows_read / 20:
+        warnings.append(f"{unusable:,} of {report.num_rows_read:,} rows cannot be used")
     if report.num_held_out == 0:
-        found.append("no row is held out, so nothing tells whether the adapter is better than its base")
+        warnings.append("no row is held out, so the adapter cannot be compared with its base")
     if report.num_train_rows < 50:
-        found.append(f"only {report.num_train_rows:,} training rows: an adapter will learn them by heart")
+        warnings.append(f"only {report.num_train_rows:,} training rows: the adapter is likely to memorize them")
     if report.trained_share < 0.05:
-        found.append(f"only {report.trained_share:.1%} of the tokens are trained, the rest are prompts")
-    return found
+        warnings.append(f"only {report.trained_share:.1%} of the tokens are trained, the rest are prompts")
+    return warnings
 
 
-def _percentile(ordered: NDArray[np.uint32], share: float) -> int:
-    """The smallest length that so many of the rows do not exceed."""
-    return int(ordered[max(0, math.ceil(share * len(ordered)) - 1)])
+def _percentile(sorted_lengths: NDArray[np.uint32], share: float) -> int:
+    """The smallest length that at least `share` of the rows do not exceed."""
+    return int(sorted_lengths[max(0, math.ceil(share * len(sorted_lengths)) - 1)])
 
 
 def _nice_width(width: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """Round up to one of 1, 2, 5, 10, 20, 50, ..."""
     scale = 10 ** math.floor(math.log10(max(width, 1.0)))
     return int(next(step * scale for step in (1, 2, 5, 10) if step * scale >= width))

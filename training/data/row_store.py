@@ -1,8 +1,8 @@
-"""Tokenized rows on disk: written once as a stream, then read at random from a memory map.
+"""Tokenized rows on disk: written once as a stream, then read in random order from a memory map.
 
-`training.data.prepare` writes and opens a store, whose rows are all of one kind. It is a directory of two Arrow files,
-so that other programs read it too: `rows.arrow` holds what training takes (token ids, trained spans, the text behind
-them), `index.arrow` the few numbers per row by which rows are chosen. Knows neither formats nor tokenizers.
+A store is a directory of two Arrow files, which other programs can read too: `rows.arrow` holds what training needs
+(token ids, trained spans, the text behind them), `index.arrow` the few numbers per row by which rows are selected. All
+rows of a store are of one kind. Knows neither dataset formats nor tokenizers.
 """
 
 import json
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from training.chat.messages import Message
 
-IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
+IGNORED_LABEL = -100  # `ignore_index` of torch's cross entropy
 _BATCH_ROWS = 256  # row i is in batch i // _BATCH_ROWS
 _TOKEN_LISTS = ("input_ids", "spans", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _ROWS_SCHEMA = pa.schema(
@@ -26,14 +26,14 @@ _ROWS_SCHEMA = pa.schema(
         *((name, pa.list_(pa.uint32())) for name in _TOKEN_LISTS),
         ("label", pa.bool_()),
         ("location", pa.string()),
-        ("messages", pa.string()),  # JSON: [[role, content, trained], ...]; null behind a plain text
+        ("messages", pa.string()),  # JSON: [[role, content, trained], ...]; null for a plain text
     ]
 )
 _INDEX_SCHEMA = pa.schema(
     [
         ("source", pa.uint16()),  # position in DataConfig.sources
         ("opening", pa.uint64()),  # hash of the first user message
-        ("content", pa.uint64()),  # hash of the whole row
+        ("content", pa.uint64()),  # hash of the complete row
         ("length", pa.uint32()),  # tokens
         ("num_trained", pa.uint32()),  # tokens
     ]
@@ -48,7 +48,7 @@ class TokenizedRow(TypedDict):
 
 
 class PreferenceRow(TypedDict):
-    """A prompt and two answers to it, as TRL's DPOTrainer names them; answers end with the end of turn."""
+    """A prompt and two answers to it, with the keys of TRL's DPOTrainer; answers end with the end of turn."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -56,7 +56,7 @@ class PreferenceRow(TypedDict):
 
 
 class UnpairedRow(TypedDict):
-    """A prompt and an answer that is wanted or not, as TRL's KTOTrainer names them."""
+    """A prompt and an answer that is desirable or not, with the keys of TRL's KTOTrainer."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -65,7 +65,7 @@ class UnpairedRow(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One dialog that ends with an assistant turn; `source` is where it comes from, such as `file.jsonl:12`."""
+    """A dialog that ends with an assistant turn; `source` is its location, such as `file.jsonl:12`."""
 
     messages: tuple[Message, ...]
     source: str
@@ -73,14 +73,14 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class StoredRow:
-    """A row on its way into a store.
+    """A row to be written to a store.
 
     Attributes:
-        tokens: lists of token ids by name; a TokenizedRow has `input_ids` and `spans`, begin and end of each trained
-            stretch of them in turn.
+        tokens: lists of token ids by name; a TokenizedRow has `input_ids` and `spans`, which alternates begin and end
+            of each trained span.
         label: of an UnpairedRow.
         messages: the dialog behind the tokens; None for a plain text.
-        length: tokens that are in memory together when the row is trained.
+        length: tokens that are in memory at the same time when the row is trained.
         num_trained: tokens that carry loss.
     """
 
@@ -96,7 +96,7 @@ class StoredRow:
 
 
 class StoreWriter:
-    """Writes a store's files into an existing directory; holds one batch in memory."""
+    """Writes a store into an existing directory; buffers one batch in memory."""
 
     def __init__(self, directory: Path) -> None:
         self._rows = pa.ipc.new_file(str(directory / "rows.arrow"), _ROWS_SCHEMA)
@@ -124,7 +124,7 @@ class StoreWriter:
         rows: dict[str, list[Any]] = {name: [row.tokens.get(name) for row in self._batch] for name in _TOKEN_LISTS}
         rows["label"] = [row.label for row in self._batch]
         rows["location"] = [row.location for row in self._batch]
-        rows["messages"] = [_dumped(row.messages) for row in self._batch]
+        rows["messages"] = [_to_json(row.messages) for row in self._batch]
         index = {name: [getattr(row, name) for row in self._batch] for name in _INDEX_SCHEMA.names}
         self._rows.write_batch(pa.RecordBatch.from_pydict(rows, _ROWS_SCHEMA))
         self._index.write_batch(pa.RecordBatch.from_pydict(index, _INDEX_SCHEMA))
@@ -132,7 +132,7 @@ class StoreWriter:
 
 
 class RowStore:
-    """A written store. Pickles as its path, so every process maps the same pages."""
+    """A store, opened for reading. Pickles as its path, so all processes map the same pages."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -154,16 +154,16 @@ class RowStore:
         return RowStore, (self._directory,)
 
     def tokens(self, row: int, name: str) -> list[int] | None:
-        """One of the row's lists of token ids, None where a row of its kind has none."""
-        column, at = self._column(row, name)
+        """The row's list of token ids of that name; None if rows of its kind have no such list."""
+        column, position = self._column(row, name)
         if column is None:
             return None
         offsets, values = column
-        ids: list[int] = values[offsets[at] : offsets[at + 1]].tolist()
+        ids: list[int] = values[offsets[position] : offsets[position + 1]].tolist()
         return ids
 
     def row(self, row: int) -> dict[str, Any]:
-        """The row as its TypedDict has it."""
+        """The row with the keys of its TypedDict."""
         if (input_ids := self.tokens(row, "input_ids")) is not None:
             return {"input_ids": input_ids, "labels": _labels(input_ids, self.tokens(row, "spans") or [])}
         fields: dict[str, Any] = {"prompt_ids": self.tokens(row, "prompt_ids")}
@@ -177,7 +177,7 @@ class RowStore:
         return str(self._value(row, "location"))
 
     def conversation(self, row: int) -> Conversation | None:
-        """The dialog behind the row; with the better answer where there are two; None for a plain text."""
+        """The dialog behind the row, with the chosen answer of a preference pair; None for a plain text."""
         text = self._value(row, "messages")
         if text is None:
             return None
@@ -190,7 +190,7 @@ class RowStore:
         return self._batch(row)[name], row % _BATCH_ROWS
 
     def _batch(self, row: int) -> dict[str, Any]:
-        """Views of one batch, made when it is first asked for; they stay on disk, so many cost little memory."""
+        """Views of one batch, created on first access; the data stays on disk, so keeping them costs little memory."""
         number = row // _BATCH_ROWS
         if number not in self._batches:
             batch = self._reader.get_batch(number)
@@ -207,10 +207,10 @@ RowT = TypeVar("RowT", TokenizedRow, PreferenceRow, UnpairedRow)
 
 
 class Rows(Sequence[RowT], Generic[RowT]):
-    """Some rows of a store in some order, possibly more than once; reading one touches the disk's pages only.
+    """A selection of a store's rows, in any order and with repetitions; rows are read from disk on access.
 
     Attributes:
-        numbers: of the rows in the store.
+        numbers: row numbers in the store.
         lengths: tokens of each row.
     """
 
@@ -240,12 +240,12 @@ class Rows(Sequence[RowT], Generic[RowT]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows."""
+        """Total number of tokens."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
     def num_trained_tokens(self) -> int:
-        """Tokens of all rows that carry loss."""
+        """Total number of tokens that carry loss."""
         return int(self.store.num_trained[self.numbers].sum(dtype=np.int64))
 
     def conversation(self, at: int) -> Conversation | None:
@@ -254,7 +254,7 @@ class Rows(Sequence[RowT], Generic[RowT]):
 
 
 def trained_spans(loss_mask: Sequence[bool]) -> list[int]:
-    """Begin and end of each stretch of True in turn."""
+    """Begin and end of each run of True, alternating."""
     padded = np.concatenate(([False], np.asarray(loss_mask, dtype=bool), [False]))
     spans: list[int] = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
     return spans
@@ -267,7 +267,7 @@ def _labels(input_ids: list[int], spans: list[int]) -> list[int]:
     return labels
 
 
-def _dumped(messages: Sequence[Message] | None) -> str | None:
+def _to_json(messages: Sequence[Message] | None) -> str | None:
     if messages is None:
         return None
     return json.dumps([[m.role, m.content, m.trained] for m in messages], ensure_ascii=False)

@@ -1,6 +1,6 @@
-"""A run's base, chat format and rows, read and checked before any weights are loaded.
+"""A run's base model, chat format and rows, read and checked before any weights are loaded.
 
-The driver reads them to refuse a bad dataset at once, every worker reads them to train. Imports no torch.
+The driver reads them to fail early on a bad dataset, every worker to train on them. Does not import torch.
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ _KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaire
 
 @dataclass(frozen=True, slots=True)
 class RunInputs:
-    """What a run trains on and with.
+    """Everything a run trains with, apart from the weights.
 
     Attributes:
-        train_rows: of one epoch, at least one, of the kind that the method takes. Mapped from disk: `train_rows[i]`
-            reads one row.
-        held_out_rows: empty where `data.held_out` is 0.
-        held_out_samples: up to a hundred of the conversations behind `held_out_rows`, from all over them.
-        report: what was found in the data and what was left out.
+        train_rows: the rows of one epoch, at least one, of the kind that the method consumes. Mapped from disk:
+            `train_rows[i]` reads one row.
+        held_out_rows: empty if `data.held_out` is 0.
+        held_out_samples: up to a hundred of the conversations behind `held_out_rows`, evenly spaced over them.
+        report: what was read, dropped and counted.
         dataset: what the registry records of the data.
     """
 
@@ -47,16 +47,16 @@ class RunInputs:
 
 
 def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
-    """Find the base, choose the chat format, and read, split and tokenize the dataset; the same on every worker.
+    """Resolve the base and the chat format, and read, tokenize and split the dataset; the same on every worker.
 
     Args:
-        weights: False does not ask for the base's weights, nor fetch them.
+        weights: if False, the base's weights are neither required nor downloaded.
 
     Raises:
-        CorralError: naming the base, the format, the row or the key that is wrong.
+        CorralError: the base, the chat format, a row or a key is not accepted.
     """
-    base, tokenizer, chat_format = _base(config, weights)
-    data = _data(config, base, tokenizer, chat_format)
+    base, tokenizer, chat_format = _load_base(config, weights)
+    data = _prepare(config, base, tokenizer, chat_format)
     report = data.report
     return RunInputs(
         base=base,
@@ -81,26 +81,26 @@ def read_inputs(config: TrainConfig, *, weights: bool = True) -> RunInputs:
 
 
 def read_data(config: TrainConfig) -> PreparedData:
-    """The dataset of `read_inputs` alone, of the rows that the method takes.
+    """Only the dataset of `read_inputs`.
 
     Raises:
-        CorralError: naming the base, the format, the row or the key that is wrong.
+        CorralError: the base, the chat format, a row or a key is not accepted.
     """
-    return _data(config, *_base(config, weights=False))
+    return _prepare(config, *_load_base(config, weights=False))
 
 
-def _data(config: TrainConfig, base: BaseCheckpoint, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
+def _prepare(config: TrainConfig, base: BaseCheckpoint, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
     kind = _KINDS[config.method]
     return prepare_data(
         config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
     )
 
 
-def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseCheckpoint, Tokenizer, ChatFormat]:
+def _load_base(config: TrainConfig, weights: bool) -> tuple[BaseCheckpoint, Tokenizer, ChatFormat]:
     base = resolve_base_model(config.base_model, config.base_revision, weights=weights)
     if config.max_length > base.context_length:
         raise ConfigError(
-            f"max_length is {config.max_length}, but {base.source} was made for {base.context_length} tokens: "
+            f"max_length is {config.max_length}, but {base.source} has a context of {base.context_length} tokens: "
             f"set max_length={base.context_length} or less"
         )
     tokenizer = load_tokenizer(base)

@@ -1,7 +1,7 @@
 """A data source -> its raw rows, one at a time: files, folders, globs and hub datasets.
 
-Reads JSONL, JSON, CSV, TSV, Parquet and plain text, compressed or not, and streams all but JSON arrays. Knows no
-dataset format: what a row means is decided in `training.data.formats`.
+Reads JSONL, JSON, CSV, TSV, Parquet and plain text, compressed or not, and streams everything but JSON arrays. Knows
+nothing of dataset formats: rows are not interpreted here.
 """
 
 import csv
@@ -23,23 +23,23 @@ from training.config.data_config import COLUMNS, GLOB_CHARS, DataSource
 from training.errors import DatasetError
 
 _COMPRESSED = (".gz", ".zst", ".bz2")
-_MAX_JSON_BYTES = 1 << 30  # a JSON array is parsed whole
+_MAX_JSON_BYTES = 1 << 30  # of a JSON array, which is parsed in one piece
 _MAX_CELL_CHARS = 1 << 26  # of a CSV cell; the library's own limit is 131,072
 _PARQUET_BATCH_ROWS = 256
-_HASHED_WHOLE_BYTES = 64 << 20
+_MAX_HASHED_BYTES = 64 << 20  # files up to this size are identified by their content
 _EXCERPT_CHARS = 80
-_ERROR_CHARS = 300  # of what a library says on several lines
+_ERROR_CHARS = 300  # of a library's multi-line error
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row before anything is known of it.
+    """One row as read, before its format is determined.
 
     Attributes:
         location: `file.jsonl:12` with the line, or `file.parquet:row 12` where there are no lines; both count from 1.
-        content: JSON text as bytes, or what a reader made of the row, mostly a dict.
-        problem: why the reader could not make sense of it.
+        content: JSON text as bytes, or the value that the reader parsed, usually a dict.
+        problem: why the row is malformed, if it is.
     """
 
     location: str
@@ -55,10 +55,10 @@ class RawRow:
 
 
 def read_rows(source: DataSource) -> Iterator[RawRow]:
-    """Every row of a source in order, blank lines left out.
+    """All rows of a source in order, without blank lines.
 
     Raises:
-        DatasetError: there is no such source, or a file in it cannot be read.
+        DatasetError: the source does not exist, or one of its files cannot be read.
     """
     files = source_files(source.path)
     if not files:
@@ -72,56 +72,56 @@ def read_rows(source: DataSource) -> Iterator[RawRow]:
 
 
 def source_files(path: str) -> list[Path]:
-    """The files behind a path, in order of their names; none where it is a hub dataset id.
+    """The files behind a path, sorted by name; empty for a hub dataset id.
 
     Raises:
-        DatasetError: nothing is there, or nothing that can be read.
+        DatasetError: the path does not exist, or holds no file of a known type.
     """
-    here = Path(path).expanduser()
-    if here.is_file():
-        if _suffix(here) not in _READERS:
-            raise DatasetError(f"dataset {path!r} is no file that can be read: {_ACCEPTED_FILES}")
-        return [here]
-    if here.is_dir():
-        found = [file for file in sorted(here.rglob("*")) if _is_data(file, here)]
+    location = Path(path).expanduser()
+    if location.is_file():
+        if _suffix(location) not in _READERS:
+            raise DatasetError(f"dataset {path!r} is not of a supported file type: {_ACCEPTED_FILES}")
+        return [location]
+    if location.is_dir():
+        files = [file for file in sorted(location.rglob("*")) if _is_data(file, location)]
     elif GLOB_CHARS & set(path):
-        matches = map(Path, sorted(glob.glob(str(here), recursive=True)))
-        found = [file for file in matches if file.is_file() and _suffix(file) in _READERS]
-    elif _suffix(here) not in _READERS and _HUB_ID.fullmatch(path):
+        matches = map(Path, sorted(glob.glob(str(location), recursive=True)))
+        files = [file for file in matches if file.is_file() and _suffix(file) in _READERS]
+    elif _suffix(location) not in _READERS and _HUB_ID.fullmatch(path):
         return []
     else:
         raise DatasetError(
-            f"dataset {path!r} is no file, folder or glob (in {Path.cwd()}) and no hub dataset id like 'owner/name': "
-            "check data.path"
+            f"dataset {path!r} is neither a file, folder or glob (in {Path.cwd()}) nor a hub dataset id like "
+            "'owner/name': check data.path"
         )
-    if not found:
-        raise DatasetError(f"dataset {path!r} holds no file that can be read: {_ACCEPTED_FILES}")
-    return found
+    if not files:
+        raise DatasetError(f"dataset {path!r} has no file of a supported type: {_ACCEPTED_FILES}")
+    return files
 
 
 def fingerprint(source: DataSource) -> list[Any]:
-    """What changes whenever the rows of a source do; cheap for large files.
+    """A value that changes whenever the rows of a source do; cheap for large files.
 
-    A small file is hashed whole, as it can be written twice within one tick of the file system's clock. A large one
-    is told by path, size, inode, and the times of its last change, of which ctime cannot be set. A hub dataset is
-    told by its commit.
+    Small files are identified by a hash of their content, as a file can be written twice within one tick of the file
+    system's clock. Large files are identified by path, size, inode, mtime and ctime, of which ctime cannot be set, and
+    hub datasets by their commit.
     """
     files = source_files(source.path)
     if not files:
         return [source.path, source.name, source.split, _hub_commit(source)]
-    told: list[Any] = []
+    identities: list[Any] = []
     for file in files:
         stat = file.stat()
-        if stat.st_size <= _HASHED_WHOLE_BYTES:
-            told.append([str(file), sha256_of([file])])
+        if stat.st_size <= _MAX_HASHED_BYTES:
+            identities.append([str(file), sha256_of([file])])
         else:
             stamp = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-            told.append([str(file.absolute()), *stamp])
-    return told
+            identities.append([str(file.absolute()), *stamp])
+    return identities
 
 
 def sha256_of(files: list[Path]) -> str:
-    """Of the bytes of all files in order; for a single one it is what `sha256sum` prints."""
+    """The sha256 over the bytes of all files in order; for a single file, what `sha256sum` prints."""
     total = hashlib.sha256()
     for file in files:
         try:
@@ -134,13 +134,13 @@ def sha256_of(files: list[Path]) -> str:
 
 
 def hub_rows(source: DataSource) -> Iterator[RawRow]:
-    """The rows of a hub dataset, streamed: nothing but the row at hand is in memory."""
+    """The rows of a hub dataset, streamed: one row is in memory at a time."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    asked = {"name": source.name, "split": source.split or "train", "revision": source.revision}
+    selection = {"name": source.name, "split": source.split or "train", "revision": source.revision}
     try:
-        for number, row in enumerate(load_dataset(source.path, **asked, streaming=True), start=1):
+        for number, row in enumerate(load_dataset(source.path, **selection, streaming=True), start=1):
             yield RawRow(f"{source.path}:row {number}", row)
     except (OSError, ValueError, DatasetsError) as error:
         raise _hub_error(source, error) from error
@@ -154,19 +154,19 @@ def _hub_commit(source: DataSource) -> str:
         return str(HfApi().dataset_info(source.path, revision=source.revision).sha)
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise _hub_error(source, error) from error
-    except Exception as error:  # the HTTP client's own errors, of whatever library it is
+    except Exception as error:  # errors of the HTTP client, whichever library that is
         if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests"):
             raise _hub_error(source, error) from error
         raise
 
 
 def _hub_error(source: DataSource, error: Exception) -> DatasetError:
-    told = " ".join(str(error).split())[:_ERROR_CHARS]
-    asked = {"name": source.name, "split": source.split, "revision": source.revision}
-    named = "".join(f", {key} {value!r}" for key, value in asked.items() if value)
+    reason = " ".join(str(error).split())[:_ERROR_CHARS]
+    selection = {"name": source.name, "split": source.split, "revision": source.revision}
+    details = "".join(f", {key} {value!r}" for key, value in selection.items() if value)
     return DatasetError(
-        f"hub dataset {source.path!r}{named} cannot be loaded ({told}): check data.path, data.name, data.split "
-        "and data.revision, or name a file or folder here"
+        f"hub dataset {source.path!r}{details} cannot be loaded ({reason}): check data.path, data.name, data.split "
+        "and data.revision, or use a local file or folder"
     )
 
 
@@ -197,24 +197,24 @@ def _jsonl_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
-    """An array of rows, an object with one list of rows, or, as many files named .json are, one row per line."""
+    """An array of rows, an object with one list of rows, or one row per line, as many .json files have it."""
     with _open(file) as lines:
-        filled = (line for line in lines if line.strip())
-        first, second = next(filled, b""), next(filled, None)
+        nonblank = (line for line in lines if line.strip())
+        first, second = next(nonblank, b""), next(nonblank, None)
     if second is not None and _is_json_object(first):
         yield from _jsonl_rows(file)
         return
-    with _open(file) as content:
-        whole = content.read(_MAX_JSON_BYTES + 1)
-    if len(whole) > _MAX_JSON_BYTES:
+    with _open(file) as stream:
+        content = stream.read(_MAX_JSON_BYTES + 1)
+    if len(content) > _MAX_JSON_BYTES:
         raise DatasetError(
-            f"dataset {str(file)!r} is a JSON array of more than 1 GiB, which is parsed whole: write one row per line "
-            "to a .jsonl file, for example with jq -c '.[]'"
+            f"dataset {str(file)!r} is a JSON array of more than 1 GiB, too large to parse at once: write one row per "
+            "line to a .jsonl file, for example with jq -c '.[]'"
         )
     try:
-        value = json.loads(whole.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise DatasetError(f"dataset {str(file)!r} is not JSON ({error}): {_ACCEPTED_FILES}") from error
+        raise DatasetError(f"dataset {str(file)!r} is not valid JSON ({error}): {_ACCEPTED_FILES}") from error
     for number, row in enumerate(_rows_in(value, file), start=1):
         yield RawRow(f"{file}:row {number}", row)
 
@@ -228,10 +228,11 @@ def _rows_in(value: Any, file: Path) -> list[Any]:
         lists = {key: item for key, item in value.items() if isinstance(item, list)}
         if len(lists) == 1:
             return next(iter(lists.values()))
-        found = f"an object with the lists {', '.join(lists)}" if lists else "an object without a list of rows"
+        actual = f"an object with the lists {', '.join(lists)}" if lists else "an object without a list"
     else:
-        found = f"a {type(value).__name__}"
-    raise DatasetError(f"dataset {str(file)!r} is {found}: expected an array of rows, or an object with one such array")
+        actual = f"a {type(value).__name__}"
+    expected = "an array of rows, or an object with one such array"
+    raise DatasetError(f"dataset {str(file)!r}: expected {expected}, got {actual}")
 
 
 def _is_json_object(line: bytes) -> bool:
@@ -242,8 +243,8 @@ def _is_json_object(line: bytes) -> bool:
 
 
 def _csv_rows(file: Path) -> Iterator[RawRow]:
-    """A header and rows; the delimiter is the likeliest of , ; tab and | in the header. A column without name is left
-    out: it is the index that pandas writes."""
+    """A header and rows. The delimiter is the most frequent of , ; tab and | in the header. Columns without a name are
+    ignored: pandas writes its index that way."""
     csv.field_size_limit(_MAX_CELL_CHARS)
     line = 1
     with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
@@ -257,22 +258,22 @@ def _csv_rows(file: Path) -> Iterator[RawRow]:
             for cells in reader:
                 if any(cell.strip() for cell in cells):
                     row = {name: cell for name, cell in zip(header, cells, strict=False) if name}
-                    wrong = len(cells) != len(header)
-                    problem = f"has {len(cells)} cells, the header has {len(header)}" if wrong else None
+                    mismatch = len(cells) != len(header)
+                    problem = f"{len(cells)} cells, but the header has {len(header)}" if mismatch else None
                     yield RawRow(f"{file}:{line}", row, problem)
                 line = reader.line_num + 1
         except UnicodeDecodeError as error:
             raise DatasetError(f"{file}:{line}: not UTF-8 from here on: save the file as 'CSV UTF-8'") from error
         except csv.Error as error:
-            raise DatasetError(f"{file}:{line}: not CSV ({error}): check the quotes of that row") from error
+            raise DatasetError(f"{file}:{line}: not valid CSV ({error}): check the quotes of that row") from error
 
 
 def _check_header(header: list[str], file: Path) -> None:
     names = [name for name in header if name]
     if not names:
         raise DatasetError(f"dataset {str(file)!r} has no header: name the columns in its first line")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DatasetError(f"dataset {str(file)!r} names the column {twice[0]!r} twice: rename one of them")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise DatasetError(f"dataset {str(file)!r} has two columns named {duplicates[0]!r}: rename one of them")
 
 
 def _parquet_rows(file: Path) -> Iterator[RawRow]:
@@ -285,12 +286,12 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _text_rows(file: Path) -> Iterator[RawRow]:
-    """The whole file is one text."""
+    """A single row with the complete file as its text."""
     with _open(file) as content:
         try:
             yield RawRow(f"{file}:1", {"text": content.read().decode("utf-8-sig")})
         except UnicodeDecodeError as error:
-            raise DatasetError(f"dataset {str(file)!r} is not UTF-8: convert it first") from error
+            raise DatasetError(f"dataset {str(file)!r} is not valid UTF-8: convert it first") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
@@ -301,4 +302,4 @@ _READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
     ".parquet": _parquet_rows,
     ".txt": _text_rows,
 }
-_ACCEPTED_FILES = f"accepted are {', '.join(_READERS)}, each also with {', '.join(_COMPRESSED)} after it"
+_ACCEPTED_FILES = f"supported are {', '.join(_READERS)}, optionally compressed ({', '.join(_COMPRESSED)})"

@@ -1,7 +1,6 @@
-"""Which rows are duplicates, which are held out and which are taken twice: arithmetic on 8-byte hashes.
+"""Which rows are duplicates, which are held out and which are repeated: arithmetic on 8-byte hashes.
 
-`training.data.prepare` hashes a row once while it is read. Everything here depends on content and seed alone, and needs
-no more memory than a few numbers per row.
+Each row is hashed once, when it is read. Results depend on content and seed alone; memory is a few numbers per row.
 """
 
 import hashlib
@@ -19,29 +18,29 @@ Index = NDArray[np.int64]
 
 
 def hash_opening(text: str) -> int:
-    """Of a first user message; the same whatever its case and whitespace."""
+    """Hash a first user message, ignoring case and whitespace."""
     return _hash([" ".join(unicodedata.normalize("NFKC", text).casefold().split())])
 
 
 def hash_content(texts: Iterable[str]) -> int:
-    """Of all that a row says; the same whatever its whitespace."""
+    """Hash all texts of a row, ignoring whitespace."""
     return _hash(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
 
 
-def repeats(contents: Hashes) -> tuple[Mask, Index]:
-    """Which rows say the same as an earlier one, and for each row the first that says the same."""
+def find_duplicates(contents: Hashes) -> tuple[Mask, Index]:
+    """Which rows have the content of an earlier row, and for each row the first with its content."""
     _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
-    earliest = first[inverse].astype(np.int64)
-    return earliest != np.arange(len(contents)), earliest
+    first_copy = first[inverse].astype(np.int64)
+    return first_copy != np.arange(len(contents)), first_copy
 
 
 def hold_out(openings: Hashes, held_out: float, seed: int) -> Mask:
     """Choose the rows to hold out, by a hash of their first user message.
 
-    Rows with the same first message stay on one side, so no held-out question was trained on. Groups of such rows have
-    an order that `seed` chooses, large ones late, and are held out from its start: below 1, `held_out` is a share of
-    the rows into which they fit; from 1 on a number of rows, and they are held out until there are at least so many.
-    Either way, more of it holds out the same rows and more. 0 holds out nothing.
+    Rows with the same first message form a group and stay on one side, so no held-out question is trained on. Groups
+    are put in an order that depends on `seed`, large ones towards the end, and held out from its start. Below 1,
+    `held_out` is a fraction of the rows, which the held-out rows do not exceed; from 1 on it is a number of rows, and
+    groups are held out until it is reached. A larger `held_out` holds out the same rows and more. 0 holds out nothing.
 
     Raises:
         DatasetError: there are too few different rows for one on each side, or for the number.
@@ -50,10 +49,10 @@ def hold_out(openings: Hashes, held_out: float, seed: int) -> Mask:
         return np.zeros(len(openings), dtype=bool)
     if held_out >= max(1, len(openings)):
         raise DatasetError(
-            f"data.held_out is {held_out:.0f} and there are {len(openings)} rows, so none would be left to train on: "
-            "lower it, or write a share such as 0.1"
+            f"data.held_out is {held_out:.0f}, but there are only {len(openings)} rows, which leaves none to train on: "
+            "lower it, or give a fraction such as 0.1"
         )
-    groups, group_of, sizes = np.unique(mixed(openings, seed), return_inverse=True, return_counts=True)
+    groups, group_of, sizes = np.unique(seeded_hashes(openings, seed), return_inverse=True, return_counts=True)
     if len(groups) < 2:
         raise DatasetError(
             f"{len(openings)} conversations with {len(groups)} different first user messages cannot be split into "
@@ -61,33 +60,33 @@ def hold_out(openings: Hashes, held_out: float, seed: int) -> Mask:
         )
     order = np.argsort(groups.astype(np.float64) * sizes, kind="stable")
     smallest = order[np.argmin(sizes[order])]
-    order = np.concatenate([[smallest], order[order != smallest]])  # it is held out even where nothing fits
-    num_rows = np.cumsum(sizes[order])  # [num_groups], of the groups up to each
+    order = np.concatenate([[smallest], order[order != smallest]])  # held out even if no group fits the fraction
+    num_rows = np.cumsum(sizes[order])  # [num_groups], rows of all groups up to this one
     if held_out < 1:
-        room = min(max(1, round(held_out * len(openings))), len(openings) - 1)
-        num_chosen = max(1, int(np.searchsorted(num_rows, room, side="right")))
+        max_rows = min(max(1, round(held_out * len(openings))), len(openings) - 1)
+        num_held_out = max(1, int(np.searchsorted(num_rows, max_rows, side="right")))
     else:
-        num_chosen = int(np.searchsorted(num_rows, held_out, side="left")) + 1
-    if num_chosen == len(groups):
+        num_held_out = int(np.searchsorted(num_rows, held_out, side="left")) + 1
+    if num_held_out == len(groups):
         raise DatasetError(
-            f"data.held_out is {held_out:.0f} of {len(openings)} rows, and conversations with the same first user "
-            f"message stay together, so none would be left to train on: set it to {num_rows[-2]} or less"
+            f"data.held_out is {held_out:.0f} of {len(openings)} rows, but conversations with the same first user "
+            f"message stay together, which leaves none to train on: set it to {num_rows[-2]} or less"
         )
-    chosen = np.zeros(len(groups), dtype=bool)
-    chosen[order[:num_chosen]] = True
-    mask: Mask = chosen[group_of]
+    is_held_out = np.zeros(len(groups), dtype=bool)
+    is_held_out[order[:num_held_out]] = True
+    mask: Mask = is_held_out[group_of]
     return mask
 
 
 def repeat_by_weight(index: Index, contents: Hashes, weight: float, seed: int) -> Index:
-    """Row numbers of one source, `round(weight * len(index))` of them: whole copies, and a seeded part of one more."""
-    copies, more = divmod(round(weight * len(index)), len(index)) if len(index) else (0, 0)
-    order = np.argsort(mixed(contents[index], seed), kind="stable")
-    return np.concatenate([*([index] * copies), np.sort(index[order[:more]])])
+    """`round(weight * len(index))` row numbers of one source: complete copies of `index`, then a seeded part of it."""
+    num_copies, remainder = divmod(round(weight * len(index)), len(index)) if len(index) else (0, 0)
+    order = np.argsort(seeded_hashes(contents[index], seed), kind="stable")
+    return np.concatenate([*([index] * num_copies), np.sort(index[order[:remainder]])])
 
 
-def mixed(hashes: Hashes, seed: int) -> Hashes:
-    """Other hashes for every seed: its own is added, then splitmix64's finaliser (doi:10.1145/2660193.2660195)."""
+def seeded_hashes(hashes: Hashes, seed: int) -> Hashes:
+    """Rehash with a seed: add the seed's own hash, then splitmix64's finalizer (doi:10.1145/2660193.2660195)."""
     salt = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
     value = hashes + np.uint64(salt)  # wraps around
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

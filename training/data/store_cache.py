@@ -1,4 +1,4 @@
-"""The stores of tokenized rows under CORRAL_HOME/cache/datasets: found by what they depend on, written once, pruned."""
+"""The row stores under CORRAL_HOME/cache/datasets: keyed by everything they depend on, written once, pruned."""
 
 import contextlib
 import hashlib
@@ -21,14 +21,14 @@ from training.data.row_store import RowStore
 from training.errors import DatasetError
 from training.home import corral_home
 
-_CACHE_BYTES = 20 << 30  # of all stores together; the least recently used go first
-_CACHE_S = 30 * 86_400.0  # a store that is unused for so long goes too
+_CACHE_BYTES = 20 << 30  # of all stores together; the least recently used are removed first
+_CACHE_S = 30 * 86_400.0  # a store that was not used for this long is removed too
 _WRITING = ".writing-"
-_ABANDONED_S = 86_400.0  # since a killed writer's last write
+_ABANDONED_S = 86_400.0  # since the last write to an unfinished store
 
 
 def code_files() -> list[Path]:
-    """The code that a store's content depends on: a change in any of these files builds all stores again."""
+    """The code that a store's content depends on: a change in any of these files invalidates all stores."""
     data, training = Path(__file__).parent, Path(__file__).parents[1]
     return sorted([*data.glob("*.py"), *(training / "chat").glob("*.py"), training / "base_models" / "tokenizer.py"])
 
@@ -36,10 +36,10 @@ def code_files() -> list[Path]:
 def open_or_build_store(
     config: DataConfig, base: BaseCheckpoint, chat_format: ChatFormat, kind: RowKind, max_length: int
 ) -> tuple[RowStore, ReadFacts]:
-    """The store of these rows, built now if no process of this machine has built it before.
+    """Open the store of these rows; build it first if no process of this machine has done so.
 
     Raises:
-        DatasetError: a source cannot be read, a row is refused, or the disk is full.
+        DatasetError: a source cannot be read, a row is not accepted, or the disk is full.
     """
     cache = corral_home() / "cache" / "datasets"
     cache.mkdir(parents=True, exist_ok=True)
@@ -54,24 +54,24 @@ def open_or_build_store(
 
 
 def _write_store(directory: Path, config: DataConfig, chat_format: ChatFormat, kind: RowKind, max_length: int) -> None:
-    """Whole or not at all: what a killed writer left has another name."""
-    fresh = Path(tempfile.mkdtemp(prefix=_WRITING, dir=directory.parent))
+    """Write to a temporary directory and rename it, so that a killed writer never leaves a partial store."""
+    temporary = Path(tempfile.mkdtemp(prefix=_WRITING, dir=directory.parent))
     try:
-        facts = read_into(fresh, config, chat_format, kind=kind, max_length=max_length)
-        (fresh / "facts.json").write_text(facts.model_dump_json())
-        fresh.rename(directory)
+        facts = read_into(temporary, config, chat_format, kind=kind, max_length=max_length)
+        (temporary / "facts.json").write_text(facts.model_dump_json())
+        temporary.rename(directory)
     except OSError as error:
         raise DatasetError(
             f"dataset {', '.join(config.paths)} cannot be prepared in {str(directory.parent)!r} "
             f"({error.strerror or error}): free some space, or set CORRAL_HOME to a larger disk"
         ) from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(config: DataConfig, base: BaseCheckpoint, chat_format: ChatFormat, kind: RowKind, max_length: int) -> str:
-    """Changes with everything that a store depends on, our own code included; seed, split and weights are not of it."""
-    depends_on = [
+    """A hash of everything that a store depends on, our own code included; seed, split and weights do not matter."""
+    dependencies = [
         [[source.format, source.columns, source.split, sources.fingerprint(source)] for source in config.sources],
         [len(config.path), config.max_rows, config.on_too_long == "truncate", kind, max_length, chat_format.name],
         [sources.sha256_of([file]) for file in code_files()],
@@ -81,16 +81,16 @@ def _key(config: DataConfig, base: BaseCheckpoint, chat_format: ChatFormat, kind
             if (file := base.path / name).exists()
         ],
     ]
-    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:32]
 
 
 def _prune(cache: Path, keep: Path) -> None:
-    """Remove stores that nobody used for long or that are too many; who has one open goes on reading it."""
+    """Remove stores that are old or exceed the size limit; processes that have one open can keep reading it."""
     total = _num_bytes(keep)
     others = [path for path in cache.iterdir() if path.is_dir() and path != keep]
     for path in sorted(others, key=_last_used, reverse=True):
         unused_s = time.time() - _last_used(path)
-        if path.name.startswith(_WRITING):  # perhaps of a writer at work
+        if path.name.startswith(_WRITING):  # its writer may still be running
             if unused_s > _ABANDONED_S:
                 shutil.rmtree(path, ignore_errors=True)
             continue

@@ -1,8 +1,7 @@
-"""`per_device_train_batch_size: auto` and `gradient_checkpointing: auto`, decided by the memory that there is.
+"""Resolves `per_device_train_batch_size: auto` and `gradient_checkpointing: auto` from the memory that is free.
 
-`training.trainer.train` asks on every worker before it loads the base, `training.planning.plan` for a dry run. What a
-step computes does not change: its examples are the same however many are taken at once. Estimates are
-`training.planning.memory`'s.
+Neither changes what a step computes: its examples are the same for every micro-batch size. The memory a step needs is
+estimated by `training.planning.memory`.
 """
 
 import math
@@ -19,18 +18,18 @@ from training.planning.memory import TrainStep, estimate, largest_batch
 if TYPE_CHECKING:
     import torch
 
-_USABLE = 0.9  # of what is free on a GPU
-_USABLE_CPU = 0.6  # of what is free in main memory, which others use too
-_ENOUGH_TOKENS = 4096  # at once: with fewer, reading and dequantizing the weights outweighs the forward done twice
+_USABLE = 0.9  # of a GPU's free memory
+_USABLE_CPU = 0.6  # of free main memory, which other processes use too
+_ENOUGH_TOKENS = 4096  # per micro-batch; below, reading and dequantizing weights costs more than a second forward pass
 
 
 def decide(
     config: TrainConfig, inputs: RunInputs, free_bytes: int, *, on_gpu: bool, compute_dtype: ComputeDtype
 ) -> TrainConfig:
-    """`config` with numbers in place of `auto`.
+    """`config` with every `auto` replaced by a value.
 
-    Checkpointing costs a second forward pass: it is left off where all examples of a worker's step fit without it, or
-    `_ENOUGH_TOKENS` do. The batch is then the largest power of two that fits, at most a worker's part of a step.
+    Checkpointing costs a second forward pass, so it stays off if all examples of a worker's step fit without it, or
+    `_ENOUGH_TOKENS` do. The batch is then the largest power of two that fits, at most a worker's share of a step.
 
     Args:
         free_bytes: on one worker's device, before the base is loaded.
@@ -44,28 +43,26 @@ def decide(
     llama_config = inputs.base.llama_config()
     longest = int(example_lengths(config, inputs).max())
     share = math.ceil(config.step_size / config.max_workers)
-    wanted = share if auto_batch else config.micro_batch_size
+    max_batch = share if auto_batch else config.micro_batch_size
     options = (False, True) if config.gradient_checkpointing == "auto" else (config.gradient_checkpointing,)
-    chosen = 0, True
+    batch, checkpointing = 0, True
     for checkpointing in options:
         step = TrainStep.of(
             config.model_copy(update={"gradient_checkpointing": checkpointing}),
             max_length=longest,
             compute_dtype=compute_dtype,
             on_gpu=on_gpu,
-            gradient_accumulation_steps=2,  # gradients of earlier micro-batches may be there
+            gradient_accumulation_steps=2,  # gradients of earlier micro-batches may be in memory
             labelled_share=inputs.report.trained_share,
         )
-        fitting = largest_batch(llama_config, step, free_bytes, limit=wanted)
-        chosen = fitting, checkpointing
-        if 2 * fitting > wanted or (auto_batch and fitting * longest >= _ENOUGH_TOKENS):
+        batch = largest_batch(llama_config, step, free_bytes, limit=max_batch)
+        if 2 * batch > max_batch or (auto_batch and batch * longest >= _ENOUGH_TOKENS):
             break
-    batch, checkpointing = chosen
     if auto_batch and batch == 0:
-        needed = estimate(llama_config, step, 1).total_bytes
+        required = estimate(llama_config, step, 1).total_bytes
         raise TrainingError(
-            f"one example of {longest} tokens needs {needed / 2**30:.1f} GiB, {free_bytes / 2**30:.1f} GiB are free: "
-            "lower max_length or lora.r, or use a larger device"
+            f"one example of {longest} tokens needs {required / 2**30:.1f} GiB, but only {free_bytes / 2**30:.1f} GiB "
+            "are free: lower max_length or lora.r, or use a larger device"
         )
     if not auto_batch:
         batch = config.micro_batch_size
@@ -73,7 +70,7 @@ def decide(
 
 
 def example_lengths(config: TrainConfig, inputs: RunInputs) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Tokens of every example of an epoch."""
+    """Tokens of every example in an epoch, [num_examples]."""
     lengths = np.asarray(inputs.train_rows.lengths, dtype=np.int64)
     if not config.packing:
         return lengths
@@ -83,7 +80,7 @@ def example_lengths(config: TrainConfig, inputs: RunInputs) -> "np.ndarray[Any, 
 
 
 def free_memory(device: "torch.device", num_workers: int) -> int:
-    """Bytes that a worker may count on: of its GPU, or its part of this machine's memory."""
+    """Bytes available to one worker: on its GPU, or its share of this machine's memory."""
     if device.type == "cuda":
         import torch
 

@@ -1,7 +1,6 @@
 """What a run will do, before anything is loaded: rows, steps, trainable parameters, resources, memory.
 
-`--dry-run` prints it, `training.ray_train.fit` keeps it in the run's directory as `plan.json`, where the report finds
-the estimate. It reads the data and the shapes in `config.json`, no weights.
+Reads the data and the dimensions in `config.json`, but no weights.
 """
 
 import json
@@ -27,17 +26,17 @@ from training.planning.resources import check_this_machine, gpus_here, wants_gpu
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A run before it starts.
+    """The plan of a run.
 
     Attributes:
-        num_left_out: rows that were read and are not used: bad, too long, doubled, or also held out.
+        num_left_out: rows that were read but are not used: bad, too long, duplicate, or also held out.
         num_examples: rows, or packs of rows, in an epoch.
         tokens_per_step: on average.
-        largest_micro_batch: tokens of the longest examples that may meet in one forward pass.
-        resources_per_worker: None where the cluster decides when the run starts.
-        memory: of one worker, at its peak.
-        time: on GPUs that are named in it; None for a run without GPUs.
-        device_memory: bytes of this machine's first GPU, or of its memory; None where the run goes to a cluster.
+        largest_micro_batch: tokens of the largest possible micro-batch.
+        resources_per_worker: None if the cluster decides when the run starts.
+        memory: peak of one worker.
+        time: on the GPUs that it names; None for a run without GPUs.
+        device_memory: bytes of this machine's first GPU, or of its main memory; None for a run on a cluster.
     """
 
     base: str
@@ -62,7 +61,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the estimate fits the device; None where that is not known."""
+        """Whether the estimate fits the device; None if its memory is unknown."""
         return None if self.device_memory is None else self.memory.total_bytes <= self.device_memory
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,35 +73,37 @@ class Plan:
         workers = "" if isinstance(self.num_workers, int) else f" to {self.num_workers[1]}"
         first = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
         share = self.resources_per_worker
-        each = ", ".join(f"{amount:g} {what}" for what, amount in share.items()) if share else "as the cluster has them"
+        resources = (
+            ", ".join(f"{amount:g} {name}" for name, amount in share.items()) if share else "resources of the cluster"
+        )
         epochs = self.num_steps / self.steps_per_epoch
-        what = "rows" if self.num_examples == self.num_train_rows else "packs"
+        unit = "rows" if self.num_examples == self.num_train_rows else "packs"
         rows = f"{self.num_train_rows:,} training and {self.num_held_out:,} held out"
-        rows += f"; {self.num_left_out:,} left out" if self.num_left_out else ""
-        step = f"{self.step_size:,} {what} and {self.tokens_per_step:,.0f} tokens"
+        rows += f"; {self.num_left_out:,} dropped" if self.num_left_out else ""
+        step = f"{self.step_size:,} {unit} and {self.tokens_per_step:,.0f} tokens"
         lines = {
             "base": f"{self.base}, {self.num_parameters:,} parameters",
             "adapter": f"{self.num_trainable:,} trainable parameters, {self.num_trainable / self.num_parameters:.2%}",
             "rows": rows,
             "steps": f"{self.num_steps:,} ({epochs:.3g} epochs), each of {step}",
-            "workers": f"{first}{workers}, each {each}; computing in {self.compute_dtype}"
-            + ("; the 4-bit base is shared among them" if self.fsdp else ""),
+            "workers": f"{first}{workers}, each with {resources or 'resources of the cluster'}; computing in {self.compute_dtype}"
+            + ("; the 4-bit base is sharded over them" if self.fsdp else ""),
             **({"time": str(self.time)} if self.time else {}),
-            "memory": f"{_gib(self.memory.total_bytes)} a worker at its peak{self._room()}",
+            "memory": f"{_gib(self.memory.total_bytes)} per worker at its peak{self._available()}",
         }
         text = [f"{name:<8} {value}" for name, value in lines.items()]
         return "\n".join([*text, *(f"  {line}" for line in memory_lines(asdict(self.memory)))])
 
-    def _room(self) -> str:
+    def _available(self) -> str:
         if self.device_memory is None:
             return ""
         return f", of {_gib(self.device_memory)}" + ("" if self.fits else ": does not fit")
 
 
 def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
-    """Count what a run with these inputs will do: on this machine, or with RAY_ADDRESS on GPUs unless use_gpu=false."""
+    """Plan a run with these inputs: on this machine, or if RAY_ADDRESS is set on a cluster's GPUs (see `use_gpu`)."""
     llama_config = inputs.base.llama_config()
-    shape = LlamaDims.of(llama_config)
+    dims = LlamaDims.of(llama_config)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     gpus = (0 if config.use_gpu is False else config.max_workers) if on_cluster else gpus_here(config)
     on_gpu = wants_gpu(config, gpus)
@@ -127,7 +128,7 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     num_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     tokens_per_step = float(lengths.sum()) / steps_per_epoch
     flops = training_flops(
-        shape,
+        dims,
         config.lora,
         num_steps * tokens_per_step,
         float(np.mean(inputs.train_rows.lengths)),
@@ -137,8 +138,8 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     duplicates = report.num_duplicates if report.deduplicated else 0
     return Plan(
         base=inputs.base.name,
-        num_parameters=shape.num_parameters,
-        num_trainable=shape.num_trainable(config.lora.r, config.lora.targets),
+        num_parameters=dims.num_parameters,
+        num_trainable=dims.num_trainable(config.lora.r, config.lora.targets),
         num_train_rows=len(inputs.train_rows),
         num_held_out=len(inputs.held_out_rows),
         num_left_out=report.num_skipped + report.num_too_long + duplicates + report.num_leaked,
@@ -175,9 +176,9 @@ def dry_run(config: TrainConfig, *, as_json: bool = False) -> str:
 
 
 def memory_lines(memory: Mapping[str, Any]) -> list[str]:
-    """The parts of a `MemoryEstimate`, given as plain values, one a line."""
+    """The parts of a `MemoryEstimate` in plain values, one per line."""
     parts = {
-        "base in 4 bit": memory["base_4bit"],
+        "base in 4 bits": memory["base_4bit"],
         "embeddings, lm_head, norms": memory["base_other"],
         "adapter": memory["adapter"],
         "optimizer": memory["optimizer"],
@@ -193,7 +194,7 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
 
 
 def _compute_dtype(config: TrainConfig, on_gpu: bool, gpu_here: bool) -> ComputeDtype:
-    if on_gpu and not gpu_here:  # a cluster's GPU, taken to be one of 2020 or later
+    if on_gpu and not gpu_here:  # a cluster's GPU, assumed to support bfloat16 (2020 or later)
         return "bfloat16" if config.quantization.compute_dtype == "auto" else config.quantization.compute_dtype
     return compute_dtype_on("cuda" if on_gpu else "cpu", config.quantization)
 

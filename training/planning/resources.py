@@ -1,4 +1,4 @@
-"""Whether a run's workers, CPUs and GPUs exist, asked before anything is loaded."""
+"""Checks that the workers, CPUs and GPUs of a run exist, before anything is loaded."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,10 @@ from training.errors import TrainingError
 
 
 def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -> None:
-    """Refuse a run that `where` (words for the machine or cluster) with that many CPUs and GPUs cannot hold.
+    """Check that `where` (a machine or cluster, as named in errors) has the CPUs and GPUs that a run needs.
 
     Raises:
-        TrainingError: naming key, value and what there is.
+        TrainingError: it does not; names the key, its value and what is available.
     """
     if config.use_gpu is True and gpus < 1:
         raise TrainingError(f"use_gpu is true, but {where} has no GPU: set use_gpu=false or 'auto'")
@@ -21,27 +21,27 @@ def check_resources(config: TrainConfig, cpus: float, gpus: float, where: str) -
     if config.min_workers * gpus_each > gpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {gpus_each:g} GPU each, but {where} has {gpus:g} GPU(s): "
-            f"{_fewer_workers(config, gpus / gpus_each)}" + ("" if gpus else ", or use_gpu=false")
+            f"{_advice(config, gpus / gpus_each)}" + ("" if gpus else ", or use_gpu=false")
         )
     cpus_each = per_worker.get("CPU", 1.0)
     if config.min_workers * cpus_each > cpus:
         raise TrainingError(
             f"num_workers is {config.num_workers} with {cpus_each:g} CPU each, but {where} has {cpus:g} CPU(s): "
-            f"{_fewer_workers(config, cpus / cpus_each)}"
+            f"{_advice(config, cpus / cpus_each)}"
         )
     if config.quantization.compute_dtype == "float16" and not on_gpu:
         raise TrainingError("quantization.compute_dtype is 'float16', which needs a GPU: set it to 'auto'")
 
 
-def _fewer_workers(config: TrainConfig, room: float) -> str:
-    """What to do where there is `room` for so many workers."""
-    if config.fsdp and room < 2:
+def _advice(config: TrainConfig, max_workers: float) -> str:
+    """What to change if there is room for `max_workers` workers."""
+    if config.fsdp and max_workers < 2:
         return "set num_workers to 1 and fsdp to false"
-    return f"set num_workers to {max(1, int(room))} or less"
+    return f"set num_workers to {max(1, int(max_workers))} or less"
 
 
 def check_this_machine(config: TrainConfig) -> None:
-    """`check_resources` for the machine that this runs on."""
+    """`check_resources` for this machine."""
     gpus, bf16 = gpus_here(config), True
     if gpus:
         import torch
@@ -55,7 +55,7 @@ def check_this_machine(config: TrainConfig) -> None:
 
 
 def gpus_here(config: TrainConfig) -> int:
-    """GPUs of this machine that the run could use; imports torch only where there may be some."""
+    """GPUs of this machine that the run may use; imports torch only if there may be any."""
     if config.use_gpu is False or not (config.use_gpu is True or Path("/dev/nvidiactl").exists()):
         return 0
     import torch
@@ -64,5 +64,5 @@ def gpus_here(config: TrainConfig) -> int:
 
 
 def wants_gpu(config: TrainConfig, gpus: float) -> bool:
-    """Whether the run uses GPUs where there are `gpus` of them."""
+    """Whether the run uses GPUs, given that `gpus` are available."""
     return gpus >= 1 if config.use_gpu == "auto" else config.use_gpu

@@ -53,12 +53,12 @@ def test_check_shows_what_a_run_would_see(check: Any, csv_file: Path) -> None:
         "roles  user (59), assistant (59)",
         "tiny-llama, chat format chatml, max_length 100",
         "Rows that cannot be used: 1",
-        f"{csv_file}:61 has an empty answer in messages[1]",
-        'it starts with \'{"question": "Who hums?", "answer": ""}\'',
+        f"{csv_file}:61: messages[1]: the answer is empty",
+        'the row starts with \'{"question": "Who hums?", "answer": ""}\'',
         "Rows that are too long: 1",
-        f"{csv_file}:62 is too long, 174 tokens with max_length 100",
+        f"{csv_file}:62: too long: 174 tokens, max_length is 100",
         "Duplicates: 1",
-        f"{csv_file}:60 says the same as {csv_file}:9",
+        f"{csv_file}:60: duplicates {csv_file}:9",
         "1 too long",
         "a max_length leaves out: 100 (1 rows), 128 (1 rows)",
         " is by the barn.<|im_end|>»",
@@ -108,11 +108,11 @@ def test_the_readmes_csv_is_as_the_readme_shows_it(check: Any) -> None:
     shown = check("--config", recipe, rows).stdout
     assert "77 read, 1 cannot be used, 1 duplicates left out" in shown
     assert "64 for training, 11 held out" in shown
-    assert "workshop.csv:43 has an empty answer in messages[1]" in shown
-    assert "workshop.csv:22 says the same as" in shown
+    assert "workshop.csv:43: messages[1]: the answer is empty" in shown
+    assert "workshop.csv:22: duplicates" in shown
     unmapped = check(rows, "--max-length", 128)
     assert unmapped.exit_code == 1
-    assert "it has the keys answer, question" in unmapped.stderr
+    assert "the row has the keys answer, question" in unmapped.stderr
     assert "need data.columns, such as {prompt: question, completion: answer}" in unmapped.stderr
 
 
@@ -129,8 +129,8 @@ def test_check_of_preferences_shows_both_answers(check: Any, tmp_path: Path) -> 
     ("arguments", "code", "words"),
     [
         ((), 2, "no data is named: give files, folders, globs or hub ids, or --config"),
-        (("nowhere.csv",), 1, "dataset 'nowhere.csv' is no file, folder or glob"),
-        (("data.path=nowhere.csv",), 1, "dataset 'nowhere.csv' is no file"),
+        (("nowhere.csv",), 1, "dataset 'nowhere.csv' is neither a file, folder or glob"),
+        (("data.path=nowhere.csv",), 1, "dataset 'nowhere.csv' is neither a file"),
         (("x.jsonl", "data.colums={}"), 2, "unknown key 'data.colums' (value {}): did you mean 'data.columns'?"),
     ],
 )
@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(check: Any, arguments: tuple[str, ...], code: int
 
 
 def test_a_terminal_shows_the_trained_tokens_in_colour() -> None:
-    row = [Segment(text="[b]question[/b] ", use="context"), Segment(text="answer", use="trained")]
+    row = [Segment(text="[b]question[/b] ", role="context"), Segment(text="answer", role="trained")]
     shown = data._coloured(row, Console(force_terminal=True, color_system="truecolor"))
     assert isinstance(shown, Text)
     assert shown.plain == "[b]question[/b] answer"  # markup in a row is text

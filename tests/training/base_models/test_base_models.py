@@ -49,12 +49,12 @@ def test_a_directory_that_lacks_a_file_is_refused(copy: Path, gone: str) -> None
 def test_another_architecture_is_refused(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
-    with pytest.raises(BaseModelError, match="is a MistralForCausalLM: Corral runs Llama models only"):
+    with pytest.raises(BaseModelError, match="is a MistralForCausalLM: Corral supports Llama models only"):
         resolve_base_model(str(copy))
 
 
 def test_a_name_that_is_nothing_is_refused() -> None:
-    with pytest.raises(BaseModelError, match="neither 'smollm2-135m', nor a directory here, nor a hub id"):
+    with pytest.raises(BaseModelError, match="neither 'smollm2-135m', nor a local directory, nor a hub id"):
         resolve_base_model("smolm2")
 
 
@@ -203,7 +203,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, status: int, code: str, mess
 def test_another_architecture_is_refused_before_its_weights_are_fetched(hub: Hub) -> None:
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
-    assert "'acme/mistral' is a MistralForCausalLM: Corral runs Llama models only" in hub.resolve("acme/mistral")
+    assert "'acme/mistral' is a MistralForCausalLM: Corral supports Llama models only" in hub.resolve("acme/mistral")
     assert not any("safetensors" in path for path in hub.asked)
 
 

@@ -188,7 +188,7 @@ def test_a_tokenizer_that_parses_special_tokens_in_text_is_refused() -> None:
     [
         ([], None, "empty: expected at least one user message"),
         ([("system", "s")], 0, "expected a last message from the user"),
-        ([("assistant", "a")], 0, "first and from the assistant: expected system or user"),
+        ([("assistant", "a")], 0, "first message, but from the assistant: expected system or user"),
         ([("user", "u"), ("assistant", "a")], 1, "expected a last message from the user"),
         ([("user", "u"), ("user", "u")], 1, "from the user and follows one from the user: expected assistant"),
         ([("user", "u"), ("assistant", "a"), ("assistant", "a")], 2, "expected user"),

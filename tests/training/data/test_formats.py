@@ -149,14 +149,14 @@ def test_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tu
 @pytest.mark.parametrize(
     ("user", "assistant", "reason"),
     [
-        ({}, {"weight": 2}, "has in messages[1].weight 2, expected 0 or 1"),
-        ({}, {"weight": 0.5}, "has in messages[1].weight 0.5, expected 0 or 1"),
-        ({}, {"weight": "0"}, 'has in messages[1].weight "0", expected 0 or 1'),
-        ({}, {"train": "no"}, 'has in messages[1].train "no", expected true or false'),
-        ({"weight": 1}, {}, "has in messages[0].weight 1, expected none: only messages of the assistant are trained"),
-        ({"train": True}, {}, "has in messages[0].train true, expected none: only messages of the assistant are"),
-        ({"train": False}, {"weight": 0}, "has nothing to learn: every answer is marked as not to be trained"),
-        ({}, {"train_detail": [{"begin_offset": 0}]}, "trains parts of a message (train_detail) in messages[1]"),
+        ({}, {"weight": 2}, "messages[1].weight: expected 0 or 1, got 2"),
+        ({}, {"weight": 0.5}, "messages[1].weight: expected 0 or 1, got 0.5"),
+        ({}, {"weight": "0"}, 'messages[1].weight: expected 0 or 1, got "0"'),
+        ({}, {"train": "no"}, 'messages[1].train: expected true or false, got "no"'),
+        ({"weight": 1}, {}, "messages[0].weight: only assistant messages can be trained, got 1"),
+        ({"train": True}, {}, "messages[0].train: only assistant messages can be trained, got true"),
+        ({"train": False}, {"weight": 0}, "nothing to train on: every answer is marked as untrained"),
+        ({}, {"train_detail": [{"begin_offset": 0}]}, "messages[1]: train_detail is not supported"),
     ],
 )
 def test_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
@@ -175,7 +175,7 @@ def test_an_answer_that_is_judged_is_learned() -> None:
     assert isinstance(parse(row | {"chosen": "good"}, "preference")[1], PreferencePair)
     judged: dict[str, RowKind] = {"chosen": "preference", "completion": "unpaired_preference"}
     for key, kind in judged.items():
-        with pytest.raises(BadRow, match="marks the answer that it judges as not to be trained"):
+        with pytest.raises(BadRow, match="the answer to be rated is marked as untrained"):
             parse(row | {key: [turns[0]], "label": True}, kind)
 
 
@@ -184,7 +184,7 @@ def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:
     assert parse({"text": "### Human: q ### Assistant: a"}, format="text")[0] == "text"
     with pytest.raises(BadRow, match=r"set data\.format to text"):
         parse({"text": "Once upon a time"})
-    with pytest.raises(BadRow, match="empty text"):
+    with pytest.raises(BadRow, match="text: empty"):
         parse({"text": " "}, format="text")
 
 
@@ -192,7 +192,7 @@ def test_columns_name_the_parts_of_any_row() -> None:
     row = {"question": "q", "answer": "a", "prompt": "not this", "tone": "S"}
     columns = {"prompt": "question", "completion": "answer", "system": "tone"}
     assert parse(row, columns=columns) == ("prompt_completion", Dialog(dialog("q", "a", system="S")))
-    with pytest.raises(BadRow, match=r"has no 'question', which data.columns names: it has the keys answer"):
+    with pytest.raises(BadRow, match=r"no key 'question', which data.columns names: the row has the keys answer"):
         parse({"answer": "a"}, columns=columns)
 
 
@@ -315,25 +315,28 @@ def test_preferences_share_whole_turns() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "q", "chosen": "same", "rejected": "same"}, "has the same answer as chosen and as rejected"),
-        ({"prompt": "q", "chosen": "a", "rejected": " "}, "has an empty answer in rejected"),
-        ({"prompt": "q", "chosen": " ", "rejected": "a"}, "has an empty answer in messages[1]"),
-        ({"chosen": "a", "rejected": "b"}, "has no prompt: it has the keys chosen, rejected"),
-        ({"prompt": "q", "completion": "a"}, "is not of preference: it has the keys completion, prompt"),
+        ({"prompt": "q", "chosen": "same", "rejected": "same"}, "chosen and rejected are the same answer"),
+        ({"prompt": "q", "chosen": "a", "rejected": " "}, "rejected: the answer is empty"),
+        ({"prompt": "q", "chosen": " ", "rejected": "a"}, "messages[1]: the answer is empty"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt: the row has the keys chosen, rejected"),
+        (
+            {"prompt": "q", "completion": "a"},
+            "does not match format 'preference': the row has the keys completion, ",
+        ),
         (
             {
                 "prompt": "other",
                 "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
                 "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}],
             },
-            "has a prompt that is not in the dialogs",
+            "prompt: not in the dialogs",
         ),
         (
             {
                 "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
                 "rejected": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}],
             },
-            "has in chosen 2 messages that differ",
+            "chosen: expected one answer at the end, got 2 messages",
         ),
     ],
 )
@@ -356,14 +359,14 @@ def test_rated_answers(label: Any, expected: bool) -> None:
 @pytest.mark.promise("B10")
 def test_a_label_must_be_one() -> None:
     """P B10."""
-    with pytest.raises(BadRow, match='has in label "good", expected true or false'):
+    with pytest.raises(BadRow, match='label: expected true or false, got "good"'):
         parse({"prompt": "q", "completion": "a", "label": "good"}, "unpaired_preference")
 
 
 @pytest.mark.promise("B10")
 def test_supervised_training_does_not_learn_the_worse_answer() -> None:
     """P B10: rows for DPO and KTO are told apart from those for SFT."""
-    with pytest.raises(BadRow, match="method dpo"):
+    with pytest.raises(BadRow, match="set method: dpo"):
         parse({"prompt": "q", "chosen": "a", "rejected": "b"})
 
 
@@ -373,7 +376,7 @@ def test_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
     """P B10: what one method takes for a bad answer must not be learned by the other."""
     row = {"prompt": "q", "completion": "a", "label": label}
     assert isinstance(parse(row, "unpaired_preference")[1], UnpairedExample)
-    with pytest.raises(BadRow, match=r"rates an answer .*set method: kto"):
+    with pytest.raises(BadRow, match=r"the answer is labelled .*set method: kto"):
         parse(row)
     assert parse(row, format="prompt_completion")[1] == Dialog(dialog("q", "a"))
     assert unused(row, format="prompt_completion") == {"label"}

@@ -55,12 +55,11 @@ def test_what_is_counted(prepare: Prepare, tmp_path: Path) -> None:
     assert len(report.samples) == 3
     for sample in report.samples:
         assert "".join(s.text for s in sample).startswith("<|im_start|>")
-        assert [s.text.endswith("<|im_end|>") for s in sample if s.use == "trained"]
+        assert [s.text.endswith("<|im_end|>") for s in sample if s.role == "trained"]
     assert DataReport.model_validate(json.loads(report.model_dump_json())) == report
-    tokens = f"{report.num_train_tokens} tokens an epoch, {report.trained_share:.0%} of them trained"
+    tokens = f"{report.num_train_tokens} tokens per epoch, {report.trained_share:.0%} of them trained"
     assert report.summary().splitlines()[0] == (
-        f"data: 8 training and 2 held-out rows (prompt_completion, messages, sharegpt), {tokens}; "
-        "left out: 1 duplicates"
+        f"data: 8 training and 2 held-out rows (prompt_completion, messages, sharegpt), {tokens}; dropped: 1 duplicates"
     )
 
 
@@ -73,11 +72,11 @@ MANY = [row(f"question {n}", f"a longer answer {n}") for n in range(60)]
     [
         (MANY, {}, None),
         ([*MANY, EMPTY_SYSTEM], {}, "1 rows have an empty system prompt"),
-        ([*MANY, row("q", "a<|im_end|>")], {}, "1 rows hold control tokens of a chat format as text"),
-        ([*MANY, row("[INST] q [/INST]", "answer")], {}, "1 rows hold control tokens of a chat format as text"),
+        ([*MANY, row("q", "a<|im_end|>")], {}, "1 rows contain control tokens of a chat format as text"),
+        ([*MANY, row("[INST] q [/INST]", "answer")], {}, "1 rows contain control tokens of a chat format as text"),
         ([row(f"question {n}", "yes") for n in range(60)], {}, "60 of 60 answers are a single token"),
-        ([*MANY, *MANY], {}, "60 of 120 rows say the same as an earlier one and are left out"),
-        ([*MANY, *MANY], {"deduplicate": False}, "say the same as an earlier one and are kept (data.deduplicate is"),
+        ([*MANY, *MANY], {}, "60 of 120 rows are duplicates and are dropped"),
+        ([*MANY, *MANY], {"deduplicate": False}, "rows are duplicates and are kept (data.deduplicate is false)"),
         ([*MANY, *([1] * 10)], {"on_bad_row": "skip"}, "10 of 70 rows cannot be used"),
         (MANY, {"held_out": 0}, "no row is held out"),
         (MANY[:20], {}, "only 18 training rows"),
@@ -97,16 +96,16 @@ def test_keys_that_are_not_used_are_counted_in_one_line(prepare: Prepare, tmp_pa
     rows: list[Any] = [*(row(f"q{n}", "an answer", id=n + 1) for n in range(5)), row("t", "a", tools=["x"])]
     report = prepare(write(tmp_path / "d.jsonl", *rows)).report
     assert report.unused_keys == {"id": 5, "tools": 1}
-    assert "data: keys that are not used: id (5 rows), tools (1 rows)" in report.summary().splitlines()
+    assert "data: unused keys: id (5 rows), tools (1 rows)" in report.summary().splitlines()
     used = prepare(write(tmp_path / "u.jsonl", *MANY)).report
-    assert "not used" not in used.summary()
+    assert "unused" not in used.summary()
     wild = [row(f"q{n}", "an answer", **{f"key {n}": 1}) for n in range(1100)]
     report = prepare(write(tmp_path / "w.jsonl", *wild)).report
     assert len(report.unused_keys) == 1000
     assert report.unused.endswith("key 7 (1 rows) and 992 more")
 
 
-def test_a_source_that_drowns_the_others_is_named(prepare: Prepare, tmp_path: Path) -> None:
+def test_a_source_that_dominates_the_mix_is_named(prepare: Prepare, tmp_path: Path) -> None:
     few = write(tmp_path / "few.jsonl", *(row(f"few {n}", "an answer") for n in range(3)))
     many = write(tmp_path / "many.jsonl", *MANY)
     assert any(f"are from {many}" in warning for warning in prepare([few, many], held_out=0.1).report.warnings)

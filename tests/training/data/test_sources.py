@@ -114,7 +114,7 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
     assert source_files("owner/name") == []  # a hub id
     Path("empty").mkdir()
     for nothing in ("empty", "set/*.parquet", "set/README.md"):
-        with pytest.raises(DatasetError, match=r"that can be read: accepted are .jsonl, .json, .csv"):
+        with pytest.raises(DatasetError, match=r"supported .*type: supported are .jsonl, .json, .csv"):
             source_files(nothing)
 
 
@@ -123,16 +123,16 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
     ("name", "content", "reason"),
     [
         ("d.csv", b"", "has no header: name the columns in its first line"),
-        ("d.csv", b"prompt,prompt\nq,a\n", "names the column 'prompt' twice"),
-        ("d.csv", b'prompt,completion\nq,a\nq,"never closed\n', "d.csv:3: not CSV"),
+        ("d.csv", b"prompt,prompt\nq,a\n", "has two columns named 'prompt'"),
+        ("d.csv", b'prompt,completion\nq,a\nq,"never closed\n', "d.csv:3: not valid CSV"),
         ("d.csv", "prompt,completion\nq,\u00fc\n".encode("latin-1"), "not UTF-8 from here on: save the file as"),
-        ("d.json", b'[{"a": 1},', "is not JSON"),
-        ("d.json", b'"text"', "is a str: expected an array of rows"),
-        ("d.json", b'{"train": [], "test": []}', "is an object with the lists train, test: expected an array"),
-        ("d.json", b'{"a": 1}', "is an object without a list of rows"),
+        ("d.json", b'[{"a": 1},', "is not valid JSON"),
+        ("d.json", b'"text"', "expected an array of rows, or an object with one such array, got a str"),
+        ("d.json", b'{"train": [], "test": []}', "one such array, got an object with the lists train, test"),
+        ("d.json", b'{"a": 1}', "one such array, got an object without a list"),
         ("d.parquet", b"no parquet", "cannot be read"),
         ("d.jsonl.gz", b"no gzip", "cannot be read"),
-        ("d.txt", b"\xff", "is not UTF-8"),
+        ("d.txt", b"\xff", "is not valid UTF-8"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -151,8 +151,8 @@ def test_a_csv_row_with_other_cells_than_the_header_is_bad(tmp_path: Path) -> No
     (tmp_path / "d.csv").write_text("prompt,completion\nq,a,b\nq\nq,a\n")
     rows = [*read_rows(DataSource(path=str(tmp_path / "d.csv")))]
     assert [row.problem for row in rows] == [
-        "has 3 cells, the header has 2",
-        "has 1 cells, the header has 2",
+        "3 cells, but the header has 2",
+        "1 cells, but the header has 2",
         None,
     ]
 
@@ -160,7 +160,7 @@ def test_a_csv_row_with_other_cells_than_the_header_is_bad(tmp_path: Path) -> No
 def test_a_large_json_array_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_files, "_MAX_JSON_BYTES", 20)
     (tmp_path / "d.json").write_text(json.dumps(ROWS))
-    with pytest.raises(DatasetError, match=r"which is parsed whole: write one row per line to a \.jsonl file"):
+    with pytest.raises(DatasetError, match=r"too large to parse at once: write one row per line to a \.jsonl file"):
         contents(tmp_path / "d.json")
 
 
@@ -222,14 +222,14 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DatasetError, match=r"hub dataset 'owner/name' cannot be loaded .*or name a file or folder"):
+    with pytest.raises(DatasetError, match=r"hub dataset 'owner/name' cannot be loaded .*or use a local file"):
         fingerprint(DataSource(path="owner/name"))
 
 
 def test_fingerprints_of_large_files_are_cheap_and_change_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_files, "_HASHED_WHOLE_BYTES", 4)
+    monkeypatch.setattr(data_files, "_MAX_HASHED_BYTES", 4)
     monkeypatch.setattr(data_files, "sha256_of", lambda files: pytest.fail("read whole"))
     path = tmp_path / "d.jsonl"
     source = DataSource(path=str(path))

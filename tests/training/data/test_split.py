@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.split import hash_content, hash_opening, hold_out, mixed, repeat_by_weight, repeats
+from training.data.split import find_duplicates, hash_content, hash_opening, hold_out, repeat_by_weight, seeded_hashes
 from training.errors import DatasetError
 
 few_hashes = st.lists(st.integers(0, 12), min_size=2, max_size=60).map(lambda values: np.array(values, dtype=np.uint64))
@@ -30,18 +30,18 @@ def test_contents_differ_in_case_and_in_where_a_turn_ends() -> None:
 
 def test_mixing_is_a_permutation_that_the_seed_chooses() -> None:
     hashes = np.arange(10_000, dtype=np.uint64)
-    assert len(np.unique(mixed(hashes, 1))) == len(hashes)
-    assert (mixed(hashes, 1) != mixed(hashes, 2)).all()
-    assert abs(float((mixed(hashes, 1) >> np.uint64(63)).mean()) - 0.5) < 0.02
+    assert len(np.unique(seeded_hashes(hashes, 1))) == len(hashes)
+    assert (seeded_hashes(hashes, 1) != seeded_hashes(hashes, 2)).all()
+    assert abs(float((seeded_hashes(hashes, 1) >> np.uint64(63)).mean()) - 0.5) < 0.02
     # the finaliser's published first output for state 0 is that of 0x9e3779b97f4a7c15
     salt = int.from_bytes(hashlib.blake2b(b"7", digest_size=8).digest())
     state = np.array([0x9E3779B97F4A7C15], dtype=np.uint64) - np.uint64(salt)
-    assert mixed(state, 7).tolist() == [0xE220A8397B1DCDAF]
+    assert seeded_hashes(state, 7).tolist() == [0xE220A8397B1DCDAF]
 
 
 @given(few_hashes)
 def test_repeats_point_to_the_first_that_says_the_same(contents: np.ndarray) -> None:
-    repeated, earliest = repeats(contents)
+    repeated, earliest = find_duplicates(contents)
     listed = contents.tolist()
     assert earliest.tolist() == [listed.index(value) for value in listed]
     assert repeated.tolist() == [listed.index(value) < at for at, value in enumerate(listed)]
@@ -115,7 +115,7 @@ def test_hold_out_of_single_rows_is_the_exact_share() -> None:
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 1.0, 1.5, 2.0, 3.3])
 def test_weights_count_exactly_and_evenly(weight: float) -> None:
-    contents = mixed(np.arange(500, dtype=np.uint64), 0)
+    contents = seeded_hashes(np.arange(500, dtype=np.uint64), 0)
     index = np.arange(100, 400)
     taken = repeat_by_weight(index, contents, weight, seed=0)
     assert len(taken) == round(weight * 300)

@@ -79,5 +79,5 @@ def test_a_given_batch_stays_and_only_checkpointing_is_decided(config: TrainConf
 
 
 def test_what_cannot_fit_is_said_with_both_numbers(config: TrainConfig, inputs: RunInputs) -> None:
-    with pytest.raises(TrainingError, match=r"one example of \d+ tokens needs \d+\.\d GiB, 0\.0 GiB are free: lower"):
+    with pytest.raises(TrainingError, match=r"one example of \d+ tokens needs \d+\.\d GiB, but only 0\.0 GiB are free"):
         chosen(config, inputs, 1000)

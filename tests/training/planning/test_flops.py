@@ -41,7 +41,7 @@ def test_operations_are_those_of_a_real_step(checkpointing: bool) -> None:
 def test_time_is_operations_over_what_is_assumed_of_the_gpus() -> None:
     estimate = estimate_time(2 * GPU_FLOPS * UTILISATION * 7200, 2)
     assert estimate.seconds == pytest.approx(7200)
-    assert str(estimate).startswith("about 2.0 hours on 2 x A100: an estimate, ")
+    assert str(estimate).startswith("about 2.0 hours on 2 x A100 (estimated: ")
     assert "about 20 minutes on" in str(replace(estimate, seconds=1200.0))
 
 

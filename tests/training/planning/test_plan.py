@@ -61,7 +61,7 @@ def test_dry_run_is_yaml_that_trains_the_same_with_the_plan_as_comments(recipe: 
     again = tmp_path / "again.yaml"
     again.write_text(text)
     assert resolved(load_config(again)) == resolved(load_config(recipe))
-    for line in ("# rows     37 training and 4 held out; 2 left out", "# steps    13 (2.6 epochs)", "# memory   "):
+    for line in ("# rows     37 training and 4 held out; 2 dropped", "# steps    13 (2.6 epochs)", "# memory   "):
         assert line in text
     assert "trainable parameters" in text
 
@@ -100,7 +100,7 @@ def test_dry_run_with_fsdp_has_a_workers_part_of_the_base_and_two_whole_layers(
     )
     assert shared["base_4bit"] == pytest.approx((1 / 2 + 2 / 16) * whole["base_4bit"], rel=0.001)
     assert {key for key in shared if shared[key] != whole[key]} == {"base_4bit", "total", "allocated"}
-    assert "the 4-bit base is shared among them" in dry_run(load_config(recipe, [*overrides, "fsdp=true"]))
+    assert "the 4-bit base is sharded over them" in dry_run(load_config(recipe, [*overrides, "fsdp=true"]))
 
 
 def test_on_a_cluster_the_workers_share_is_left_to_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,4 +110,4 @@ def test_on_a_cluster_the_workers_share_is_left_to_the_cluster(recipe: Path, mon
     plan = make_plan(config, read_inputs(config, weights=False))
     assert (plan.resources_per_worker, plan.device_memory, plan.fits) == (None, None, None)
     assert plan.memory.on_gpu
-    assert "workers  1 to 4, each as the cluster has them" in str(plan)
+    assert "workers  1 to 4, each with resources of the cluster" in str(plan)

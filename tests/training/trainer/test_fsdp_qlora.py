@@ -239,10 +239,10 @@ def test_worker_holds_its_half_of_the_base_and_two_whole_layers(
 def test_what_cannot_be_sharded_is_refused() -> None:
     one = {"adapter": "a", "data": {"path": "rows.jsonl"}, "fsdp": True}
     for settings, message in (
-        ({}, "fsdp shares the base among workers, and num_workers is 1: use 2 or more"),
+        ({}, "fsdp shards the base over the workers, but num_workers is 1: use 2 or more"),
         ({"num_workers": [1, 4]}, r"num_workers is \[1, 4\]: use 2 or more"),
-        ({"num_workers": 2, "method": "dpo"}, "fsdp is of method sft, and method is dpo: leave it out"),
-        ({"num_workers": 2, "lora": {"init_lora_weights": "loftq"}}, "lora.init_lora_weights 'loftq' compares with"),
+        ({"num_workers": 2, "method": "dpo"}, "fsdp requires method sft, but method is dpo: remove fsdp"),
+        ({"num_workers": 2, "lora": {"init_lora_weights": "loftq"}}, "lora.init_lora_weights 'loftq' needs the"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_config(one | settings, [], "recipe.yaml")
