@@ -23,18 +23,18 @@ _ENVIRONMENT = {
 }
 
 
-def start(**options: Any) -> None:
+def start_local_ray(**options: Any) -> None:
     """`ray.init` with its `options`; the processes of this Ray stand back behind the threads of a step."""
     import ray
 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    ask_for_a_token()
+    require_token()
     with low_priority():
         ray.init(address="local", include_dashboard=False, **options)
 
 
-def ask_for_a_token() -> None:
+def require_token() -> None:
     """Have the next local Ray refuse callers without the token in ~/.ray/auth_token, made here if it is not there."""
     os.environ.pop("RAY_AUTH_MODE", None)  # then a new local Ray turns tokens on
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:

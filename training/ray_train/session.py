@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from training.errors import TrainingError
-from training.local_ray import start as private_ray
 from training.local_ray.signals import kept_handlers, undisturbed
+from training.local_ray.start import start_local_ray
 from training.runs.run_dir import RunDir
 
 
@@ -30,7 +30,7 @@ def ray_session(on_cluster: bool, debug: bool) -> Iterator[bool]:
             if on_cluster:
                 ray.init(**quiet)
             else:
-                private_ray.start(**quiet)
+                start_local_ray(**quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}" if on_cluster else "Ray on this machine"
         raise TrainingError(f"{where} cannot be reached: {one_line(error)}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.config.train_config import TrackerName
+from training.dotted_keys import flattened
 from training.errors import ConfigError
 
 _PROJECT = "corral"  # W&B's project and MLflow's experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says so
@@ -162,8 +163,8 @@ class Mlflow:
             tags = {_MLFLOW_RUN_TAG: run.name, "adapter": run.adapter, "base": run.base}
             self._id = self._client.create_run(experiment_id, tags=tags, run_name=run.name).info.run_id
             self._logged = 0
-            for key, value in _flat(run.config).items():
-                self._client.log_param(self._id, key, value)
+            for key, value in flattened(run.config).items():
+                self._client.log_param(self._id, key, str(value)[:500])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the numbers of one step."""
@@ -252,10 +253,3 @@ def _titled(name: str) -> str:
 def _plain(name: str) -> str:
     """MLflow takes letters, digits, `_-. :/`."""
     return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)[:500]}
-    return flat

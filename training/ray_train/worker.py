@@ -66,18 +66,17 @@ def train_into(
     parent_dir: Path | None,
 ) -> None:
     """Train, and leave `adapter/`, `environment.json` and `result.json` in the run's directory (rank 0)."""
-    import torch
-
-    from training.trainer import train as sft
+    from training.trainer.distributed import rank_and_world_size
+    from training.trainer.train import train
 
     normal_priority()  # before torch starts this thread's helpers
     _keep_quiet()
     if run.rank == 0:
-        num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        _, num_workers = rank_and_world_size()
         environment = environment_here(str(device), num_workers)
         run_dir.write_json("environment.json", environment.model_dump(mode="json"))
     with run:
-        result = sft.train(
+        result = train(
             config,
             run,
             adapter_dir=scratch / "adapter",
@@ -89,7 +88,8 @@ def train_into(
         if run.rank == 0:
             run.on_result(result.metrics)
             run_dir.upload(scratch / "adapter", "adapter")
-            run_dir.write_json("result.json", asdict(result))
+            samples = [sample.model_dump() for sample in result.samples]
+            run_dir.write_json("result.json", asdict(result) | {"samples": samples})
 
 
 class RayRun:

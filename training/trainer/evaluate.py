@@ -23,6 +23,7 @@ from training.base_models.nf4 import quiet_loading
 from training.data.row_store import IGNORED_LABEL, Rows, TokenizedRow
 from training.errors import AdapterRefused
 from training.registry.adapter_files import WEIGHTS_FILE
+from training.trainer.distributed import rank_and_world_size
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
 _NO_LABEL: TokenizedRow = {"input_ids": [0], "labels": [IGNORED_LABEL]}
@@ -122,7 +123,7 @@ def held_out_loss(model: PeftModel | LlamaForCausalLM, rows: Sequence[TokenizedR
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(causal_lm, LlamaForCausalLM)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world_size()
     total = torch.zeros(2, dtype=torch.float64)  # summed loss, number of tokens
     rows = rows[rank::world_size]
     batches = [*length_batches(_lengths(rows))]

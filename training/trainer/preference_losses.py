@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from training.config.train_config import PreferenceSettings
 from training.data.row_store import PreferenceRow, UnpairedRow
+from training.trainer.distributed import rank_and_world_size
 from training.trainer.evaluate import HeldOutResult, length_batches, load_adapter
 
 PreferenceRows = Sequence[PreferenceRow] | Sequence[UnpairedRow]
@@ -190,7 +191,7 @@ def completion_logps(model: PeftModel, pairs: ScoredPairs) -> Tensor:
     """Log-probability of each completion after its prompt, summed over tokens, [num_pairs]; ranks share the work."""
     causal_lm = model.get_base_model()
     assert isinstance(causal_lm, LlamaForCausalLM)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world_size()
     logps = torch.zeros(len(pairs), dtype=torch.float64)
     mine = range(rank, len(pairs), world_size)
     for places in length_batches(pairs.lengths[rank::world_size]):

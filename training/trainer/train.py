@@ -25,11 +25,13 @@ from training.data.row_store import TokenizedRow
 from training.data.run_inputs import RunInputs, read_inputs
 from training.errors import TrainingError
 from training.planning.batch_size import decide, free_memory
+from training.registry.manifest import SampleAnswer
 from training.trainer.callback import RunReporter, TrainingCallback
+from training.trainer.distributed import rank_and_world_size
 from training.trainer.evaluate import HeldOutResult, evaluate_files, held_out_loss
 from training.trainer.fsdp_qlora import exclude_from_ddp, load_sharded
 from training.trainer.qlora import load_adapter, start_adapter
-from training.trainer.samples import SampleAnswer, sample_answers
+from training.trainer.samples import sample_answers
 from training.trainer.sft_trainer import PaddingFreeTrainer, neftune, training_forward
 
 
@@ -138,7 +140,7 @@ def _fit(
 def _trainer(
     config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: TrainingCallback, scratch_dir: Path
 ) -> Trainer:
-    batches, shape = step_batches(config, inputs, *_rank_and_world_size())
+    batches, shape = step_batches(config, inputs, *rank_and_world_size())
     arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     if config.method != "sft":
         from training.trainer.preference_trainer import preference_trainer
@@ -208,7 +210,7 @@ def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path,
 
 def _decided(config: TrainConfig, inputs: RunInputs, device: torch.device) -> TrainConfig:
     """`config` with numbers in place of `auto`: the same on every rank, so those of the device with least room."""
-    _, num_workers = _rank_and_world_size()
+    _, num_workers = rank_and_world_size()
     decided = decide(
         config,
         inputs,
@@ -265,7 +267,3 @@ def _highest_loss(config: TrainConfig, base: LlamaForCausalLM) -> tuple[float, s
 
     start = loss_at_reference(config.preference, config.method)
     return 10 * start, f"ten times the {start:.2f} that it started from"
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
