@@ -1,4 +1,4 @@
-"""Sample answers: what base and adapter say to held-out prompts, greedily, for the person who looks at a run."""
+"""Sample answers: greedy answers of base and adapter to held-out prompts, for people who inspect a run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ _MAX_TOKENS = 64
 def sample_answers(
     model: PeftModel, inputs: RunInputs, num_prompts: int, *, with_all_ranks: bool = False
 ) -> list[SampleAnswer]:
-    """Answers to the first trained question of up to `num_prompts` held-out conversations, spread over them.
+    """Answers for up to `num_prompts` evenly spaced held-out conversations, each cut before its first trained answer.
 
     Args:
-        with_all_ranks: every rank calls this and stops with the last one; a sharded base needs it.
+        with_all_ranks: all ranks generate together until the last one has finished, as a sharded base requires.
     """
     conversations = [c for c in inputs.held_out_samples if any(m.learned for m in c.messages)]
     chosen = conversations[:: max(1, len(conversations) // max(1, num_prompts))][:num_prompts]
