@@ -186,9 +186,8 @@ def preference_trainer(
     # TRL projects only labelled positions onto the vocabulary on CUDA; that is faster on a CPU too.
     setattr(trl_utils, "_use_triton", lambda device: device.type in ("cuda", "cpu"))  # noqa: B010
     trainer: DPOTrainer | KTOTrainer
-    first_row = Dataset.from_list(
-        [inputs.train_rows[0]]
-    )  # TRL requires a dataset, and reads the columns of its first row
+    # TRL requires a dataset, and reads the columns of its first row.
+    first_row = Dataset.from_list([inputs.train_rows[0]])
     with exact_adapters(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about names that transformers will change
         if config.method == "dpo":

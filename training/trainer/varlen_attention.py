@@ -66,7 +66,7 @@ def varlen_attention(
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention over [batch, length, heads, head_dim]; padding is on the right, so only padding attends to it."""
+    """Causal attention over [batch, length, heads, head_dim]; padding is on the right, so only it attends to itself."""
     batch, length, heads, head_dim = query.shape
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if query.is_cuda or length > _SCORES_UP_TO:
