@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from clients.jobs.dashboard import JobError, connect, dashboard_url
 from clients.jobs.package import JobPackage, pack, readable
+from training.dotted_keys import flattened
 from training.errors import ConfigError, CorralError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class TrainingJobs:
             ConfigError: that one was told something else.
         """
         run_name = str(config.run_name)
-        told = {**_flat(config.model_dump(mode="json")), "data sent (sha256)": package.data_sha256()[:16]}
+        told = {**flattened(config.model_dump(mode="json")), "data sent (sha256)": package.data_sha256()[:16]}
         jobs = self.all()
         earlier = [job for job in jobs if job.run_name == run_name]
         if earlier and earlier[-1].status not in ("FAILED", "STOPPED"):
@@ -279,14 +280,6 @@ def _same(job: TrainingJob, told: Mapping[str, Any]) -> TrainingJob:
                 "another --submission-id"
             )
     return job
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys, as overrides name them."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _check_data(config: "TrainConfig", package: JobPackage) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deployments.listen_address import Frontend
-from training.local_ray.start import ask_for_a_token
+from training.local_ray.start import require_token
 
 # What Ray Serve's throughput mode sets (handles over gRPC, a replica's code on its main loop, no log line for each
 # request; worth a seventh of the tokens at 32 streams), and what suits a machine that does other things too.
@@ -51,7 +51,7 @@ def private_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> Iterat
         haproxy = _haproxy_settings(frontend, Path(folder))
         os.environ.update(haproxy)
         # Serve's replicas take pickled calls from each other on all interfaces: without a token, anybody's code.
-        ask_for_a_token()
+        require_token()
         import ray
         from ray._private import ray_constants
 

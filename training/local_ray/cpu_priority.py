@@ -1,9 +1,8 @@
-"""Who has the cores of this machine: the steps of training come before the processes that Ray runs beside them.
+"""CPU priority: Ray's processes yield to the training threads (SCHED_BATCH).
 
-The threads of a step wait for each other, so one that is interrupted for a moment stops all of them, and a Ray of one
-machine wakes up some thousand times a second. `training.ray_train.fit` starts it from a thread that stands back, which
-its processes inherit; `training.ray_train.worker` steps forward again for the steps. Needs no privileges. Linux only:
-elsewhere nothing happens.
+The threads of a training step wait for each other, so interrupting one stalls all of them, and a Ray on one machine
+wakes up about a thousand times a second. A private Ray is started at low priority, which its processes inherit; the
+training thread returns to normal priority. Needs no privileges. Linux only: elsewhere it does nothing.
 """
 
 import contextlib
@@ -14,16 +13,16 @@ import struct
 import sys
 from collections.abc import Iterator
 
-_SLICE_NS = 100_000_000  # the longest that Linux grants
+_SLICE_NS = 100_000_000  # the longest that Linux allows
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}  # Linux's include/uapi/asm-generic/unistd.h, and x86's table
 _SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # size, policy, flags, nice, priority, runtime, deadline, period: sched(7)
 
 
 @contextlib.contextmanager
 def low_priority() -> Iterator[None]:
-    """Threads and processes that are started in the block wait for others' turns to end when they wake up.
+    """In the block, this thread and the threads and processes that it starts do not preempt others on wake-up.
 
-    They keep their share of the cores (SCHED_BATCH, not SCHED_IDLE): what they have to do is done, if a little later.
+    They keep their share of the CPU (SCHED_BATCH, not SCHED_IDLE): their work is done, if a little later.
     """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_OTHER:
         yield
@@ -36,8 +35,10 @@ def low_priority() -> Iterator[None]:
 
 
 def normal_priority() -> None:
-    """Give the calling thread, if it stands back, and those that it starts from now on ordinary turns again, long ones
-    where the kernel grants them (Linux 6.12 and later; earlier ones leave them as they are)."""
+    """Return the calling thread from low to normal priority, also for threads that it starts later.
+
+    On Linux 6.12 and later they also get long time slices; earlier kernels ignore that.
+    """
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_BATCH:
         return
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
@@ -45,4 +46,4 @@ def normal_priority() -> None:
     if number is not None:
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         attr = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, 0, nice, 0, _SLICE_NS, 0, 0)
-        ctypes.CDLL(None).syscall(number, 0, attr, 0)  # a refusal leaves the turns as they are
+        ctypes.CDLL(None).syscall(number, 0, attr, 0)  # if refused, slices keep their length

@@ -1,6 +1,7 @@
-"""What a run is computed with: code, libraries, devices; recorded in the adapter's manifest.
+"""The environment of a run: code, libraries and devices, as recorded in the adapter's manifest.
 
-A worker asks, since driver and workers may be different machines. Best effort: what cannot be found is None.
+Determined on a worker, since driver and workers may be different machines. Best effort: what cannot be determined is
+None.
 """
 
 import platform
@@ -15,8 +16,8 @@ _LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "ray")
 _GIT_TIMEOUT_S = 10
 
 
-def environment_here(device: str, num_workers: int) -> Environment:
-    """The environment of a run on `num_workers` equal workers, asked on one of them that computes on `device`."""
+def current_environment(device: str, num_workers: int) -> Environment:
+    """The environment of a run on `num_workers` equal workers; this process is one of them and computes on `device`."""
     return Environment(
         code_version=_version(_DISTRIBUTION),
         git_commit=git_commit(Path(__file__).parents[1]),
@@ -26,17 +27,17 @@ def environment_here(device: str, num_workers: int) -> Environment:
 
 
 def git_commit(directory: Path) -> str | None:
-    """The commit of the checkout that `directory` is in, with -dirty if tracked files were changed; else None."""
+    """The commit of the git checkout that tracks `directory`, plus -dirty if tracked files were changed; else None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(directory), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S).stdout
 
     try:
-        if not git("ls-files", "--", ".").strip():  # installed into somebody else's checkout
+        if not git("ls-files", "--", ".").strip():  # untracked: installed into another checkout
             return None
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".").strip()
-        return git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".").strip()
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,6 +1,7 @@
-"""Ray Train around `training.ray_train.worker`: `fit` runs a `TrainConfig` on its workers and waits.
+"""Training on Ray Train: `fit` runs a `TrainConfig` on the workers of `training.ray_train.worker` and waits.
 
-What a run leaves is in its `RunDir`; the same run name goes on from the last whole checkpoint there. Registers nothing.
+The results of a run are in its `RunDir`; a run of the same name resumes from the last complete checkpoint there. Does
+not register adapters.
 """
 
 import contextlib
@@ -14,10 +15,10 @@ from training.base_models.resolve import resolve_base_model
 from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError, TrainingError
-from training.local_ray.signals import kept_handlers
+from training.local_ray.signals import preserved_handlers
 from training.planning.plan import make_plan
 from training.planning.resources import check_resources, check_this_machine, wants_gpu
-from training.ray_train.session import equal_share, one_line, ray_is_running_here, ray_session, ray_storage
+from training.ray_train.session import equal_share, is_ray_initialized, one_line, ray_session, ray_storage
 from training.ray_train.trackers import check_trackers
 from training.runs.attempt import failure_recorded
 from training.runs.continue_from import copy_parent, resolve_parent_adapter, with_warning
@@ -32,30 +33,30 @@ if TYPE_CHECKING:
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 
-_CHECKPOINTS_KEPT = 2  # the last may be cut short by a crash, then the one before counts
+_CHECKPOINTS_KEPT = 2  # if a crash truncates the last one, the run resumes from the one before
 
 
 def fit(config: TrainConfig, *, debug: bool = False) -> RunResult:
     """Train on Ray: on the cluster of RAY_ADDRESS (set inside a Ray job), else on a private one on this machine.
 
-    A run that has been trained to its end before is not trained again: what it left is returned.
+    A run that is already complete is not trained again: its result is returned.
 
     Raises:
-        CorralError: config, data or cluster do not fit, another process drives the run, it failed, or a signal
-            stopped it; one line.
+        CorralError: config, data or cluster do not fit, another process holds the run's lock, the run failed, or a
+            signal stopped it; one line.
     """
     check_trackers(config.report_to)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    if not on_cluster and not ray_is_running_here():
+    if not on_cluster and not is_ray_initialized():
         check_this_machine(config)
     config, parent = resolve_parent_adapter(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = with_warning(read_inputs(config), config, parent)
     print(inputs.report.summary(), file=sys.stderr)
     run_dir = run_dir_of(config)
-    if is_over(run_dir):  # without a driver, whose times the report would show
+    if is_over(run_dir):  # without the lock, whose times the report would show
         config = open_run(config, run_dir)
         record_data(run_dir, inputs)
-        note = f"run {run_dir.name!r} was trained before, nothing is trained again: choose another run_name for that"
+        note = f"run {run_dir.name!r} is already complete, nothing is trained again: to train, choose another run_name"
         print(note, file=sys.stderr)
         return read_result(config, run_dir, inputs, parent)
     title = f"{config.adapter} on {inputs.base.name}"
@@ -66,7 +67,7 @@ def fit(config: TrainConfig, *, debug: bool = False) -> RunResult:
         if parent:
             copy_parent(parent, run_dir)
         with (
-            _reported(run_dir),
+            _report_on_error(run_dir),
             failure_recorded(run_dir, 0),
             ray_session(on_cluster, debug) as is_private,
             show_progress_of(run_dir, title),
@@ -77,8 +78,8 @@ def fit(config: TrainConfig, *, debug: bool = False) -> RunResult:
 
 
 @contextlib.contextmanager
-def _reported(run_dir: RunDir) -> Iterator[None]:
-    """Write the report of a run that ends before its result."""
+def _report_on_error(run_dir: RunDir) -> Iterator[None]:
+    """Write the report of a run that ends without a result."""
     try:
         yield
     except (CorralError, KeyboardInterrupt):
@@ -95,9 +96,9 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, is_private: bool, debug: 
 
     from training.ray_train.worker import train_func
 
-    there = ray.cluster_resources()
-    gpus = there.get("GPU", 0.0)
-    check_resources(config, there.get("CPU", 0.0), gpus, "the Ray cluster")
+    available = ray.cluster_resources()
+    gpus = available.get("GPU", 0.0)
+    check_resources(config, available.get("CPU", 0.0), gpus, "the Ray cluster")
     use_gpu = wants_gpu(config, gpus)
     elastic = (config.min_workers, config.max_workers)
     filesystem, storage_path = ray_storage(run_dir)
@@ -123,9 +124,9 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, is_private: bool, debug: 
         ),
     )
     try:
-        with kept_handlers():
+        with preserved_handlers():
             trainer.fit()
-    except SystemExit:  # what Ray Train makes of Ctrl-C, with exit code 0
+    except SystemExit:  # how Ray Train ends on Ctrl-C, with exit code 0
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         _raise_recorded(run_dir)
@@ -133,26 +134,26 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, is_private: bool, debug: 
             if isinstance(cause := getattr(failure, "_base_exc", failure), CorralError):
                 raise cause from error
         raise TrainingError(
-            f"run {run_dir.name!r} failed: {one_line(error)}: mend the cause and pass run_name={run_dir.name} to go "
-            "on from its last checkpoint"
+            f"run {run_dir.name!r} failed: {one_line(error)}: fix the cause and pass run_name={run_dir.name} to resume "
+            "from its last checkpoint"
         ) from error
     _raise_recorded(run_dir)
-    run_dir.keep_newest("checkpoint_20", _CHECKPOINTS_KEPT)  # Ray Train may end before it has pruned the last time
+    run_dir.keep_newest("checkpoint_20", _CHECKPOINTS_KEPT)  # Ray Train may end before its last pruning
     if run_dir.read_json("result.json") is None:
         raise TrainingError(
-            f"run {run_dir.name!r} ended without a result in {run_dir}: storage_path must be a directory that every "
-            "node of the cluster sees, or an object store"
+            f"run {run_dir.name!r} ended without a result in {run_dir}: set storage_path to a directory that all nodes "
+            "of the cluster share, or to an object store"
         )
 
 
 def _raise_recorded(run_dir: RunDir) -> None:
-    """Raise the error that a worker recorded, as the worker raised it."""
+    """Raise the error that a worker recorded, with its original class and message."""
     if recorded := run_dir.read_json("failure.json"):
         raise getattr(errors, recorded["error"], TrainingError)(recorded["message"])
 
 
 def trainer_class() -> "type[TorchTrainer]":
-    """TorchTrainer without two actors that have nothing to do here but wake up a hundred times a second."""
+    """TorchTrainer without two actors that are idle here but wake up a hundred times a second."""
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback  # for Ray Data, which is not used
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,  # for placement groups that outlive the controller; this Ray ends with it

@@ -1,7 +1,6 @@
-"""What Ray Train runs on every worker: the training itself, with progress and checkpoints in the run's directory.
+"""The training function of every Ray Train worker, with progress and checkpoints in the run's directory.
 
-Rank 0 writes; a checkpoint says which files it has and how large they are, so that one cut short is told from a whole
-one. `training.ray_train.fit` starts the workers.
+Rank 0 writes. A checkpoint lists the names and sizes of its files, so that a truncated one is detected.
 """
 
 import json
@@ -16,7 +15,7 @@ from training.base_models.resolve import base_name
 from training.config.load import resolved
 from training.config.train_config import TrainConfig
 from training.local_ray.cpu_priority import normal_priority
-from training.ray_train.environment import environment_here
+from training.ray_train.environment import current_environment
 from training.ray_train.trackers import TrackedRun, open_trackers
 from training.runs.attempt import failure_recorded, scratch_of
 from training.runs.continue_from import PARENT_DIR
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _CONTENTS_FILE = "contents.json"  # names and sizes of the files of a checkpoint
-_REMOTE_EVERY_S = 5.0  # how often progress goes to an object store
+_REMOTE_INTERVAL_S = 5.0  # between writes of progress to an object store
 
 
 def train_func(loop_config: dict[str, Any]) -> None:
@@ -40,7 +39,7 @@ def train_func(loop_config: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(loop_config["config"])
     run_dir = RunDir(loop_config["storage"], loop_config["run_name"])
     if run_dir.read_json("failure.json"):
-        return  # a restart after an error that would only come again
+        return  # restarted after an error that would only recur
 
     import ray
     import torch
@@ -50,54 +49,54 @@ def train_func(loop_config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))))
     rank = get_context().get_world_rank()
     with scratch_of(run_dir, rank) as scratch, failure_recorded(run_dir, rank):
-        resume_from = _last_whole_checkpoint(scratch / "resumed")
-        run = RayRun(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
+        resume_from = _last_complete_checkpoint(scratch / "resumed")
+        reporter = RayRunReporter(config, rank, run_dir, _checkpoint_step(resume_from), scratch)
         parent_dir = run_dir.fetch(PARENT_DIR, scratch / PARENT_DIR) if config.continue_from else None
-        train_into(run_dir, config, run, scratch, get_device(), resume_from, parent_dir)
+        train_into(run_dir, config, reporter, scratch, get_device(), resume_from, parent_dir)
 
 
 def train_into(
     run_dir: RunDir,
     config: TrainConfig,
-    run: "RayRun",
+    reporter: "RayRunReporter",
     scratch: Path,
     device: "torch.device",
     resume_from: Path | None,
     parent_dir: Path | None,
 ) -> None:
-    """Train, and leave `adapter/`, `environment.json` and `result.json` in the run's directory (rank 0)."""
-    import torch
+    """Train, and write `adapter/`, `environment.json` and `result.json` to the run's directory (on rank 0)."""
+    from training.trainer.distributed import rank_and_world_size
+    from training.trainer.train import train
 
-    from training.trainer import train as sft
-
-    normal_priority()  # before torch starts this thread's helpers
-    _keep_quiet()
-    if run.rank == 0:
-        num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        environment = environment_here(str(device), num_workers)
+    normal_priority()  # before torch starts threads from this one
+    _silence_libraries()
+    if reporter.rank == 0:
+        _, num_workers = rank_and_world_size()
+        environment = current_environment(str(device), num_workers)
         run_dir.write_json("environment.json", environment.model_dump(mode="json"))
-    with run:
-        result = sft.train(
+    with reporter:
+        result = train(
             config,
-            run,
+            reporter,
             adapter_dir=scratch / "adapter",
             scratch_dir=scratch / "checkpoints",
             device=device,
             resume_from=resume_from,
             parent_dir=parent_dir,
         )
-        if run.rank == 0:
-            run.on_result(result.metrics)
+        if reporter.rank == 0:
+            reporter.on_result(result.metrics)
             run_dir.upload(scratch / "adapter", "adapter")
-            run_dir.write_json("result.json", asdict(result))
+            samples = [sample.model_dump() for sample in result.samples]
+            run_dir.write_json("result.json", asdict(result) | {"samples": samples})
 
 
-class RayRun:
-    """A `training.trainer.callback.RunReporter` on a Ray Train worker; leaving its block closes the trackers.
+class RayRunReporter:
+    """A `training.trainer.callback.RunReporter` on a Ray Train worker; a context manager that closes the trackers.
 
     Args:
-        step: of the checkpoint that the run goes on from, 0 for a new run.
-        scratch: for event files on their way to an object store.
+        step: the step of the checkpoint that the run resumes from, 0 for a new run.
+        scratch: a local directory for event files before they are uploaded to an object store.
     """
 
     def __init__(self, config: TrainConfig, rank: int, run_dir: RunDir, step: int, scratch: Path) -> None:
@@ -115,10 +114,10 @@ class RayRun:
         self._trackers = open_trackers(config.report_to, tracked) if rank == 0 else None
         self._metrics = MetricsLog(run_dir, step) if rank == 0 else None
         self._phases = PhaseLog(run_dir)
-        self._written_at = 0.0
-        self._started: tuple[int, float] | None = None  # first logged step of this worker, and when
+        self._progress_written_at = 0.0
+        self._started: tuple[int, float] | None = None  # the first step that this worker logged, and its time
 
-    def __enter__(self) -> "RayRun":
+    def __enter__(self) -> "RayRunReporter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,7 +127,7 @@ class RayRun:
             self._run_dir.write_json("trackers.json", {"failed": self._trackers.failed})
 
     def on_result(self, metrics: Mapping[str, float]) -> None:
-        """The run is done: its figures go to the trackers too."""
+        """The run is complete; its metrics go to the trackers too."""
         if self._trackers:
             self._trackers.log(int(metrics["num_steps"]), {f"result/{key}": value for key, value in metrics.items()})
 
@@ -158,11 +157,11 @@ class RayRun:
             sizes = {str(f.relative_to(directory)): f.stat().st_size for f in directory.rglob("*") if f.is_file()}
             (directory / _CONTENTS_FILE).write_text(json.dumps({"step": step, "sizes": sizes}))
             checkpoint = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)  # a barrier: every rank is at this step
+        ray.train.report({"step": step, **metrics}, checkpoint=checkpoint)  # a barrier for all ranks
 
     def _show(self, progress: Progress, now: bool = False) -> None:
-        if now or self._run_dir.is_local or time.monotonic() - self._written_at > _REMOTE_EVERY_S:
-            self._written_at = time.monotonic()
+        if now or self._run_dir.is_local or time.monotonic() - self._progress_written_at > _REMOTE_INTERVAL_S:
+            self._progress_written_at = time.monotonic()
             write_progress(self._run_dir, progress)
 
     def _upload_events(self) -> None:
@@ -170,8 +169,8 @@ class RayRun:
             self._run_dir.upload(self._event_dir, "tensorboard")
 
 
-def _last_whole_checkpoint(copy: Path) -> Path | None:
-    """The newest reported checkpoint whose files all have the size they were written with; from a store, a `copy`."""
+def _last_complete_checkpoint(download_dir: Path) -> Path | None:
+    """The newest reported checkpoint that is complete; one in an object store is downloaded to `download_dir`."""
     import ray.train
 
     reported = [ray.train.get_checkpoint()]
@@ -183,17 +182,18 @@ def _last_whole_checkpoint(copy: Path) -> Path | None:
         if Path(checkpoint.path).is_dir():
             directory = Path(checkpoint.path)
         else:
-            shutil.rmtree(copy, ignore_errors=True)
+            shutil.rmtree(download_dir, ignore_errors=True)
             try:
-                directory = Path(checkpoint.to_directory(str(copy)))
-            except OSError:  # what is listed may be gone from the store
+                directory = Path(checkpoint.to_directory(str(download_dir)))
+            except OSError:  # it may have been deleted from the store
                 continue
-        if _is_whole(directory):
+        if _is_complete(directory):
             return directory
     return None
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_complete(directory: Path) -> bool:
+    """Whether all files of a checkpoint have the sizes that they were written with."""
     try:
         contents = json.loads((directory / _CONTENTS_FILE).read_text())
         return all((directory / name).stat().st_size == size for name, size in contents["sizes"].items())
@@ -205,7 +205,7 @@ def _checkpoint_step(checkpoint: Path | None) -> int:
     return int(json.loads((checkpoint / _CONTENTS_FILE).read_text())["step"]) if checkpoint else 0
 
 
-def _keep_quiet() -> None:
+def _silence_libraries() -> None:
     import warnings
 
     import transformers

@@ -6,11 +6,11 @@ not depend on how it is factored; the dense matrices are never built.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.dotted_keys import flattened
 from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
 from training.registry.manifest import AdapterManifest
 
@@ -58,7 +58,7 @@ class WeightsDiff:
 
 def diff_manifests(a: AdapterManifest, b: AdapterManifest) -> list[FieldChange]:
     """The fields in which two manifests differ, in the order in which a manifest has them."""
-    fields_a, fields_b = dict(_flat(_compared(a))), dict(_flat(_compared(b)))
+    fields_a, fields_b = flattened(_compared(a)), flattened(_compared(b))
     return [
         FieldChange(key, fields_a.get(key), fields_b.get(key))
         for key in dict.fromkeys([*fields_a, *fields_b])
@@ -115,14 +115,6 @@ def _factors(weights: Path, scaling: float) -> dict[str, "Factors"]:
 
 def _compared(manifest: AdapterManifest) -> dict[str, Any]:
     return {key: value for key, value in manifest.model_dump(mode="json").items() if key not in _NOT_COMPARED}
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def to_text(value: Any) -> str:

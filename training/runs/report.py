@@ -12,6 +12,7 @@ from typing import Any
 
 from training.config.load import resolved
 from training.config.train_config import TrainConfig
+from training.dotted_keys import flattened
 from training.planning.plan import memory_lines
 from training.runs.metrics_log import Metrics, read_metrics
 from training.runs.run_dir import RunDir
@@ -163,8 +164,8 @@ def _changed(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
     smallest = {"adapter": "a", "data": {"path": "a.jsonl"}}
-    default = _flat(resolved(TrainConfig.model_validate(smallest)))
-    rows = [(f"`{key}`", str(value)) for key, value in _flat(config).items() if value != default.get(key)]
+    default = flattened(resolved(TrainConfig.model_validate(smallest)))
+    rows = [(f"`{key}`", str(value)) for key, value in flattened(config).items() if value != default.get(key)]
     return _table(("key", "value"), rows)
 
 
@@ -189,13 +190,6 @@ def _cell(text: str) -> str:
     text = " ".join(text.split())
     text = text if len(text) <= _CELL_CHARS else text[: _CELL_CHARS - 3] + "..."
     return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _gib(num_bytes: float) -> str:

@@ -1,7 +1,7 @@
-"""What a sweep is told: a training configuration, the keys to search, and how; and the trials that follow from it.
+"""The configuration of a sweep: a training configuration, the keys to search, and how; and its plan of trials.
 
-`training.sweep.run` runs what `plan` lists. The plan depends on nothing but the configuration: a sweep that is taken up
-again knows its finished trials, and more `num_samples` only add to them. Imports neither torch nor Ray.
+The plan depends only on the configuration: a resumed sweep recognizes its finished trials, and a larger `num_samples`
+only adds to them. Imports neither torch nor Ray.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from training.errors import ConfigError
 
 Value = bool | int | float | str | list[str]
 
-# These decide what is measured, on what and where: trials that differ in them do not compare.
+# These determine what is measured, on which data and where: trials that differ in them cannot be compared.
 _NOT_SEARCHED = {
     "adapter", "base_model", "base_revision", "chat_format", "continue_from", "data", "gate", "max_failures",
     "max_length", "method", "num_workers", "quantization", "resources_per_worker", "run_name", "sample_prompts", "seed",
@@ -33,37 +33,37 @@ class _Section(BaseModel):
 
 
 class Domain(_Section):
-    """The values of one key, by Ray Tune's names: exactly one of the five."""
+    """The values of one key, by the names of Ray Tune: exactly one of the five."""
 
-    grid: list[Value] | None = Field(default=None, min_length=1)  # every value, with every value of the other grids
+    grid: list[Value] | None = Field(default=None, min_length=1)  # every combination with the other grids
     choice: list[Value] | None = Field(default=None, min_length=1)
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
-    randint: tuple[int, int] | None = None  # the upper end is left out
+    randint: tuple[int, int] | None = None  # the upper bound is exclusive
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> "Domain":
-        given = [name for name in Domain.model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
+    def _check_domain(self) -> "Domain":
+        names = [name for name in Domain.model_fields if getattr(self, name) is not None]
+        if len(names) != 1:
             raise ValueError(
                 f"give exactly one of {', '.join(Domain.model_fields)}, such as {{loguniform: [1e-4, 1e-2]}}"
             )
-        ends = self.uniform or self.loguniform or self.randint
-        if ends and not ends[0] < ends[1]:
-            raise ValueError("the first end must be below the second")
+        bounds = self.uniform or self.loguniform or self.randint
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError("the lower bound must be below the upper bound")
         if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError("loguniform needs ends above 0")
+            raise ValueError("the bounds of loguniform must be above 0")
         return self
 
     @property
     def examples(self) -> list[Value]:
-        """Values that must be accepted if every drawn value is to be."""
+        """Values to validate: if all of them are valid, so is every drawn value."""
         if self.randint:
             return [self.randint[0], self.randint[1] - 1]
         return [*(self.grid or self.choice or self.uniform or self.loguniform or ())]
 
     def draw(self, rng: random.Random) -> Value:
-        """One value; floats to four digits, so that they can be read and typed."""
+        """One value; floats are rounded to four digits, which are easier to read and type."""
         if self.randint:
             return rng.randrange(*self.randint)
         if self.uniform:
@@ -76,18 +76,18 @@ class Domain(_Section):
 
 
 class SweepSettings(_Section):
-    """How a search goes, by Ray Tune's names."""
+    """The settings of a search, by the names of Ray Tune."""
 
-    num_samples: int = Field(default=1, ge=1)  # draws of what is not a grid, for each point of the grids
-    max_concurrent_trials: int | None = Field(default=None, ge=1)  # None: as many as there are resources for
+    num_samples: int = Field(default=1, ge=1)  # draws of the other domains, for each point of the grids
+    max_concurrent_trials: int | None = Field(default=None, ge=1)  # None: as many as the resources allow
     metric: Literal["eval_loss", "eval_preference_accuracy", "eval_reward_margin"] = "eval_loss"
     scheduler: Literal["fifo", "asha"] = "fifo"  # asha stops trials whose loss lags (arXiv:1810.05934)
     grace_period: int = Field(default=20, ge=1)  # of asha: steps before a trial may be stopped
-    reduction_factor: int = Field(default=3, ge=2)  # of asha: one trial in so many goes on at each rung
+    reduction_factor: int = Field(default=3, ge=2)  # of asha: one trial in so many continues at each rung
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        """Whether less of the metric is better, or more."""
+        """Whether a lower or a higher metric is better."""
         return "min" if self.metric == "eval_loss" else "max"
 
 
@@ -101,7 +101,7 @@ class SweepConfig(TrainConfig):
 
     @field_validator("search")
     @classmethod
-    def _search(cls, value: dict[str, Domain]) -> dict[str, Domain]:
+    def _check_search(cls, value: dict[str, Domain]) -> dict[str, Domain]:
         if not value:
             raise ValueError("name at least one key to search, such as learning_rate: {loguniform: [1e-4, 1e-2]}")
         return value
@@ -117,47 +117,45 @@ class Trial:
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a `SweepConfig`, and make sure that every trial in it would be accepted.
+    """Read a `SweepConfig`, and check that every trial in it is valid.
 
     Raises:
-        ConfigError: naming file, key and value.
+        ConfigError: it is not valid; names file, key and value.
     """
     config = build_config_of(SweepConfig, read_yaml(Path(path)), overrides, str(path))
     if config.num_workers != 1:
-        raise ConfigError(f"{path}: num_workers is {config.num_workers}: a trial runs on one worker, leave it out")
+        raise ConfigError(f"{path}: num_workers is {config.num_workers}: a trial runs on one worker: remove it")
     if config.data.held_out == 0:
         raise ConfigError(f"{path}: data.held_out is 0, but {config.sweep.metric} needs held-out rows: set it above 0")
     for key, domain in config.search.items():
         section = key.partition(".")[0]
         if section in _NOT_SEARCHED:
-            raise ConfigError(f"{path}: search.{key}: trials that differ in {section} cannot be compared: leave it out")
+            raise ConfigError(f"{path}: search.{key}: trials that differ in {section} cannot be compared: remove it")
         if section == "preference" and config.sweep.metric == "eval_loss":
-            raise ConfigError(
-                f"{path}: search.{key} changes what eval_loss is: set sweep.metric to eval_preference_accuracy"
-            )
+            raise ConfigError(f"{path}: search.{key} redefines eval_loss: set sweep.metric to eval_preference_accuracy")
         for value in domain.examples:
             _trial_config(config, {key: value}, f"{path}: search")
     return config
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read what a YAML describes: a sweep where it has `search`, else one training.
+    """Read a YAML file: a sweep if it has `search`, else a single run.
 
     Raises:
-        ConfigError: naming file, key and value.
+        ConfigError: it is not valid; names file, key and value.
     """
     return (load_sweep if "search" in read_yaml(Path(path)) else load_config)(path, overrides)
 
 
 def plan(config: SweepConfig) -> list[Trial]:
-    """Every trial, in order; a point that is drawn twice is listed once."""
+    """All trials, in order; a point that is drawn twice is listed once."""
     grids = {key: domain.grid for key, domain in config.search.items() if domain.grid}
-    drawn = {key: domain for key, domain in config.search.items() if not domain.grid}
+    random_domains = {key: domain for key, domain in config.search.items() if not domain.grid}
     points: list[dict[str, Value]] = []
     for sample in range(config.sweep.num_samples):
-        for index, corner in enumerate(itertools.product(*grids.values())):
-            point = dict(zip(grids, corner, strict=True))
-            for key, domain in drawn.items():  # each draw has a seed of its own: others may come and go
+        for index, grid_values in enumerate(itertools.product(*grids.values())):
+            point = dict(zip(grids, grid_values, strict=True))
+            for key, domain in random_domains.items():  # each draw has its own seed, independent of other keys
                 point[key] = domain.draw(random.Random(f"{config.seed}/{sample}/{index}/{key}"))
             if point not in points:
                 points.append(point)
@@ -172,7 +170,7 @@ def _trial_config(config: SweepConfig, point: Mapping[str, Value], source: str) 
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"{source}: key {key!r} goes into {section!r}, which is no section")
+                raise ConfigError(f"{source}: key {key!r}: {section!r} is not a section: use an existing key")
         target[leaf] = value
     try:
         return TrainConfig.model_validate(values)

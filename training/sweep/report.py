@@ -1,6 +1,6 @@
-"""What a sweep says to people: its plan, and what came of it as a table on the terminal and as `sweep.md`.
+"""Reports of a sweep: its plan and its results as tables on the terminal, and the results as `sweep.md`.
 
-`python -m training` and `corral sweep` print it, `training.sweep.run` writes the file. Imports neither torch nor Ray.
+Imports neither torch nor Ray.
 """
 
 import json
@@ -15,7 +15,7 @@ from training.sweep.result import SweepResult, as_json
 
 
 def print_plan(trials: Sequence[Trial], *, json_: bool) -> None:
-    """The trials that a sweep is going to run."""
+    """Print the trials that a sweep will run."""
     if json_:
         print(json.dumps([{"number": trial.number, "values": dict(trial.values)} for trial in trials], indent=2))
     else:
@@ -23,7 +23,7 @@ def print_plan(trials: Sequence[Trial], *, json_: bool) -> None:
 
 
 def print_result(result: SweepResult, *, json_: bool) -> None:
-    """The trials, the best first, and what was registered."""
+    """Print the trials, the best first, and what was registered."""
     if json_:
         print(json.dumps(as_json(result), indent=2))
         return
@@ -31,32 +31,32 @@ def print_result(result: SweepResult, *, json_: bool) -> None:
     for outcome in result.outcomes:
         metric = outcome.metrics.get(result.metric, math.nan)
         base = outcome.metrics.get(f"base_{result.metric}", math.nan)
-        figures = ["" if math.isnan(value) else f"{value:.4f}" for value in (metric, base)]
-        rows.append((outcome.number, outcome.values, [*figures, outcome.status, str(outcome.num_steps)]))
+        cells = ["" if math.isnan(value) else f"{value:.4f}" for value in (metric, base)]
+        rows.append((outcome.number, outcome.values, [*cells, outcome.status, str(outcome.num_steps)]))
     _print_table(rows, [result.metric, f"base_{result.metric}", "status", "steps"])
     for outcome in result.outcomes:
         if outcome.reason:
             print(f"trial {outcome.number} failed: {outcome.reason}")
     if result.manifest:
-        print(f"{result.manifest.model_id} is registered, of trial {result.outcomes[0].number}")
+        print(f"registered {result.manifest.model_id} from trial {result.outcomes[0].number}")
     else:
-        print(f"nothing is registered: {result.refused}")
+        print(f"nothing was registered: {result.refused}")
     print(f"sweep {result.address}")
 
 
-def _print_table(rows: Sequence[tuple[int, Mapping[str, Value], Sequence[str]]], more: Sequence[str]) -> None:
+def _print_table(rows: Sequence[tuple[int, Mapping[str, Value], Sequence[str]]], extra_columns: Sequence[str]) -> None:
     keys = list(rows[0][1])
     table = Table(box=None, pad_edge=False)
-    for name in ("trial", *keys, *more):
+    for name in ("trial", *keys, *extra_columns):
         table.add_column(name, justify="right", overflow="fold")
-    for number, values, figures in rows:
-        table.add_row(str(number), *(str(values[key]) for key in keys), *figures)
+    for number, values, extra_cells in rows:
+        table.add_row(str(number), *(str(values[key]) for key in keys), *extra_cells)
     terminal = Console(highlight=False)
     (terminal if terminal.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
 def report(result: SweepResult) -> str:
-    """`sweep.md`: the searched keys and a table of the trials, the best first."""
+    """The text of `sweep.md`: the searched keys and a table of the trials, the best first."""
     keys = list(result.outcomes[0].values)
     header = ["trial", *keys, result.metric, "status", "steps"]
     lines = [f"# {result.name}", "", f"Searched {', '.join(keys)}; {len(result.outcomes)} trials.", ""]

@@ -1,6 +1,6 @@
-"""What came of a sweep's trials, read from their directories: ranked, and as plain values.
+"""The results of a sweep's trials, read from their directories: ranked, and as plain values.
 
-`training.sweep.run` makes it, `corral sweep` shows it. Imports neither torch nor Ray.
+Imports neither torch nor Ray.
 """
 
 import json
@@ -17,11 +17,11 @@ from training.sweep.config import Trial, Value
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a trial.
+    """The outcome of a trial.
 
     Attributes:
-        status: `stopped` is by the scheduler, before its end.
-        metrics: of a finished trial, as `training.trainer.train.TrainResult` has them.
+        status: `stopped` means by the scheduler, before the trial's end.
+        metrics: of a finished trial, see `training.trainer.train.TrainResult`; else empty.
         num_steps: optimizer steps that were taken.
         reason: why it failed.
     """
@@ -36,37 +36,37 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """A sweep's trials, the best first, and what was registered of it."""
+    """A sweep's trials, the best first, and the adapter that was registered."""
 
     name: str
     address: str  # of its run directory
     metric: str
     outcomes: list[Outcome]
     manifest: AdapterManifest | None = None
-    refused: str | None = None  # why the best one is not registered
+    refused: str | None = None  # why none is registered
 
     @property
     def best(self) -> Outcome | None:
-        """The finished trial with the best metric."""
+        """The finished trial with the best metric, if it is finite."""
         first = self.outcomes[0]
         return first if first.status == "finished" and math.isfinite(first.metrics.get(self.metric, math.nan)) else None
 
 
 def trial_dir(sweep_dir: RunDir, number: int) -> RunDir:
-    """Where a trial's files lie."""
+    """The run directory of a trial."""
     return RunDir(sweep_dir.parent, f"{sweep_dir.name}/trials/{number:03d}")
 
 
 def is_done(run_dir: RunDir) -> bool:
-    """Whether the trial in `run_dir` needs no other attempt."""
+    """Whether the trial in `run_dir` has finished or failed, and needs no other attempt."""
     return any(run_dir.read_json(file) for file in ("result.json", "failure.json"))
 
 
 def read_outcome(trial: Trial, run_dir: RunDir, crash: str | None) -> Outcome:
-    """What the trial's files say; `crash` is why its process ended, if it did."""
+    """The outcome in the trial's files; `crash` is the reason if its process crashed."""
     result, failure = run_dir.read_json("result.json"), run_dir.read_json("failure.json")
-    steps = (run_dir.read_text(MetricsLog.FILE) or "").splitlines()
-    num_steps = int(json.loads(steps[-1])["step"]) if steps else 0
+    lines = (run_dir.read_text(MetricsLog.FILE) or "").splitlines()
+    num_steps = int(json.loads(lines[-1])["step"]) if lines else 0
     if result:
         return Outcome(trial.number, trial.values, "finished", result["metrics"], num_steps, None)
     if failure or crash:
@@ -75,7 +75,7 @@ def read_outcome(trial: Trial, run_dir: RunDir, crash: str | None) -> Outcome:
 
 
 def ranked(outcomes: Sequence[Outcome], metric: str, mode: Literal["min", "max"]) -> list[Outcome]:
-    """The best first: finished trials by metric, then stopped ones by how far they came, then failed ones."""
+    """The best first: finished trials by metric, then stopped and then failed ones by number of steps."""
     sign = 1 if mode == "min" else -1
     return sorted(outcomes, key=lambda outcome: _rank(outcome, metric, sign))
 

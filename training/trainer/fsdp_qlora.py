@@ -1,12 +1,11 @@
-"""FSDP-QLoRA: the 4-bit base spread over workers, each holding a part of every layer, whole layers only while they run.
+"""FSDP-QLoRA: every worker holds a shard of each layer of the 4-bit base, and gathers a layer only while it runs.
 
-`training.trainer.train` loads the base here when `fsdp` is set. Adapters, embeddings, norms and lm_head are on every
-worker, as without. Every forward pass takes all ranks, as many times on each; backward passes may follow. Knows nothing
-of data, adapters or the trainer.
+Adapters, embeddings, norms and lm_head are replicated, as without sharding. All ranks must take part in every forward
+pass, equally often; backward passes may follow. Knows nothing of data, adapters or the trainer.
 
-Not torch's FSDP, which shards parameters of floating-point types: it would take the codes for bfloat16 numbers
-(`bnb_4bit_quant_storage`), leave their scales whole on every worker, and refuse float32 adapters beside them. Bytes
-that nobody interprets are gathered bit for bit as they were quantized.
+This is not torch's FSDP, which shards floating-point parameters: it would treat the 4-bit codes as bfloat16 numbers
+(`bnb_4bit_quant_storage`), replicate their scales on every worker, and refuse float32 adapters beside them. Here raw
+bytes are gathered, bit for bit as they were quantized.
 """
 
 import math
@@ -32,16 +31,16 @@ from training.base_models.nf4 import (
 )
 from training.base_models.resolve import BaseCheckpoint
 
-# Its name up to torch 2.12 is deprecated since.
+# The name up to torch 2.12, `all_gather_into_tensor`, is deprecated since.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-_ALIGNMENT = 16  # bytes: any dtype, and any vector load of a CUDA kernel, may begin there
+_ALIGNMENT = 16  # bytes: enough for any dtype and any vector load of a CUDA kernel
 
 
 def load_sharded(base: BaseCheckpoint, quantization: Quantization, device: torch.device) -> LlamaForCausalLM:
-    """`training.base_models.nf4.load_quantized`, its decoder layers shared by all ranks of torch.distributed.
+    """`training.base_models.nf4.load_quantized`, with decoder layers sharded over all ranks of torch.distributed.
 
-    Layer after layer is read, quantized on `device` and cut to this rank's part: a device never holds more than two.
-    The same weights to the bit, and the same model to whoever calls it.
+    Layers are read, quantized on `device` and cut to this rank's shard one at a time: a device never holds more than
+    two. The weights are the same to the bit, and the model is called in the same way.
     """
     dtype = getattr(torch, compute_dtype_on(device, quantization))
     quantized = bitsandbytes_config(quantization, dtype)
@@ -59,100 +58,100 @@ def load_sharded(base: BaseCheckpoint, quantization: Quantization, device: torch
         )
     model.config.num_hidden_layers = num_layers
     weights = _Weights(base.path)
-    parts = []
-    for place in range(num_layers):
-        layer = _quantized_layer(model.config, place, weights, quantized, dtype, device)
-        parts.append(_LayerPart(layer))
+    shards = []
+    for index in range(num_layers):
+        layer = _quantized_layer(model.config, index, weights, quantized, dtype, device)
+        shards.append(_LayerShard(layer))
         model.model.layers.append(layer)
-    _GatheredInTurn(parts)
-    forbid_packed_cpu_kernel(model)  # it would repack weights that are there for a moment only
+    _LayerGathering(shards)
+    forbid_packed_cpu_kernel(model)  # it would repack weights that are gathered only briefly
     model.eval().requires_grad_(False)
     return model
 
 
 def exclude_from_ddp(model: torch.nn.Module) -> None:
-    """Keep DistributedDataParallel, which makes all ranks' parameters equal, away from those that do not train."""
+    """Exclude frozen parameters from DistributedDataParallel, which would make them equal on all ranks."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
-class _LayerPart:
-    """The 4-bit weights and scales of one decoder layer: this rank's part of them, or for a while all of them.
+class _LayerShard:
+    """The 4-bit weights and scales of one decoder layer: this rank's shard, and all of them while gathered.
 
-    Every tensor of them is a view of one storage, which is emptied and filled. What autograd keeps of a forward pass
-    (bitsandbytes keeps the weight itself) is therefore there again for the backward pass.
+    Every tensor is a view of one storage, which is freed and refilled. Tensors that autograd saved in the forward pass
+    (bitsandbytes saves the weight itself) therefore have their data again in the backward pass.
     """
 
     def __init__(self, layer: LlamaDecoderLayer) -> None:
         self.layer = layer
-        places, size = [], 0
+        offsets, size = [], 0
         for tensor in (tensors := [*_four_bit_tensors(layer)]):
-            places.append(size)
+            offsets.append(size)
             size += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
         world_size = dist.get_world_size()
-        part_size = math.ceil(size / world_size / _ALIGNMENT) * _ALIGNMENT
-        self._whole = torch.zeros(world_size * part_size, dtype=torch.uint8, device=tensors[0].device)
-        for tensor, place in zip(tensors, places, strict=True):
-            view = self._whole[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        shard_size = math.ceil(size / world_size / _ALIGNMENT) * _ALIGNMENT
+        self._full = torch.zeros(world_size * shard_size, dtype=torch.uint8, device=tensors[0].device)
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            view = self._full[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             view.copy_(tensor)
             tensor.data = view
-        self._size = self._whole.nbytes
-        self._part = self._whole.chunk(world_size)[dist.get_rank()].clone()
-        self._arriving: dist.Work | None = None
-        self._here = True
-        self.drop()
+        self._size = self._full.nbytes
+        self._shard = self._full.chunk(world_size)[dist.get_rank()].clone()
+        self._pending: dist.Work | None = None
+        self._is_allocated = True
+        self.free()
 
-    def begin(self) -> None:
-        """Start to gather the layer, if it is not here or on its way."""
-        if not self._here:
-            self._whole.untyped_storage().resize_(self._size)
-            self._arriving = _all_gather(self._whole, self._part, async_op=True)
-            self._here = True
+    def start_gather(self) -> None:
+        """Start gathering the layer, unless it is gathered or being gathered."""
+        if not self._is_allocated:
+            self._full.untyped_storage().resize_(self._size)
+            self._pending = _all_gather(self._full, self._shard, async_op=True)
+            self._is_allocated = True
 
     def wait(self) -> None:
-        """Let the device go on only when the layer is here."""
-        if self._arriving is not None:
-            self._arriving.wait()
-            self._arriving = None
+        """Make the device wait until the layer is gathered."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
 
-    def drop(self) -> None:
-        """Give the memory of the whole layer back."""
-        if self._here:
+    def free(self) -> None:
+        """Free the memory of the gathered layer."""
+        if self._is_allocated:
             self.wait()
-            self._whole.untyped_storage().resize_(0)
-            self._here = False
+            self._full.untyped_storage().resize_(0)
+            self._is_allocated = False
 
 
-class _GatheredInTurn:
-    """Has a layer gathered when its forward or backward pass begins, and the one that comes next on its way meanwhile.
+class _LayerGathering:
+    """Hooks that gather each layer before its forward or backward pass, and prefetch the next one meanwhile.
 
-    These two are all that is whole at any time. The last layer stays after a forward pass and the first after a
-    backward pass, which is where the next pass begins.
+    At most these two layers are gathered at any time. The last layer is kept after a forward pass and the first after
+    a backward pass, as the next pass starts there.
     """
 
-    def __init__(self, parts: list[_LayerPart]) -> None:
-        self._parts = parts
-        for place, part in enumerate(parts):
-            part.layer.register_forward_pre_hook(lambda module, args, place=place: self._on_forward(place))
-            part.layer.register_forward_hook(lambda module, args, out, place=place: self._on_output(place, out))
+    def __init__(self, shards: list[_LayerShard]) -> None:
+        self._shards = shards
+        for index, shard in enumerate(shards):
+            shard.layer.register_forward_pre_hook(lambda module, args, index=index: self._on_forward(index))
+            shard.layer.register_forward_hook(lambda module, args, out, index=index: self._on_output(index, out))
 
-    def _on_forward(self, place: int) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1  # gradient checkpointing computes the layer once more
-        self._use(place, then=place - 1 if in_backward else place + 1)
+    def _on_forward(self, index: int) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1  # gradient checkpointing recomputes the layer
+        self._gather(index, prefetch=index - 1 if in_backward else index + 1)
 
-    def _on_output(self, place: int, hidden: torch.Tensor) -> None:
+    def _on_output(self, index: int, hidden: torch.Tensor) -> None:
         if hidden.requires_grad:
-            # Runs before anything of the layer's backward pass, and after everything of the next layer's.
-            hidden.register_hook(lambda gradient: self._use(place, then=place - 1))
+            # Runs before this layer's backward pass starts, and after that of the layer above has ended.
+            hidden.register_hook(lambda gradient: self._gather(index, prefetch=index - 1))
 
-    def _use(self, place: int, then: int) -> None:
-        for other, part in enumerate(self._parts):
-            if other not in (place, then):
-                part.drop()
-        self._parts[place].begin()
-        self._parts[place].wait()
-        if 0 <= then < len(self._parts):
-            self._parts[then].begin()
+    def _gather(self, index: int, prefetch: int) -> None:
+        for other, shard in enumerate(self._shards):
+            if other not in (index, prefetch):
+                shard.free()
+        self._shards[index].start_gather()
+        self._shards[index].wait()
+        if 0 <= prefetch < len(self._shards):
+            self._shards[prefetch].start_gather()
 
 
 def _four_bit_tensors(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -167,18 +166,18 @@ def _four_bit_tensors(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def _quantized_layer(
     config: LlamaConfig,
-    place: int,
+    index: int,
     weights: "_Weights",
     quantized: BitsAndBytesConfig,
     dtype: torch.dtype,
     device: torch.device,
 ) -> LlamaDecoderLayer:
-    """Decoder layer number `place`, quantized as transformers does when it loads a whole model."""
+    """Decoder layer `index`, quantized as transformers does when it loads a complete model."""
     with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, place)
+        layer = LlamaDecoderLayer(config, index)
     replace_with_bnb_linear(layer, quantization_config=quantized)
     for name, empty in [*layer.named_parameters()]:
-        value = weights[f"model.layers.{place}.{name}"].to(device, dtype)
+        value = weights[f"model.layers.{index}.{name}"].to(device, dtype)
         if isinstance(empty, Params4bit):
             parameter = Params4bit(value, requires_grad=False, **empty.__dict__).to(device)
         else:
@@ -189,7 +188,7 @@ def _quantized_layer(
 
 
 class _Weights:
-    """The tensors of a folder's safetensors by name, read when they are asked for."""
+    """The tensors in a folder's safetensors files by name, read on access."""
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}

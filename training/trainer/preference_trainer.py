@@ -1,8 +1,8 @@
-"""TRL's DPOTrainer and KTOTrainer over rows that are tokenized already, dealt to workers as in `sft_trainer`.
+"""TRL's DPOTrainer and KTOTrainer over tokenized rows, distributed to workers as in `sft_trainer`.
 
-`training.trainer.train` comes here for `method: dpo` and `method: kto`. The reference's log-probabilities are computed
-once, before the first step: no second copy of the adapter is kept, saved or run. A step has the same rows, the same
-weight for each of them and, in KTO, the same KL for every number of workers and micro-batches.
+The log-probabilities of the reference are computed once, before the first step, so no second copy of the adapter is
+kept, saved or run. A step has the same rows, the same weight for each of them and, in KTO, the same KL, whatever the
+number of workers and micro-batches.
 """
 
 import warnings
@@ -36,11 +36,11 @@ Row = dict[str, Any]
 
 
 class _ScoredRows:
-    """Rows as TRL's collators take them; each is read when asked for, as all may not fit memory.
+    """Rows in the format of TRL's collators, read on access, as all may not fit memory.
 
     Args:
-        pairs: of `rows`.
-        columns: what the reference gives the rows, by the collator's name for it, each [num_rows].
+        pairs: the pairs of `rows`.
+        columns: log-probabilities under the reference by their names in the collator, each [num_rows].
     """
 
     def __init__(self, rows: Rows[Any], pairs: ScoredPairs, columns: dict[str, torch.Tensor]) -> None:
@@ -49,28 +49,28 @@ class _ScoredRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, at: int) -> Row:
-        row: Row = self._rows[at] | {name: float(column[at]) for name, column in self._columns.items()}
+    def __getitem__(self, index: int) -> Row:
+        row: Row = self._rows[index] | {name: float(column[index]) for name, column in self._columns.items()}
         if "label" in row:
-            _, row["KL_completion_ids"] = self._pairs[len(self) + at]
+            _, row["KL_completion_ids"] = self._pairs[len(self) + index]
         return row
 
 
 class _StepTrainer(Trainer, ABC):
-    """Takes the rows of a step from `batches`; its loss is their mean, however they are dealt.
+    """Takes the rows of a step from `batches`; the step's loss is their mean, however they are distributed.
 
-    TRL gives the mean of a micro-batch, and wants equally many rows on every worker. So micro-batches are filled up
-    with answers of no tokens: their loss is a constant, which is taken off again, and they have no gradient.
+    TRL returns the mean of a micro-batch and expects equally many rows on every worker. Micro-batches are therefore
+    filled up with empty answers, whose loss is a constant, which is subtracted again, and whose gradient is zero.
     """
 
     batches: StepBatchSampler
     settings: PreferenceSettings
     filler: ClassVar[Row]
     loss_is_scaled_for_ga = True
-    _num_micro_batches: int  # of this step
+    _num_micro_batches: int  # of the current step
 
     def get_train_dataloader(self) -> DataLoader[Row]:
-        """This worker's micro-batches as lists of rows; accelerate is not asked to divide them again."""
+        """This worker's micro-batches as lists of rows, without accelerate, which would split them again."""
         rows: Any = self.train_dataset
         return EpochLoader(rows, batch_sampler=self.batches, collate_fn=list)
 
@@ -78,15 +78,15 @@ class _StepTrainer(Trainer, ABC):
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
         """The micro-batches of a step, and the number of its rows over all workers."""
-        dealt = list(islice(epoch_iterator, num_batches))
-        self._num_micro_batches = len(dealt)
-        sizes = torch.tensor([len(rows) for rows in dealt], device=device)
-        num_rows, most = sizes.sum(), sizes.clone()
+        micro_batches = list(islice(epoch_iterator, num_batches))
+        self._num_micro_batches = len(micro_batches)
+        sizes = torch.tensor([len(rows) for rows in micro_batches], device=device)
+        num_rows, max_sizes = sizes.sum(), sizes.clone()
         if self.args.world_size > 1:
             dist.all_reduce(num_rows)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+            dist.all_reduce(max_sizes, dist.ReduceOp.MAX)
         batches = []
-        for rows, size in zip(dealt, most.tolist(), strict=True):
+        for rows, size in zip(micro_batches, max_sizes.tolist(), strict=True):
             fillers = [self.filler] * (size - len(rows))
             batches.append({**self.data_collator(rows + fillers), "size": size, "num_fillers": len(fillers)})
         return batches, int(num_rows)
@@ -94,7 +94,7 @@ class _StepTrainer(Trainer, ABC):
     def compute_loss(
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The micro-batch's share of the step's mean loss; times the workers, whose gradients are averaged."""
+        """The micro-batch's share of the step's mean loss, times the world size, as DDP averages gradients."""
         batch = dict(inputs)
         size, num_fillers = batch.pop("size"), batch.pop("num_fillers")
         mean: Any = super().compute_loss(model, batch)
@@ -104,7 +104,7 @@ class _StepTrainer(Trainer, ABC):
 
     @abstractmethod
     def filler_loss(self) -> float:
-        """What a filler adds to the sum."""
+        """The loss of one filler row."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
@@ -121,7 +121,7 @@ class _DPOTrainer(_StepTrainer, DPOTrainer):  # type: ignore[misc]  # TRL has no
     def compute_loss(
         self, model: torch.nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """As for every method; rewards become shares of the step's mean too, in which fillers have none."""
+        """As in the base class; logged rewards become shares of the step's mean too, to which fillers add nothing."""
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         share = inputs["size"] * self.args.world_size / int(num_items_in_batch)
         for name, values in self._metrics["train"].items():
@@ -135,7 +135,7 @@ class _KTOTrainer(_StepTrainer, KTOTrainer):  # type: ignore[misc]  # TRL has no
         "prompt_ids": [0, 0], "completion_ids": [], "KL_completion_ids": [], "label": True,
         "ref_logps": 0, "ref_KL_logps": 0,
     }  # fmt: skip
-    _kl: float  # of the step, before it is cut at 0
+    _kl: float  # of the step, before clamping at 0
 
     def filler_loss(self) -> float:
         kl = torch.tensor(self._kl).clamp(min=0)
@@ -144,7 +144,7 @@ class _KTOTrainer(_StepTrainer, KTOTrainer):  # type: ignore[misc]  # TRL has no
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int]:
-        """As for every method; and the KL is estimated on all rows of the step, where TRL takes a micro-batch's."""
+        """As in the base class; also estimates the KL on all rows of the step, not of a micro-batch as TRL does."""
         batches, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
         kl = torch.zeros(1, device=device)
         with self.compute_loss_context_manager():
@@ -157,7 +157,7 @@ class _KTOTrainer(_StepTrainer, KTOTrainer):  # type: ignore[misc]  # TRL has no
         return batches, num_rows
 
     def _compute_kl_logps(self, model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        estimated: torch.Tensor = batch["ref_KL_logps"] + self._kl  # TRL takes the reference's off again
+        estimated: torch.Tensor = batch["ref_KL_logps"] + self._kl  # TRL subtracts the reference again
         return estimated
 
 
@@ -169,26 +169,27 @@ def preference_trainer(
     arguments: dict[str, Any],
     callbacks: Sequence[TrainerCallback],
 ) -> DPOTrainer | KTOTrainer:
-    """The trainer of `config.method`, with the reference's log-probabilities beside the rows.
+    """The trainer of `config.method`, with the reference's log-probabilities added to the rows.
 
     Args:
-        model: as the run starts; that is the reference, unless `preference.reference` is `base`.
-        batches: this worker's, of `inputs.train_rows`.
-        arguments: what the trainer of any method is told.
+        model: the model that the run starts from, which is the reference unless `preference.reference` is `base`.
+        batches: this worker's batches of `inputs.train_rows`.
+        arguments: see `training.trainer.train.training_arguments`.
     """
     settings = config.preference
-    arguments = arguments | {"beta": settings.beta, "max_length": None}  # rows are checked before
+    arguments = arguments | {"beta": settings.beta, "max_length": None}  # rows were checked before
     common = {
         "model": model,
         "processing_class": AutoTokenizer.from_pretrained(inputs.base.path, local_files_only=True),
         "callbacks": [*callbacks],
     }
-    # On CUDA, TRL projects only labelled positions onto the vocabulary; on the CPU too it pays.
+    # TRL projects only labelled positions onto the vocabulary on CUDA; that is faster on a CPU too.
     setattr(trl_utils, "_use_triton", lambda device: device.type in ("cuda", "cpu"))  # noqa: B010
     trainer: DPOTrainer | KTOTrainer
-    first_row = Dataset.from_list([inputs.train_rows[0]])  # TRL wants a dataset; it looks at the first row's columns
+    # TRL requires a dataset, and reads the columns of its first row.
+    first_row = Dataset.from_list([inputs.train_rows[0]])
     with exact_adapters(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that transformers is about to change
+        warnings.simplefilter("ignore")  # about names that transformers will change
         if config.method == "dpo":
             columns = ("ref_chosen_logps", "ref_rejected_logps")
             args = DPOConfig(**arguments, loss_type=[settings.loss_type], label_smoothing=settings.label_smoothing)
@@ -198,8 +199,8 @@ def preference_trainer(
             weights = {name: getattr(settings, name) for name in ("desirable_weight", "undesirable_weight")}
             trainer = _KTOTrainer(args=KTOConfig(**arguments, **weights), train_dataset=first_row, **common)
     pairs = ScoredPairs(inputs.train_rows)
-    model.delete_adapter("ref")  # the copy that TRL makes of the adapter to be the reference
-    with trainer.accelerator.autocast():  # as the loss is computed
+    model.delete_adapter("ref")  # TRL's copy of the adapter as the reference
+    with trainer.accelerator.autocast():  # as in the computation of the loss
         logps = reference_logps(model, settings, pairs)
     trainer.train_dataset = _ScoredRows(inputs.train_rows, pairs, dict(zip(columns, logps.chunk(2), strict=True)))
     trainer.batches, trainer.settings = batches, settings

@@ -1,7 +1,7 @@
-"""The 4-bit base with LoRA adapters on it, ready to train (QLoRA, arXiv:2305.14314).
+"""A LoRA adapter on the 4-bit base, ready to train (QLoRA, arXiv:2305.14314).
 
-`training.trainer.train` and the registry's checks come here. Only attached adapters train; the NF4 base stays as it is,
-and is the same base that is served. Knows nothing of data, Ray or the trainer.
+Only the attached adapter is trained; the NF4 base is not changed and is the base that is served. Knows nothing of data,
+Ray or the trainer.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def start_adapter(
     """The base with the adapter that a run starts from: a new one, or the one in `parent_dir`, bit for bit.
 
     Args:
-        lora: of the adapter; the shape is the parent's where there is one.
+        lora: settings of the adapter; with a parent, rank and targets are the parent's.
         weights_dir: see `attach_lora`.
         parent_dir: a registered adapter's files.
     """
@@ -37,27 +37,27 @@ def start_adapter(
 
 
 def load_adapter(model: "PeftModel", directory: Path) -> None:
-    """Give the attached adapter the weights in `directory`, which has one of the same shape, bit for bit."""
+    """Load the weights in `directory`, an adapter of the same shape, into the attached adapter, bit for bit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     loaded = set_peft_model_state_dict(model, load_file(directory / WEIGHTS_FILE))
-    wrong = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if "lora_" in key)]
-    assert not wrong, f"{wrong[0]}: whoever calls has checked the shape"
+    mismatches = [*loaded.unexpected_keys, *(key for key in loaded.missing_keys if "lora_" in key)]
+    assert not mismatches, f"{mismatches[0]}: the caller must check the shape first"
 
 
 def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path | None = None) -> "PeftModel":
     """Add a trainable adapter named `default` to the NF4 base `model`, with its weights in float32.
 
-    `lora_B` starts at zero, so the answers are the base's until the first step; with `init_lora_weights: loftq`
-    A and B are the best rank-r part of what the 4-bit weights lose (arXiv:2310.08659; the base stays as it is).
+    `lora_B` starts at zero, so outputs equal the base's until the first step. With `init_lora_weights: loftq`
+    A and B are the best rank-r approximation of the quantization error (arXiv:2310.08659; the base is not changed).
 
     Args:
-        weights_dir: the base's safetensors before quantization, which loftq compares with.
+        weights_dir: the base's safetensors before quantization, for loftq.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    forbid_packed_cpu_kernel(model)  # with it, gradients are lost after any evaluation
+    forbid_packed_cpu_kernel(model)  # it loses gradients after an evaluation
     peft_model = get_peft_model(
         model,
         LoraConfig(
@@ -74,16 +74,16 @@ def attach_lora(model: "LlamaForCausalLM", lora: LoraSettings, weights_dir: Path
     assert isinstance(peft_model, PeftModel)
     adapters_to_float32(peft_model)
     if lora.init_lora_weights == "loftq":
-        assert weights_dir is not None, "the base before quantization is needed"
+        assert weights_dir is not None, "loftq needs the base before quantization"
         start_from_quantization_error(peft_model, weights_dir)
     return peft_model
 
 
 @contextmanager
 def exact_adapters(model: "torch.nn.Module") -> Iterator[None]:
-    """Give trainable weights back to `model` as they were before the block.
+    """Restore the trainable weights of `model` after the block to what they were before.
 
-    TRL rounds adapters on a 4-bit base to bfloat16 when its trainer is built: a parent's adapter would be another.
+    TRL rounds adapters on a 4-bit base to bfloat16 when its trainer is built, which would change a parent's adapter.
     """
     exact = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     yield
@@ -93,7 +93,7 @@ def exact_adapters(model: "torch.nn.Module") -> Iterator[None]:
 
 
 def adapters_to_float32(model: "torch.nn.Module") -> None:
-    """Hold trainable weights in float32: small steps at a small learning rate vanish in bfloat16.
+    """Cast trainable weights to float32: small updates are lost in bfloat16.
 
     TRL casts adapters on a 4-bit base to bfloat16 when its trainer is built, so this is called again after that.
     """
@@ -105,8 +105,8 @@ def adapters_to_float32(model: "torch.nn.Module") -> None:
 def start_from_quantization_error(model: "PeftModel", weights_dir: Path) -> None:
     """Set A and B so that `scaling * B @ A` is the best rank-r approximation of `W - dequantized(W)` of every linear.
 
-    LoftQ (arXiv:2310.08659) with one iteration, since the base is served as it is quantized; by a truncated singular
-    value decomposition, whose error no other rank-r matrix undercuts (Eckart and Young).
+    LoftQ (arXiv:2310.08659) with one iteration, as the base is served as quantized. The truncated singular value
+    decomposition has the smallest error of all rank-r matrices (Eckart and Young).
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -124,8 +124,8 @@ def start_from_quantization_error(model: "PeftModel", weights_dir: Path) -> None
                 module = linears[name]
                 quantized, a, b = module.weight, module.lora_A["default"].weight, module.lora_B["default"].weight
                 original = file.get_tensor(name).to(quantized.device, torch.float32)
-                lost = original - dequantize_4bit(quantized.data, quantized.quant_state).float()
-                u, s, v = torch.linalg.svd(lost, full_matrices=False)
+                error = original - dequantize_4bit(quantized.data, quantized.quant_state).float()
+                u, s, v = torch.linalg.svd(error, full_matrices=False)
                 root = (s[: len(a)] / module.scaling["default"]).sqrt()
                 a.data.copy_(root[:, None] * v[: len(a)])
                 b.data.copy_(u[:, : len(a)] * root)

@@ -1,7 +1,6 @@
-"""SampleAnswer answers: what base and adapter say to held-out prompts, greedily, for the person who looks at a run."""
+"""Sample answers: greedy answers of base and adapter to held-out prompts, for people who inspect a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,27 +8,18 @@ from peft import PeftModel
 
 from training.chat.messages import Message
 from training.data.run_inputs import RunInputs
+from training.registry.manifest import SampleAnswer
 
 _MAX_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class SampleAnswer:
-    """A held-out prompt, the answer in the dataset, and what base and adapter say (greedy)."""
-
-    prompt: str
-    reference: str
-    base: str
-    adapter: str
 
 
 def sample_answers(
     model: PeftModel, inputs: RunInputs, num_prompts: int, *, with_all_ranks: bool = False
 ) -> list[SampleAnswer]:
-    """Answers to the first trained question of up to `num_prompts` held-out conversations, spread over them.
+    """Answers for up to `num_prompts` evenly spaced held-out conversations, each cut before its first trained answer.
 
     Args:
-        with_all_ranks: every rank calls this and stops with the last one; a sharded base needs it.
+        with_all_ranks: all ranks generate together until the last one has finished, as a sharded base requires.
     """
     conversations = [c for c in inputs.held_out_samples if any(m.learned for m in c.messages)]
     chosen = conversations[:: max(1, len(conversations) // max(1, num_prompts))][:num_prompts]
@@ -41,8 +31,13 @@ def sample_answers(
     with model.disable_adapter():
         base = generate_answers(model, inputs, dialogs, with_all_ranks=with_all_ranks)
     return [
-        SampleAnswer(conversation.messages[first - 1].content, conversation.messages[first].content, b, a)
-        for conversation, first, b, a in zip(chosen, firsts, base, adapter, strict=True)
+        SampleAnswer(
+            prompt=conversation.messages[first - 1].content,
+            reference=conversation.messages[first].content,
+            base=base_answer,
+            adapter=adapter_answer,
+        )
+        for conversation, first, base_answer, adapter_answer in zip(chosen, firsts, base, adapter, strict=True)
     ]
 
 

@@ -1,9 +1,7 @@
-"""transformers' Trainer over tokenized rows: documents end to end, the loss where there is something to learn.
+"""transformers' Trainer for SFT without padding: rows are concatenated, and only labelled tokens get logits.
 
-`training.trainer.train` builds one and trains with it. Micro-batches hold no padding and no logits but those of
-labelled tokens; a step's loss is the mean over its labelled tokens, however they are spread over workers and
-micro-batches. Random numbers depend on seed, step and micro-batch alone: a checkpoint needs no random state, and rank 0
-writes it.
+A step's loss is the mean over its labelled tokens, however they are split over workers and micro-batches. Random
+numbers depend only on seed, step and micro-batch, so a checkpoint needs no random state and is written by rank 0.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,13 +24,13 @@ from training.data.batch_sampler import StepBatchSampler
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
 from training.trainer.varlen_attention import cumulative, varlen_forward
 
-_LOGITS_CHUNK = 1024  # labelled tokens whose logits are held at once: 0.5 GB in float32 where 128k tokens are known
+_LOGITS_CHUNK = 1024  # labelled tokens whose logits are held at once: 0.5 GB in float32 with a vocabulary of 128k
 
 Batch = dict[str, torch.Tensor]
 
 
 class Rows(Protocol):
-    """Tokenized rows by number."""
+    """Tokenized rows by index."""
 
     def __len__(self) -> int: ...
 
@@ -40,13 +38,14 @@ class Rows(Protocol):
 
 
 def collate(rows: Sequence[TokenizedRow]) -> Batch:
-    """Rows laid end to end.
+    """Concatenate rows into one batch without padding.
+
+    No rows give one token without a label, so that a worker without rows can take part in the step.
 
     Returns:
         input_ids, position_ids: [1, num_tokens].
-        labels: [1, num_tokens], of each token the next one's label, -100 at the end of a row.
+        labels: [1, num_tokens], each token's is that of the next token; -100 at the end of a row.
         cu_seq_lens: [num_rows + 1], see `training.trainer.varlen_attention`.
-    No rows give one token without a label, so that a worker without work can take part in the step.
     """
     rows = rows or [{"input_ids": [0], "labels": [IGNORED_LABEL]}]
     lengths = [len(row["input_ids"]) for row in rows]
@@ -60,7 +59,7 @@ def collate(rows: Sequence[TokenizedRow]) -> Batch:
 
 @contextmanager
 def training_forward(model: PeftModel) -> Iterator[None]:
-    """In the block, calling `model` with a batch of `collate` gives its summed loss in nats, and nothing else."""
+    """In the block, calling `model` with a batch from `collate` returns its summed loss in nats, and nothing else."""
     causal_lm = model.get_base_model()
     assert isinstance(causal_lm, LlamaForCausalLM)
     original = causal_lm.forward
@@ -112,13 +111,13 @@ class PaddingFreeTrainer(Trainer):
         super().__init__(model=model, args=args, callbacks=[*callbacks])
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True
-        self.accelerator.device_placement = False  # of a sharded base only a part is here to be moved
-        self.num_label_tokens = 0  # trained in the last step, over all workers
+        self.accelerator.device_placement = False  # a sharded base cannot be moved
+        self.num_label_tokens = 0  # in the last step, over all workers
         self._rows, self._batches, self._loraplus_lr_ratio = rows, batches, loraplus_lr_ratio
         self._micro_batch = 0
 
     def get_train_dataloader(self) -> DataLoader[TokenizedRow]:
-        """This worker's micro-batches; accelerate is not asked to divide them again."""
+        """This worker's micro-batches, without accelerate, which would split them again."""
         rows: Any = self._rows
         return EpochLoader(rows, batch_sampler=self._batches, collate_fn=collate)
 
@@ -142,9 +141,9 @@ class PaddingFreeTrainer(Trainer):
         return batches, self.num_label_tokens
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one micro-batch, with random numbers of its own."""
-        place = self._micro_batch * self.args.world_size + self.args.process_index
-        torch.manual_seed(hash((self.args.seed, self.state.global_step, place)) % 2**63)
+        """Forward and backward pass of one micro-batch, with its own random seed."""
+        index = self._micro_batch * self.args.world_size + self.args.process_index
+        torch.manual_seed(hash((self.args.seed, self.state.global_step, index)) % 2**63)
         self._micro_batch += 1
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -152,13 +151,13 @@ class PaddingFreeTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The micro-batch's share of the step's mean loss; times the workers, whose gradients are averaged."""
+        """The micro-batch's share of the step's mean loss, times the world size, as DDP averages gradients."""
         summed: torch.Tensor = model(**inputs)
         mean: torch.Tensor = summed * (self.args.world_size / max(1, int(num_items_in_batch)))
         return mean
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `args` say; for LoRA+ (arXiv:2402.12354) B learns `loraplus_lr_ratio` times as fast as A."""
+        """The optimizer of `args`; with LoRA+ (arXiv:2402.12354) B's learning rate is `loraplus_lr_ratio` times A's."""
         if self._loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer_cls, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -169,15 +168,15 @@ class PaddingFreeTrainer(Trainer):
         return self.optimizer
 
     def _prepare_inputs(self, inputs: Mapping[str, torch.Tensor]) -> Batch:
-        # Document boundaries stay where Python reads them.
+        # cu_seq_lens stays on the CPU, where Python reads it.
         return {name: t if name == "cu_seq_lens" else t.to(self.args.device) for name, t in inputs.items()}
 
 
 class EpochLoader(DataLoader[Any]):
-    """Tells its batch sampler of every epoch, so that `StepBatchSampler` shuffles anew."""
+    """A DataLoader that passes the epoch to its batch sampler, so that `StepBatchSampler` reshuffles."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Of the iterations that follow; transformers' loop calls it."""
+        """Set the epoch of the iterations that follow; part of transformers' protocol for data loaders."""
         sampler: Any = self.batch_sampler
         sampler.set_epoch(epoch)
 
@@ -186,27 +185,29 @@ class EpochLoader(DataLoader[Any]):
 def neftune(model: PeftModel, alpha: float | None) -> Iterator[None]:
     """In the block, training adds noise to embeddings: uniform times alpha / sqrt(length x hidden) (arXiv:2310.05914).
 
-    The length is the document's, as in the paper, also where documents lie end to end.
+    The length is that of the sequence, as in the paper, also where sequences are concatenated.
     """
     if not alpha:
         yield
         return
     causal_lm = model.get_base_model()
     assert isinstance(causal_lm, LlamaForCausalLM)
-    lengths: dict[str, torch.Tensor] = {}
+    token_lengths = torch.empty(0)  # [num_tokens] of the batch: the length of each token's sequence
 
-    def remember(module: torch.nn.Module, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
-        lengths["of each token"] = torch.repeat_interleave(kwargs["cu_seq_lens"].diff(), kwargs["cu_seq_lens"].diff())
+    def store_lengths(module: torch.nn.Module, args: Iterable[Any], kwargs: dict[str, Any]) -> None:
+        nonlocal token_lengths
+        lengths = kwargs["cu_seq_lens"].diff()
+        token_lengths = torch.repeat_interleave(lengths, lengths)
 
     def add_noise(module: torch.nn.Module, args: Iterable[Any], embedded: torch.Tensor) -> torch.Tensor:
         if not model.training:
             return embedded
-        length = lengths["of each token"].to(embedded.device)[None, :, None]
+        length = token_lengths.to(embedded.device)[None, :, None]
         scale = alpha / (length * embedded.shape[-1]).sqrt()
         return embedded + scale.to(embedded.dtype) * torch.empty_like(embedded).uniform_(-1, 1)
 
     hooks = [
-        causal_lm.model.register_forward_pre_hook(remember, with_kwargs=True),
+        causal_lm.model.register_forward_pre_hook(store_lengths, with_kwargs=True),
         causal_lm.model.embed_tokens.register_forward_hook(add_noise),
     ]
     try:

@@ -1,8 +1,8 @@
-"""What one worker does in a run, top to bottom, in `train`; Ray is not known here.
+"""The work of one worker in a run, from top to bottom in `train`.
 
-The base in NF4, an adapter on it, the trainer of the method over rows that are tokenized already, the adapter saved,
-and its held-out loss from the very files that will be published. Progress and checkpoints go to a `RunReporter`;
-`training.ray_train.fit` connects that to Ray Train.
+Loads the base in NF4, attaches an adapter, trains it on tokenized rows with the trainer of the method, saves it, and
+computes the held-out loss from the exact files that will be published. Progress and checkpoints go to a `RunReporter`.
+Knows nothing of Ray.
 """
 
 import math
@@ -25,25 +25,27 @@ from training.data.row_store import TokenizedRow
 from training.data.run_inputs import RunInputs, read_inputs
 from training.errors import TrainingError
 from training.planning.batch_size import decide, free_memory
+from training.registry.manifest import SampleAnswer
 from training.trainer.callback import RunReporter, TrainingCallback
+from training.trainer.distributed import rank_and_world_size
 from training.trainer.evaluate import HeldOutResult, evaluate_files, held_out_loss
 from training.trainer.fsdp_qlora import exclude_from_ddp, load_sharded
 from training.trainer.qlora import load_adapter, start_adapter
-from training.trainer.samples import SampleAnswer, sample_answers
+from training.trainer.samples import sample_answers
 from training.trainer.sft_trainer import PaddingFreeTrainer, neftune, training_forward
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a finished run leaves.
+    """The result of a finished run.
 
     Attributes:
-        metrics: train_loss, train_s, num_steps, num_train_tokens; with held-out rows also eval_loss, base_eval_loss
-            (mean over eval_tokens assistant tokens, in nats), both of the adapter as it was saved.
-        samples: on rank 0, with `fsdp` on all.
-        compute_dtype: what the base was computed in.
+        metrics: train_loss, train_s, num_steps, num_train_tokens; with held-out rows also eval_loss of the saved
+            adapter and base_eval_loss (means over eval_tokens assistant tokens, in nats).
+        samples: on rank 0; with `fsdp` on all ranks.
+        compute_dtype: the dtype in which the base was computed.
         adapter_sha256: of the weights file that was evaluated; None without held-out rows.
-        changes: whether the adapter changes any output, as far as held-out rows tell.
+        changes: whether the adapter changes any output on the held-out rows; True without them.
     """
 
     metrics: dict[str, float]
@@ -55,7 +57,7 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    run: RunReporter,
+    reporter: RunReporter,
     *,
     adapter_dir: Path,
     scratch_dir: Path,
@@ -66,61 +68,72 @@ def train(
     """Train one adapter and save it to `adapter_dir`, the same files on every rank.
 
     Args:
-        scratch_dir: local, this rank's own; checkpoints are written here before `run` takes them.
-        resume_from: a checkpoint that `run` was given earlier.
-        parent_dir: the files of the adapter to go on from (`continue_from`).
+        scratch_dir: a local directory of this rank; checkpoints are written here and then passed to `reporter`.
+        resume_from: a checkpoint that was passed to `reporter` earlier.
+        parent_dir: the files of the adapter to continue from (`continue_from`).
 
     Raises:
-        TrainingError: the loss became NaN or infinite, or exploded; naming the step.
-        CorralError: base, chat format or data cannot be used.
+        TrainingError: the run diverged: the loss became NaN, infinite or too large; names the step.
+        CorralError: the base, the chat format or the data cannot be used.
     """
     inputs = read_inputs(config)
-    config = _decided(config, inputs, device)
-    run.on_phase(f"loading {inputs.base.name} in 4 bit")
+    config = _with_batch_size(config, inputs, device)
+    reporter.on_phase(f"loading {inputs.base.name} in 4 bit")
     set_seed(config.seed)
     base = (load_sharded if config.fsdp else load_quantized)(inputs.base, config.quantization, device)
     model = start_adapter(base, config.lora, inputs.base.path, parent_dir)
     if config.fsdp:
         exclude_from_ddp(model)
     held_out = _held_out(config, inputs, model)
-    before = {"parent_eval_loss": held_out.metrics(model)["eval_loss"]} if held_out and parent_dir else {}
+    parent_metrics = {"parent_eval_loss": held_out.metrics(model)["eval_loss"]} if held_out and parent_dir else {}
 
-    run.on_phase("training")
-    watch = TrainingCallback(config, run, *_highest_loss(config, base), held_out.metrics if held_out else None)
-    metrics = _fit(config, inputs, model, watch, scratch_dir, resume_from)
+    reporter.on_phase("training")
+    callback = TrainingCallback(config, reporter, *_max_loss(config, base), held_out.metrics if held_out else None)
+    metrics = _fit(config, inputs, model, callback, scratch_dir, resume_from)
     model.eval()
     model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
     samples: list[SampleAnswer] = []
-    if config.sample_prompts and (run.rank == 0 or config.fsdp):
-        run.on_phase("sample answers of base and adapter")
+    if config.sample_prompts and (reporter.rank == 0 or config.fsdp):
+        reporter.on_phase("sample answers of base and adapter")
         samples = sample_answers(model, inputs, config.sample_prompts, with_all_ranks=config.fsdp)
 
     compute_dtype = compute_dtype_on(device, config.quantization)
     if held_out is None:
         return TrainResult(metrics, samples, compute_dtype)
-    run.on_phase("held-out loss of base and adapter")
+    reporter.on_phase("held-out loss of base and adapter")
     model.unload()
-    found = held_out.of_files(adapter_dir, base)
-    return TrainResult(metrics | before | found.metrics, samples, compute_dtype, found.adapter_sha256, found.changes)
+    evaluated = held_out.evaluate_files(adapter_dir, base)
+    return TrainResult(
+        metrics | parent_metrics | evaluated.metrics,
+        samples,
+        compute_dtype,
+        evaluated.adapter_sha256,
+        evaluated.changes,
+    )
 
 
 def _fit(
     config: TrainConfig,
     inputs: RunInputs,
     model: PeftModel,
-    watch: TrainingCallback,
+    callback: TrainingCallback,
     scratch_dir: Path,
     resume_from: Path | None,
 ) -> dict[str, float]:
-    """The steps; leaves the weights to publish in `model`."""
+    """Run the training steps; afterwards `model` has the weights to publish."""
     if resume_from:
-        watch.resume(resume_from)
-        if watch.finished:  # a worker ended after its last checkpoint
+        callback.resume(resume_from)
+        if callback.finished:  # the worker was interrupted after its last checkpoint
             load_adapter(model, resume_from)
-            return {**watch.last, "train_s": 0.0, "num_steps": float(watch.last_step), **watch.take_best(model)}
-    trainer = _trainer(config, inputs, model, watch, scratch_dir)
+            return {
+                **callback.last_metrics,
+                "train_s": 0.0,
+                "num_steps": float(callback.last_step),
+                **callback.restore_best(model),
+            }
+    trainer = _trainer(config, inputs, model, callback, scratch_dir)
     if trainer.accelerator.ddp_handler:
-        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise each gradient is held twice
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise each gradient is stored twice
     started = time.monotonic()
     with ExitStack() as training:
         if config.method == "sft":
@@ -128,29 +141,29 @@ def _fit(
             training.enter_context(neftune(model, config.neftune_noise_alpha))
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return {
-        **watch.last,
+        **callback.last_metrics,
         "train_s": time.monotonic() - started,
         "num_steps": float(trainer.state.global_step),
-        **watch.take_best(model),
+        **callback.restore_best(model),
     }
 
 
 def _trainer(
-    config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: TrainingCallback, scratch_dir: Path
+    config: TrainConfig, inputs: RunInputs, model: PeftModel, callback: TrainingCallback, scratch_dir: Path
 ) -> Trainer:
-    batches, shape = step_batches(config, inputs, *_rank_and_world_size())
-    arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
+    batches, layout = step_batches(config, inputs, *rank_and_world_size())
+    arguments = training_arguments(config, model, scratch_dir, layout.accumulation)
     if config.method != "sft":
         from training.trainer.preference_trainer import preference_trainer
 
-        trainer: Trainer = preference_trainer(config, inputs, model, batches, arguments, [watch])
+        trainer: Trainer = preference_trainer(config, inputs, model, batches, arguments, [callback])
         return trainer
     return PaddingFreeTrainer(
         model,
         TrainingArguments(**arguments),
         inputs.train_rows,
         batches,
-        [watch],
+        [callback],
         loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
 
@@ -158,22 +171,22 @@ def _trainer(
 def step_batches(
     config: TrainConfig, inputs: RunInputs, rank: int, world_size: int
 ) -> tuple[StepBatchSampler, StepLayout]:
-    """The micro-batches of worker `rank`; steps have the same examples for every `world_size`."""
+    """The micro-batches of worker `rank`; a step has the same examples whatever the `world_size`."""
     lengths = inputs.train_rows.lengths
     packs = pack(lengths, config.max_length) if config.packing else None
     num_examples = len(packs) if packs else len(lengths)
-    shape = StepLayout(min(config.step_size, num_examples), world_size, config.micro_batch_size)
-    if shape.step_size < world_size:
+    layout = StepLayout(min(config.step_size, num_examples), world_size, config.micro_batch_size)
+    if layout.step_size < world_size:
         raise TrainingError(
-            f"{world_size} workers share steps of {shape.step_size} {'packs' if packs else 'rows'}: use fewer workers, "
-            "larger steps or more data"
+            f"a step has {layout.step_size} {'packs' if packs else 'rows'}, too few for {world_size} workers: use "
+            "fewer workers, larger steps or more data"
         )
     grouped = config.group_by_length
-    return StepBatchSampler(lengths, packs, shape, rank, config.seed, group_by_length=grouped), shape
+    return StepBatchSampler(lengths, packs, layout, rank, config.seed, group_by_length=grouped), layout
 
 
 def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path, accumulation: int) -> dict[str, Any]:
-    """What the trainer of any method is told, by the names of transformers' TrainingArguments."""
+    """Arguments for the trainer of any method, by their names in transformers' TrainingArguments."""
     on_cpu = model.device.type == "cpu"
     dtype = compute_dtype_on(model.device, config.quantization)
     return {
@@ -206,10 +219,10 @@ def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path,
     }
 
 
-def _decided(config: TrainConfig, inputs: RunInputs, device: torch.device) -> TrainConfig:
-    """`config` with numbers in place of `auto`: the same on every rank, so those of the device with least room."""
-    _, num_workers = _rank_and_world_size()
-    decided = decide(
+def _with_batch_size(config: TrainConfig, inputs: RunInputs, device: torch.device) -> TrainConfig:
+    """`config` with `auto` replaced: the same on every rank, as the device with the least free memory requires."""
+    _, num_workers = rank_and_world_size()
+    resolved = decide(
         config,
         inputs,
         free_memory(device, num_workers),
@@ -217,21 +230,23 @@ def _decided(config: TrainConfig, inputs: RunInputs, device: torch.device) -> Tr
         compute_dtype=compute_dtype_on(device, config.quantization),
     )
     if num_workers == 1:
-        return decided
-    least = torch.tensor([decided.micro_batch_size, int(not decided.gradient_checkpointing)], device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    batch, without = least.tolist()
-    return decided.model_copy(update={"per_device_train_batch_size": batch, "gradient_checkpointing": not without})
+        return resolved
+    minimum = torch.tensor([resolved.micro_batch_size, int(not resolved.gradient_checkpointing)], device=device)
+    dist.all_reduce(minimum, dist.ReduceOp.MIN)
+    batch_size, keeps_activations = minimum.tolist()
+    return resolved.model_copy(
+        update={"per_device_train_batch_size": batch_size, "gradient_checkpointing": not keeps_activations}
+    )
 
 
 class _HeldOut(Protocol):
-    """Held-out rows, and what an adapter makes of them."""
+    """Held-out rows, and the evaluation of an adapter on them."""
 
     def metrics(self, model: PeftModel) -> dict[str, float]:
-        """Of the adapter on `model`; `eval_loss` among them."""
+        """Metrics of the adapter on `model`, including `eval_loss`."""
 
-    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
-        """Of the adapter in `adapter_dir`, loaded from its files."""
+    def evaluate_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
+        """Evaluate the adapter in `adapter_dir`, loaded from its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +256,12 @@ class _HeldOutConversations:
     def metrics(self, model: PeftModel) -> dict[str, float]:
         return {"eval_loss": held_out_loss(model, self.rows)[0]}
 
-    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
+    def evaluate_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
         return evaluate_files(adapter_dir, base, self.rows)
 
 
 def _held_out(config: TrainConfig, inputs: RunInputs, model: PeftModel) -> _HeldOut | None:
-    """To be asked before the first step: the adapter may be what later ones are compared with."""
+    """Must be called before the first step: the initial adapter may be the reference of a preference method."""
     model.eval()
     if not len(inputs.held_out_rows):
         return None
@@ -257,15 +272,11 @@ def _held_out(config: TrainConfig, inputs: RunInputs, model: PeftModel) -> _Held
     return HeldOutPreferences(model, config.preference, inputs.held_out_rows)
 
 
-def _highest_loss(config: TrainConfig, base: LlamaForCausalLM) -> tuple[float, str]:
-    """The loss above which a step has diverged, and what that is."""
+def _max_loss(config: TrainConfig, base: LlamaForCausalLM) -> tuple[float, str]:
+    """The loss above which a step has diverged, and its description."""
     if config.method == "sft":
-        return 2 * math.log(base.config.vocab_size), "twice that of blind guessing"
+        return 2 * math.log(base.config.vocab_size), "twice that of random guessing"
     from training.trainer.preference_losses import loss_at_reference
 
-    start = loss_at_reference(config.preference, config.method)
-    return 10 * start, f"ten times the {start:.2f} that it started from"
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    initial = loss_at_reference(config.preference, config.method)
+    return 10 * initial, f"ten times the initial {initial:.2f}"

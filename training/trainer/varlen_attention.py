@@ -1,8 +1,7 @@
-"""Attention among the tokens of one document, for batches that are documents laid end to end without padding.
+"""Variable-length attention, for padding-free batches: sequences concatenated into one row.
 
-`training.trainer.train` trains inside `varlen_forward` and passes `cu_seq_lens` with every batch; forwards without it
-get transformers' own SDPA. Nothing is computed across documents, so packing changes no result. Knows nothing of data,
-adapters or the loss.
+Inside `varlen_forward`, batches that pass `cu_seq_lens` attend only within each sequence, so packing does not change
+any result; forward passes without it use transformers' own SDPA. Knows nothing of data, adapters or the loss.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,38 +14,38 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-_NAME = "corral_documents"
+_NAME = "corral_varlen"
 
-# Up to this length a CPU multiplies whole score matrices faster than torch's blockwise kernel, whose backward pass
-# takes 4 ms a layer however short the documents are (8 of 35 tokens, 9 heads: 0.9 against 24 ms forward and backward).
+# Up to this length full score matrices are faster on a CPU than torch's blockwise kernel, whose backward pass takes
+# 4 ms a layer however short the sequences are (8 of 35 tokens, 9 heads: 0.9 instead of 24 ms forward and backward).
 _SCORES_UP_TO = 512
 
 
 @contextmanager
 def varlen_forward(model: PreTrainedModel) -> Iterator[None]:
-    """In the block, forwards of `model` that are given `cu_seq_lens` keep documents apart.
+    """In the block, forward passes of `model` with `cu_seq_lens` attend only within each sequence.
 
-    Forwards without it see one causal sequence in each row; transformers makes no mask for them.
+    Without it each row is one causal sequence, for which transformers builds no mask.
     """
     AttentionInterface.register(_NAME, _varlen_attention_interface)
-    before = model.config._attn_implementation
+    original = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(original)
 
 
 def varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Causal attention within each document.
+    """Causal attention within each sequence.
 
     Args:
         query: [num_tokens, num_heads, head_dim].
-        key, value: [num_tokens, num_kv_heads, head_dim]; neighbouring query heads share one.
-        cu_seq_lens: [num_documents + 1] int32 on the CPU: where each document begins, and the end of the last.
-        scale: of the scores before the softmax.
+        key, value: [num_tokens, num_kv_heads, head_dim]; adjacent query heads share one.
+        cu_seq_lens: [num_seqs + 1] int32 on the CPU: where each sequence starts, and the end of the last.
+        scale: factor of the scores before the softmax.
 
     Returns:
         [num_tokens, num_heads, head_dim].
@@ -59,15 +58,15 @@ def varlen_attention(
         out: torch.Tensor = varlen(query, key, value, starts, starts, longest, longest, **options)
         return out
     if longest * len(lengths) > 2 * len(query):  # padding would be most of the work
-        documents = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
-        return torch.cat([_attend(q[None], k[None], v[None], scale)[0] for q, k, v in documents])
-    rows, places = _grid(lengths, longest, query.device)
-    q, k, v = (_to_grid(tensor, rows, places, len(lengths), longest) for tensor in (query, key, value))
-    return _attend(q, k, v, scale)[rows, places]
+        sequences = zip(*(tensor.split(lengths.tolist()) for tensor in (query, key, value)), strict=True)
+        return torch.cat([_attend(q[None], k[None], v[None], scale)[0] for q, k, v in sequences])
+    rows, columns = _grid(lengths, longest, query.device)
+    q, k, v = (_to_grid(tensor, rows, columns, len(lengths), longest) for tensor in (query, key, value))
+    return _attend(q, k, v, scale)[rows, columns]
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention over [batch, length, heads, head_dim]; what is padded on the right is seen by padding only."""
+    """Causal attention over [batch, length, heads, head_dim]; padding is on the right, so only it attends to itself."""
     batch, length, heads, head_dim = query.shape
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if query.is_cuda or length > _SCORES_UP_TO:
@@ -83,17 +82,17 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
 
 
 def _grid(lengths: torch.Tensor, longest: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of every token in a [documents, longest] grid, each [num_tokens]."""
-    rows, places = (torch.arange(longest) < lengths[:, None]).nonzero(as_tuple=True)
-    return rows.to(device), places.to(device)
+    """Row and column of every token in a [num_seqs, longest] grid, each [num_tokens]."""
+    rows, columns = (torch.arange(longest) < lengths[:, None]).nonzero(as_tuple=True)
+    return rows.to(device), columns.to(device)
 
 
 def _to_grid(
-    tensor: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, num_rows: int, longest: int
+    tensor: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, num_rows: int, longest: int
 ) -> torch.Tensor:
-    if num_rows * longest == len(tensor):  # all of one length
+    if num_rows * longest == len(tensor):  # all sequences are equally long
         return tensor.view(num_rows, longest, *tensor.shape[1:])
-    return tensor.new_zeros(num_rows, longest, *tensor.shape[1:]).index_put((rows, places), tensor)
+    return tensor.new_zeros(num_rows, longest, *tensor.shape[1:]).index_put((rows, columns), tensor)
 
 
 def _varlen_attention_interface(
@@ -120,7 +119,7 @@ def _varlen_attention_interface(
 
 @cache
 def _varlen_attn() -> Any:
-    """torch's attention over documents laid end to end (torch >= 2.10, CUDA), None where torch has none."""
+    """torch's variable-length attention (torch >= 2.10, CUDA), or None if this torch lacks it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -129,5 +128,5 @@ def _varlen_attn() -> Any:
 
 
 def cumulative(lengths: Sequence[int]) -> torch.Tensor:
-    """[len(lengths) + 1] int32: where documents of these lengths begin when laid end to end, and the total."""
+    """`cu_seq_lens` of concatenated sequences: [len(lengths) + 1] int32, where each starts, and the total length."""
     return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))

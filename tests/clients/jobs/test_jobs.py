@@ -227,19 +227,19 @@ def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(clus
     resumed = cluster.corral(*told, "max_steps=240")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job search.2 of run search" in resumed.stderr
-    assert "tiny-llama:searched-job@1 is registered, of trial 1" in resumed.stdout
+    assert "registered tiny-llama:searched-job@1 from trial 1" in resumed.stdout
     assert (first / "result.json").stat().st_mtime_ns == trained
     assert AdapterRegistry().resolve("searched-job").run_name == "search/trials/001"
 
     again = cluster.corral(*told, "max_steps=240")
     assert again.returncode == 0, again.stderr
-    assert "is registered, of trial 1" in again.stdout
+    assert "@1 from trial 1" in again.stdout
     assert AdapterRegistry().versions("searched-job") == [1]
     other = cluster.corral(*told, "max_steps=240", "sweep.num_samples=2")
     assert other.returncode == 2
     assert "submitted with sweep.num_samples=1, now sweep.num_samples is 2" in other.stderr.splitlines()[-1]
     # Its first job has the id `search`: the name means the run, as it is now.
-    assert "is registered, of trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
+    assert "@1 from trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
     shown = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
     assert "search: SUCCEEDED" in shown
     assert "python -m training --config search.yaml adapter=searched-job max_steps=240 run_name=search" in shown

@@ -7,15 +7,15 @@ import pytest
 
 from tests.training.ray_train.test_fit import tiny_run
 from training.base_models.resolve import BaseCheckpoint
-from training.bench.__main__ import Timed, compared, main
+from training.bench.__main__ import TimedRun, compare, main
 
 
-def timed(train_s: float, eval_loss: float) -> Timed:
-    return Timed(train_s=train_s, num_examples=10, num_tokens=100, eval_loss=eval_loss, whole_s=60)
+def timed(train_s: float, eval_loss: float) -> TimedRun:
+    return TimedRun(train_s=train_s, num_examples=10, num_tokens=100, eval_loss=eval_loss, total_s=60)
 
 
 def test_figures_are_of_the_same_round() -> None:
-    figures = compared(
+    figures = compare(
         {
             "trl": [timed(30, 2.0), timed(20, 1.8), timed(60, 2.2)],
             "loop": [timed(10, 2.1), timed(10, 1.8), timed(15, 2.0)],

@@ -42,24 +42,24 @@ def test_active_seconds_are_those_of_the_turns() -> None:
 
 
 def test_one_runs_at_a_time_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_TURN_S", 0.2)
+    monkeypatch.setattr(turns, "_SLICE_S", 0.2)
     files = {name: tmp_path / name for name in ("a", "b")}
     commands = {name: ticker(file, 120) for name, file in files.items()}
     done = run_interleaved(commands, lambda name: files[name].exists())
     assert [printed for _, printed in done.values()] == ["done\n", "done\n"]
     for name, (taker, _) in done.items():
         found = ticks_of(files[name])
-        assert len(taker.turns) > 3
+        assert len(taker.slices) > 3
         assert len(found) > 150  # the child's too
         slack_s = 0.03  # between the signal and the end of a turn
-        assert all(any(b - slack_s <= at <= e + slack_s for b, e in taker.turns) for at in found)
-    both = sorted(turn for taker, _ in done.values() for turn in taker.turns)
+        assert all(any(b - slack_s <= at <= e + slack_s for b, e in taker.slices) for at in found)
+    both = sorted(turn for taker, _ in done.values() for turn in taker.slices)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(both))
 
 
 def test_a_failure_is_named_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "_TURN_S", 0.1)
-    monkeypatch.setattr(turns, "_ENDS_WITHIN_S", 2.0)
+    monkeypatch.setattr(turns, "_SLICE_S", 0.1)
+    monkeypatch.setattr(turns, "_SHUTDOWN_TIMEOUT_S", 2.0)
     fails = [sys.executable, "-c", "import sys, time; time.sleep(0.15); sys.exit('no such base')"]
     commands = {"long": ticker(tmp_path / "long", 100_000), "short": fails}
     with pytest.raises(RuntimeError, match=r"(?s)^short failed:\n.*no such base"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.local_ray.start import ask_for_a_token
+from training.local_ray.start import require_token
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def mode(path: Path) -> int:
 def test_the_token_is_its_owners_alone_and_the_environment_cannot_turn_it_off(token: Path) -> None:
     before = os.umask(0)
     try:
-        ask_for_a_token()
+        require_token()
     finally:
         os.umask(before)
     assert mode(token) == 0o600
@@ -39,11 +39,11 @@ def test_a_token_that_is_there_is_kept_and_closed_to_others(token: Path) -> None
     token.parent.mkdir()
     token.write_text("a-token")
     token.chmod(0o644)
-    ask_for_a_token()
+    require_token()
     assert (token.read_text(), mode(token)) == ("a-token", 0o600)
 
 
 def test_a_token_of_the_environment_needs_no_file(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
-    ask_for_a_token()
+    require_token()
     assert not token.exists()

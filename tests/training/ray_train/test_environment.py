@@ -4,7 +4,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from training.ray_train.environment import environment_here, git_commit
+from training.ray_train.environment import current_environment, git_commit
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -13,7 +13,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_libraries_have_the_versions_installed_and_every_worker_a_device() -> None:
-    found = environment_here("cpu", num_workers=2)
+    found = current_environment("cpu", num_workers=2)
     assert found.libraries["peft"] == metadata.version("peft")
     assert {"torch", "transformers", "trl", "bitsandbytes", "ray"} < found.libraries.keys()
     assert len(found.devices) == 2

@@ -20,7 +20,7 @@ from training.config.data_config import DataConfig
 from training.config.train_config import GateConfig, TrainConfig
 from training.errors import AdapterRefused, ConfigError, TrainingError
 from training.ray_train.fit import fit
-from training.ray_train.worker import _is_whole
+from training.ray_train.worker import _is_complete
 from training.runs.register import register
 from training.runs.result import RunResult
 from training.runs.resume import fresh_run_name, open_run
@@ -213,11 +213,11 @@ def test_more_workers_than_the_cluster_has_cpus(ray_cluster: None, config: Train
 def test_truncated_checkpoint_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"12345")
     (tmp_path / "contents.json").write_text(json.dumps({"step": 4, "sizes": {"weights": 5}}))
-    assert _is_whole(tmp_path)
+    assert _is_complete(tmp_path)
     (tmp_path / "weights").write_bytes(b"123")
-    assert not _is_whole(tmp_path)
+    assert not _is_complete(tmp_path)
     (tmp_path / "contents.json").write_text('{"step": 4, "si')
-    assert not _is_whole(tmp_path)
+    assert not _is_complete(tmp_path)
 
 
 def test_run_names_differ(config: TrainConfig) -> None:

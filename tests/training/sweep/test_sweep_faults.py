@@ -77,7 +77,7 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     driver = start(tmp_path)
     printed, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
-    assert "tiny-llama:searched-often@1 is registered, of trial 2" in printed
+    assert "registered tiny-llama:searched-often@1 from trial 2" in printed
     assert first.read_json("result.json") == result  # with its times: it was not trained again
     for number in range(3):
         trial = read_run(s3, f"stored/trials/{number:03d}")

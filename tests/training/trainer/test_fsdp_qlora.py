@@ -53,15 +53,15 @@ parts = []
 peak = live = 0
 
 
-class Counted(sharding._LayerPart):
+class Counted(sharding._LayerShard):
     def __init__(self, layer):
         super().__init__(layer)
         parts.append(self)
 
-    def begin(self):
+    def start_gather(self):
         global peak
-        super().begin()
-        peak = max(peak, sum(t.untyped_storage().nbytes() for part in parts for t in (part._part, part._whole)))
+        super().start_gather()
+        peak = max(peak, sum(t.untyped_storage().nbytes() for part in parts for t in (part._shard, part._full)))
 
 
 class Keeper(Recorder):
@@ -79,7 +79,7 @@ class Keeper(Recorder):
         dist.barrier()
 
 
-sharding._LayerPart = Counted
+sharding._LayerShard = Counted
 found = {}
 
 

@@ -197,7 +197,7 @@ def test_weights_of_the_lowest_held_out_loss_come_back(config: TrainConfig) -> N
                 parameter.fill_(step)
         state = TrainerState(global_step=step, max_steps=9)
         watch.on_step_end(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
-    assert watch.take_best(model) == {"best_step": 4.0}
+    assert watch.restore_best(model) == {"best_step": 4.0}
     assert all((parameter == 4).all() for parameter in trained)
 
 
@@ -296,12 +296,12 @@ def test_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_path
         (math.nan, 1.0, "step 7: the loss became nan: lower learning_rate (0.005) or max_grad_norm (1)"),
         (math.inf, 1.0, "step 7: the loss became inf: "),
         (2.0, math.nan, "step 7: the gradient norm became nan: "),
-        (25.0, 1.0, "step 7: the loss rose to 25.0, twice that of blind guessing: "),
+        (25.0, 1.0, "step 7: the loss rose to 25.0, more than twice that of random guessing: "),
     ],
 )
 def test_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
     recorder = Recorder()
-    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
+    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
     logs = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
     with pytest.raises(TrainingError, match=re.escape(f"training stopped at {reason}")) as caught:
         watch.on_log(TrainingArguments(use_cpu=True), TrainerState(global_step=7), TrainerControl(), logs)
@@ -311,7 +311,7 @@ def test_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, gra
 
 def test_overflow_in_float16_is_a_skipped_step_and_no_divergence(config: TrainConfig) -> None:
     recorder = Recorder()
-    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
+    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
     in_float16 = TrainingArguments(use_cpu=True)
     in_float16.fp16 = True  # which transformers refuses to be told on a CPU
     logs = {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
