@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -37,12 +37,19 @@ def list_(address: _Address = None, storage: _Storage = None, as_json: _Json = F
         from clients.jobs.jobs import TrainingJobs
 
         jobs = TrainingJobs(address).all()
-        _print_list(jobs, as_json, ("run", "job", "status", "adapter", "started", "took", "command"), _job_row)
+        if as_json:
+            print(json.dumps([asdict(job) for job in jobs], indent=2))
+        else:
+            _print_list(jobs, ("run", "job", "status", "adapter", "started", "took", "command"), _job_row)
     else:
-        from training.runs.status import read_runs, runs_address
+        from training.runs.run_dir import runs_address
+        from training.runs.status import read_runs
 
         runs = read_runs(runs_address(storage))
-        _print_list(runs, as_json, ("run", "state", "adapter", "step", "loss", "started", "took"), _run_row)
+        if as_json:
+            print(json.dumps([run.to_record() for run in runs], indent=2))
+        else:
+            _print_list(runs, ("run", "state", "adapter", "step", "loss", "started", "took"), _run_row)
 
 
 @app.command()
@@ -55,15 +62,18 @@ def show(name: _Name, address: _Address = None, storage: _Storage = None, as_jso
         print(json.dumps(asdict(job), indent=2) if as_json else _job_summary(job))
         return
     from training.registry.registry import AdapterRegistry
-    from training.runs.status import read_metrics, read_run, run_files, runs_address
+    from training.runs.metrics_log import read_metrics
+    from training.runs.run_dir import runs_address
+    from training.runs.status import read_run, run_files
 
     run = read_run(runs_address(storage), name)
     # Of a sweep its best trial became a version.
     became = [m.model_id for m in AdapterRegistry().list() if f"{m.run_name}/".startswith(f"{name}/")]
     if as_json:
-        print(json.dumps({**asdict(run), "registered_as": became}, indent=2))
+        print(json.dumps({**run.to_record(), "registered_as": became}, indent=2))
     else:
-        print(_run_summary(run, [step["loss"] for step in read_metrics(run)], run_files(run), became))
+        losses = [step["loss"] for step in read_metrics(run.run_dir).records]
+        print(_run_summary(run, losses, run_files(run), became))
 
 
 @app.command()
@@ -76,7 +86,8 @@ def stop(name: _Name, address: _Address = None, storage: _Storage = None) -> Non
         job = jobs.find(name)
         print(f"job {job.submission_id} has ended already: {job.status}" if job.has_ended else _stopped(jobs.stop(job)))
         return
-    from training.runs.status import read_run, runs_address, stop_run
+    from training.runs.run_dir import runs_address
+    from training.runs.status import read_run, stop_run
 
     run = read_run(runs_address(storage), name)
     if run.state != "running":
@@ -95,7 +106,7 @@ def logs(
 ) -> None:
     """A run's logged steps; with --address what its job printed."""
     if not address:
-        from training.runs.status import runs_address
+        from training.runs.run_dir import runs_address
 
         _print_steps(runs_address(storage), name, follow)
         return
@@ -110,12 +121,13 @@ def logs(
 
 
 def _print_steps(address: str, name: str, follow: bool) -> None:
-    from training.runs.status import read_metrics, read_run
+    from training.runs.metrics_log import read_metrics
+    from training.runs.status import read_run
 
     last_step, last_phase = 0, ""
     while True:
         run = read_run(address, name)  # before its steps: nothing is logged after a run has ended
-        steps = read_metrics(run)
+        steps = read_metrics(run.run_dir).records
         if not steps and run.phase != last_phase:  # a sweep's steps are its trials'
             last_phase = run.phase
             print(last_phase, flush=True)
@@ -131,7 +143,7 @@ def _print_steps(address: str, name: str, follow: bool) -> None:
         time.sleep(_POLL_S)
 
 
-def _step_line(step: dict[str, Any]) -> str:
+def _step_line(step: Mapping[str, Any]) -> str:
     when = datetime.fromtimestamp(step["time"]).strftime("%H:%M:%S")
     speed = f"  {step['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in step else ""
     return f"{when}  step {step['step']}/{step['num_steps']}  loss {step['loss']:.3f}{speed}"
@@ -139,13 +151,9 @@ def _step_line(step: dict[str, Any]) -> str:
 
 def _print_list(
     items: "Sequence[RunStatus] | Sequence[TrainingJob]",
-    as_json: bool,
     columns: Sequence[str],
     row: Callable[[Any], list[str]],
 ) -> None:
-    if as_json:
-        print(json.dumps([asdict(item) for item in items], indent=2))
-        return
     if not items:
         print("no training run is there: start one with 'corral train configs/train/quickstart.yaml'")
         return

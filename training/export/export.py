@@ -1,8 +1,7 @@
-"""A registered adapter as a model of its own: a folder for transformers and vLLM, a GGUF file for llama.cpp, or both.
+"""Exports a registered adapter as a standalone model: a folder for transformers and vLLM, or a GGUF file for llama.cpp.
 
-`corral adapters export` calls `export`. Merging gives another model than the one that was trained and is served, so
-the held-out loss of each is measured and written down beside the weights. Files appear under their names when they
-are whole, and not before.
+A merged model differs from the one that was trained and is served, so the held-out loss of each is measured, and
+recorded with the weights. Files get their final names only when they are complete.
 """
 
 import contextlib
@@ -30,23 +29,23 @@ from training.registry.manifest import AdapterManifest
 
 RECORD_FILE = "corral_export.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
-_WORDS: dict[MergeBase, str] = {
-    "nf4": "the base's weights as they are served, in NF4, and brought back to 16 bit",
-    "original": "the base's own 16-bit weights, which are not those that the adapter was trained on",
+_MERGE_BASE_DESCRIPTIONS: dict[MergeBase, str] = {
+    "nf4": "the base's weights as they are served, quantized to NF4 and dequantized to 16 bit",
+    "original": "the base's original 16-bit weights, which are not the ones that the adapter was trained on",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ExportRecord:
-    """What was exported, and how far it is from what is served; `corral_export.json` in a merged folder.
+    """What was exported and how its losses compare with the served model's; `corral_export.json` in a merged folder.
 
     Attributes:
         onto: see `MergedWeights`.
-        dtype: of a merged folder's tensors.
-        evaluated_on: which rows, in words, or why none.
-        served_loss: mean cross entropy over `eval_tokens` tokens, in nats: NF4 base and unmerged adapter.
-        merged_loss: of the merged folder; None where it was not written or not measured.
-        gguf_loss: of the GGUF file, as transformers reads it.
+        dtype: dtype of a merged folder's tensors.
+        evaluated_on: a description of the rows, or why there are none.
+        served_loss: mean cross entropy over `eval_tokens` tokens, in nats, of the NF4 base with the unmerged adapter.
+        merged_loss: loss of the merged folder; None if it was not written or not measured.
+        gguf_loss: loss of the GGUF file, as transformers reads it; None if it was not written or not measured.
     """
 
     model_id: str
@@ -65,27 +64,27 @@ class ExportRecord:
 
 @dataclass(frozen=True, slots=True)
 class ExportPaths:
-    """Where to: a folder, a GGUF file of a type, or both."""
+    """What to write: a merged folder, a GGUF file of `gguf_type`, or both."""
 
     merged: Path | None
     gguf: Path | None
     gguf_type: GgufType = "F16"
 
     def check(self) -> None:
-        """Refuse what is there already.
+        """Check that there is a target and that none exists.
 
         Raises:
-            ExportError: nothing is asked for, or a target is in use.
+            ExportError: neither target is given, or one exists already.
         """
         if self.merged is None and self.gguf is None:
             raise ExportError("nothing to export: give --merged DIR, --gguf FILE or both")
         if self.merged is not None and self.merged.exists():
             if not self.merged.is_dir():
-                raise ExportError(f"{self.merged} is a file: name a folder that is not there yet, or an empty one")
+                raise ExportError(f"{self.merged} is a file: choose a new or empty folder")
             if any(self.merged.iterdir()):
-                raise ExportError(f"{self.merged} is not empty: name a folder that is not there yet, or an empty one")
+                raise ExportError(f"{self.merged} is not empty: choose a new or empty folder")
         if self.gguf is not None and self.gguf.exists():
-            raise ExportError(f"{self.gguf} is there already: remove it, or name another file")
+            raise ExportError(f"{self.gguf} already exists: remove it, or choose another file")
 
 
 def export(
@@ -98,15 +97,15 @@ def export(
     rows: EvaluationRows,
     device: torch.device,
 ) -> ExportRecord:
-    """Merge, write and measure.
+    """Merge the adapter, write the targets and measure their losses.
 
     Args:
-        adapter_dir: the version's files, checked.
-        base: what it was trained on, checked.
-        rows: what the losses are measured on; without rows nothing is.
+        adapter_dir: the version's verified files.
+        base: the verified base that the adapter was trained on.
+        rows: the rows that losses are measured on; if empty, none are measured.
 
     Raises:
-        ExportError: a target is in use or cannot be written, or GGUF cannot say what this base is.
+        ExportError: a target exists or cannot be written, or GGUF cannot represent this base.
     """
     targets.check()
     weights = MergedWeights(base, adapter_dir, manifest.lora, manifest.quantization, onto)
@@ -124,33 +123,33 @@ def export(
     }
     if rows.rows:
         record["served_loss"], record["eval_tokens"] = served_loss(base, manifest, adapter_dir, rows, device)
-    with contextlib.ExitStack() as written:
+    with contextlib.ExitStack() as outputs:
         if targets.gguf is not None:
-            file = written.enter_context(_whole_or_not_at_all(targets.gguf))
+            file = outputs.enter_context(_written_atomically(targets.gguf))
             write_gguf(
                 weights,
                 file,
                 targets.gguf_type,
                 name=manifest.model_id,
-                description=f"LoRA adapter {manifest.model_id}, merged into {_WORDS[onto]}",
+                description=f"LoRA adapter {manifest.model_id}, merged into {_MERGE_BASE_DESCRIPTIONS[onto]}",
                 chat_template=template,
                 eot_token_id=chat_format.stop_token_ids[0],
             )
             if rows.rows:
                 record["gguf_loss"] = loss_of_gguf(file, rows, device)
         if targets.merged is not None:
-            folder = written.enter_context(_whole_or_not_at_all(targets.merged))
+            folder = outputs.enter_context(_written_atomically(targets.merged))
             _write_folder(weights, folder, chat_format, template)
             if rows.rows:
                 record["merged_loss"] = loss_of_folder(folder, manifest.quantization, rows, device)
-            finished = ExportRecord(**record)
-            (folder / RECORD_FILE).write_text(json.dumps(asdict(finished), indent=2) + "\n")
-            (folder / "README.md").write_text(_readme(finished))
+            export_record = ExportRecord(**record)
+            (folder / RECORD_FILE).write_text(json.dumps(asdict(export_record), indent=2) + "\n")
+            (folder / "README.md").write_text(_readme(export_record))
     return ExportRecord(**record)
 
 
 def describe_losses(record: ExportRecord) -> list[str]:
-    """What the merge costs, a line for each thing measured."""
+    """The measured losses for people, one per line, with their difference from the served model's."""
     if record.served_loss is None:
         return [f"held-out loss was not measured: {record.evaluated_on}"]
     lines = [f"held-out loss over {record.eval_tokens} tokens ({record.evaluated_on}), nats:"]
@@ -165,22 +164,25 @@ def describe_losses(record: ExportRecord) -> list[str]:
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
-    """A path beside `target` that takes its name when the block ends well, and is gone when it does not."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+def _written_atomically(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`, renamed to it if the block succeeds, else removed."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            yield fresh
-            fresh.replace(target)
+            yield temporary
+            temporary.replace(target)
         except (OSError, SafetensorError) as error:
-            words = getattr(error, "strerror", None) or str(error)
-            raise ExportError(f"{target} cannot be written ({words}): nothing of it is left; free space") from error
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ExportError(
+                f"{target} cannot be written ({reason}): its partial files were removed; free some space or choose "
+                "another path"
+            ) from error
     finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _write_folder(weights: MergedWeights, folder: Path, chat_format: ChatFormat, template: str) -> None:
@@ -189,17 +191,19 @@ def _write_folder(weights: MergedWeights, folder: Path, chat_format: ChatFormat,
     config = {key: value for key, value in base.llama_config().items() if key not in ("torch_dtype", "_name_or_path")}
     config.pop("quantization_config", None)
     _write_json(folder / "config.json", {**config, "dtype": str(weights.dtype).removeprefix("torch.")})
-    sizes = 0
+    num_bytes = 0
     files: dict[str, str] = {}
     for file, names in weights.shards.items():
         tensors = {name: weights.tensor(name) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it the owner's alone
-        sizes += sum(tensor.nbytes for tensor in tensors.values())
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors creates it readable by the owner only
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         files |= dict.fromkeys(names, file)
         del tensors
     if len(weights.shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": sizes}, "weight_map": files})
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": num_bytes}, "weight_map": files}
+        )
 
     generation = base.path / "generation_config.json"
     defaults = json.loads(generation.read_text()) if generation.is_file() else {}
@@ -223,13 +227,13 @@ def _readme(record: ExportRecord) -> str:
     losses = "\n".join(f"    {line}" for line in describe_losses(record))
     return f"""# {record.model_id}, merged
 
-A LoRA adapter merged into {_WORDS[record.onto]}, in {record.dtype}.
+A LoRA adapter merged into {_MERGE_BASE_DESCRIPTIONS[record.onto]}, in {record.dtype}.
 The chat template is the one that the adapter was trained with.
 
 - adapter: {record.model_id}, sha256 {record.adapter_sha256}
 - base: {record.base}, weights sha256 {record.base_weights_sha256}
 
-A merged model is not quite the one that was trained, which keeps the base in NF4 and the adapter beside it:
+A merged model differs slightly from the one that was trained, which keeps the base in NF4 and the adapter unmerged:
 
 {losses}
 """

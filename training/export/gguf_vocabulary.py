@@ -1,7 +1,7 @@
-"""A Llama's tokenizer as GGUF metadata, in the two ways that llama.cpp knows: `gpt2` and `llama`.
+"""A Llama tokenizer as GGUF metadata, in one of llama.cpp's two kinds: `gpt2` or `llama`.
 
-`gpt2` is byte-level BPE with merges (Llama 3, SmolLM), `llama` is SentencePiece's BPE with a score for each token
-(Llama 2), whose scores are read off the order of the merges. `training.export.gguf` writes what this reads.
+`gpt2` is byte-level BPE with merges (Llama 3, SmolLM). `llama` is SentencePiece BPE with a score for each token
+(Llama 2); the scores follow from the order of the merges.
 """
 
 import json
@@ -28,13 +28,13 @@ class Vocabulary:
 
     Attributes:
         model: `gpt2` or `llama`, llama.cpp's names for the two kinds.
-        pre: llama.cpp's name for how a text is split before merging.
-        tokens: one for each row of the embedding; ids without a token are filled up.
-        types: of `tokens`.
+        pre: llama.cpp's name for the pre-tokenizer, which splits a text before merging.
+        tokens: one for each row of the embedding; ids without a token get a placeholder.
+        types: type of each of `tokens`.
         merges: `left right`, best first; for `gpt2`.
-        scores: of `tokens`, higher merges first; for `llama`.
-        special: token ids by what they are for: bos, eos, unk, pad.
-        add_bos: whether the tokenizer puts bos in front of a text.
+        scores: score of each of `tokens`, higher merges first; for `llama`.
+        special: token ids by role: bos, eos, unk, pad.
+        add_bos: whether the tokenizer prepends bos to a text.
         add_space_prefix: whether a text is tokenized as if a space preceded it.
     """
 
@@ -49,7 +49,7 @@ class Vocabulary:
     add_space_prefix: bool
 
     def write(self, writer: "GGUFWriter", eot_token_id: int) -> None:
-        """Add it to a GGUF file's metadata; `eot_token_id` ends an assistant's turn."""
+        """Add the vocabulary to a GGUF file's metadata; `eot_token_id` is the token that ends an assistant's turn."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -59,8 +59,8 @@ class Vocabulary:
         if self.scores:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.add_space_prefix)
-        for use, token_id in self.special.items():
-            getattr(writer, f"add_{use}_token_id")(token_id)
+        for role, token_id in self.special.items():
+            getattr(writer, f"add_{role}_token_id")(token_id)
         writer.add_eot_token_id(eot_token_id)
         writer.add_add_bos_token(self.add_bos)
 
@@ -69,58 +69,62 @@ def read_vocabulary(base: BaseCheckpoint) -> Vocabulary:
     """Read the base's tokenizer.json and tokenizer_config.json.
 
     Raises:
-        ExportError: it is of a kind that llama.cpp has no name for.
+        ExportError: llama.cpp does not support this kind of tokenizer.
     """
     from gguf import TokenType
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(base.path / "tokenizer.json"))
-    written: dict[str, Any] = json.loads((base.path / "tokenizer.json").read_text(encoding="utf-8"))
-    model = written["model"]
+    tokenizer_json: dict[str, Any] = json.loads((base.path / "tokenizer.json").read_text(encoding="utf-8"))
+    model = tokenizer_json["model"]
     if model.get("type") != "BPE":
-        raise ExportError(f"the tokenizer of {base.source!r} is {model.get('type')}: GGUF is written for BPE only")
-    sentencepiece = bool(model.get("byte_fallback"))
+        raise ExportError(
+            f"the tokenizer of {base.source!r} is of type {model.get('type')}: only BPE can be written to GGUF"
+        )
+    is_sentencepiece = bool(model.get("byte_fallback"))
 
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
     size = int(base.llama_config()["vocab_size"])
     if max(by_id) >= size:
-        raise ExportError(f"the tokenizer of {base.source!r} has token {max(by_id)}, its embedding {size} rows")
+        raise ExportError(
+            f"the tokenizer of {base.source!r} has token id {max(by_id)}, but its embedding has only {size} rows"
+        )
     tokens = [by_id.get(token_id, f"[PAD{token_id}]") for token_id in range(size)]
     types = [TokenType.NORMAL if token_id in by_id else TokenType.UNUSED for token_id in range(size)]
     for token_id, token in by_id.items():
-        if sentencepiece and _BYTE.fullmatch(token):
+        if is_sentencepiece and _BYTE.fullmatch(token):
             types[token_id] = TokenType.BYTE
-    for added in written["added_tokens"]:
+    for added in tokenizer_json["added_tokens"]:
         types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     special = _special_ids(base, tokenizer)
-    if sentencepiece and (unk := tokenizer.token_to_id(model.get("unk_token") or "")) is not None:
+    if is_sentencepiece and (unk := tokenizer.token_to_id(model.get("unk_token") or "")) is not None:
         types[unk] = TokenType.UNKNOWN
         special["unk"] = unk
 
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary(
-        model="llama" if sentencepiece else "gpt2",
-        pre="default" if sentencepiece else _pre_tokenizer(base, written["pre_tokenizer"]),
+        model="llama" if is_sentencepiece else "gpt2",
+        pre="default" if is_sentencepiece else _pre_tokenizer(base, tokenizer_json["pre_tokenizer"]),
         tokens=tokens,
         types=types,
-        merges=[] if sentencepiece else merges,
-        scores=_scores(tokens, merges) if sentencepiece else [],
+        merges=[] if is_sentencepiece else merges,
+        scores=_scores(tokens, merges) if is_sentencepiece else [],
         special=special,
         add_bos="bos" in special and tokenizer.encode("a").ids[:1] == [special["bos"]],
-        add_space_prefix=sentencepiece and tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("▁"),
+        add_space_prefix=is_sentencepiece and tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("▁"),
     )
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """SentencePiece merges the pair whose result has the highest score: the earlier a merge, the higher."""
+    """Scores from merge order: SentencePiece merges the pair with the highest score, so earlier merges score higher."""
     rank: dict[str, int] = {}
-    for place, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), place)
+    for index, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), index)
     return [float(-rank[token]) if token in rank else 0.0 for token in tokens]
 
 
-def _pre_tokenizer(base: BaseCheckpoint, written: dict[str, Any] | None) -> str:
-    steps = (written or {}).get("pretokenizers") or [written or {}]
+def _pre_tokenizer(base: BaseCheckpoint, pre_tokenizer: dict[str, Any] | None) -> str:
+    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     match [step.get("type") for step in steps]:
         case ["ByteLevel"] if steps[0].get("use_regex", True):
             return "gpt-2"
@@ -130,21 +134,21 @@ def _pre_tokenizer(base: BaseCheckpoint, written: dict[str, Any] | None) -> str:
             return "llama-bpe"
         case kinds:
             raise ExportError(
-                f"the tokenizer of {base.source!r} splits texts in a way that has no name in GGUF "
+                f"the tokenizer of {base.source!r} has a pre-tokenizer with no name in GGUF "
                 f"({', '.join(map(str, kinds))}): export it with --merged and convert that folder with llama.cpp"
             )
 
 
 def _special_ids(base: BaseCheckpoint, tokenizer: Any) -> dict[str, int]:
     path = base.path / "tokenizer_config.json"
-    named: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    tokenizer_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     config = base.llama_config()
-    found = {}
-    for use in ("bos", "eos", "pad"):
-        token = named.get(f"{use}_token")
+    special = {}
+    for role in ("bos", "eos", "pad"):
+        token = tokenizer_config.get(f"{role}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        token_id = tokenizer.token_to_id(token) if token else config.get(f"{use}_token_id")
+        token_id = tokenizer.token_to_id(token) if token else config.get(f"{role}_token_id")
         token_id = token_id[0] if isinstance(token_id, list) else token_id
         if isinstance(token_id, int) and token_id >= 0:
-            found[use] = token_id
-    return found
+            special[role] = token_id
+    return special

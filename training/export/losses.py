@@ -1,6 +1,6 @@
-"""How far an exported model is from what is served: the same held-out rows through each of them.
+"""Held-out losses of an exported model and of the served model, on the same rows.
 
-`training.export.export` calls it after writing. Each model is loaded, asked and let go before the next.
+Each model is loaded, evaluated and released before the next.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _TEXT_ROW_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRows:
-    """Rows to measure on, and in words which; without rows, why there are none."""
+    """Rows to evaluate on and a description of them; if there are none, the description says why."""
 
     rows: Sequence[TokenizedRow]
     description: str
@@ -41,7 +41,7 @@ def evaluation_rows(manifest: AdapterManifest, base: BaseCheckpoint, file: Path 
     """The rows of `file`, else the held-out rows of the run if its dataset is unchanged, else its sample answers.
 
     Args:
-        file: a dataset that training can read, or a `.txt` whose every token counts.
+        file: a dataset that training can read, or a `.txt` file, of which every token is evaluated.
 
     Raises:
         CorralError: `file` cannot be read or used.
@@ -68,14 +68,14 @@ def evaluation_rows(manifest: AdapterManifest, base: BaseCheckpoint, file: Path 
 def served_loss(
     base: BaseCheckpoint, manifest: AdapterManifest, adapter_dir: Path, rows: EvaluationRows, device: torch.device
 ) -> tuple[float, int]:
-    """Loss of the NF4 base with the adapter beside it, and the number of tokens it is the mean of."""
+    """Mean loss of the NF4 base with the unmerged adapter, and the number of tokens evaluated."""
     model, _ = load_adapter(adapter_dir, load_quantized(base, manifest.quantization, device))
     loss, num_tokens = held_out_loss(model, rows.rows)
     return loss, int(num_tokens)
 
 
 def loss_of_folder(folder: Path, quantization: Quantization, rows: EvaluationRows, device: torch.device) -> float:
-    """Loss of a merged folder, computed in the dtype that the served model is computed in."""
+    """Loss of a merged folder, computed in the served model's compute dtype."""
     return _loss(folder, rows, device, dtype=getattr(torch, compute_dtype_on(device, quantization)))
 
 
@@ -85,11 +85,14 @@ def loss_of_gguf(file: Path, rows: EvaluationRows, device: torch.device) -> floa
 
 
 def _loss(folder: Path, rows: EvaluationRows, device: torch.device, **options: Any) -> float:
-    with quiet_loading(), contextlib.redirect_stderr(io.StringIO()):  # transformers' bar for GGUF has no switch
+    with (
+        quiet_loading(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # transformers' GGUF bar has no switch
         model: Any = LlamaForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     assert isinstance(model, LlamaForCausalLM)
-    placed: Any = model.eval()
-    return held_out_loss(placed.to(device), rows.rows)[0]
+    module: Any = model.eval()
+    return held_out_loss(module.to(device), rows.rows)[0]
 
 
 def _held_out_rows(manifest: AdapterManifest) -> EvaluationRows | None:
@@ -98,19 +101,19 @@ def _held_out_rows(manifest: AdapterManifest) -> EvaluationRows | None:
     try:
         inputs = read_inputs(TrainConfig.model_validate(manifest.config))
     except (CorralError, ValidationError):
-        return None  # another version's configuration, or the data are elsewhere
+        return None  # the configuration of another Corral version, or the data have moved
     if inputs.dataset.sha256 != manifest.dataset.sha256 or not len(inputs.held_out_rows):
         return None
     if num_labelled(inputs.held_out_rows) != manifest.metrics.get("eval_tokens"):
-        return None  # another version split otherwise: rows that were trained on would flatter
-    words = f"the {len(inputs.held_out_rows)} held-out rows of {', '.join(manifest.dataset.sources)}"
-    return EvaluationRows(inputs.held_out_rows, words)
+        return None  # another Corral version split differently, so some of these rows were trained on
+    description = f"the {len(inputs.held_out_rows)} held-out rows of {', '.join(manifest.dataset.sources)}"
+    return EvaluationRows(inputs.held_out_rows, description)
 
 
 def _sample_rows(manifest: AdapterManifest, base: BaseCheckpoint) -> EvaluationRows:
     if not manifest.samples:
         return EvaluationRows(
-            [], "the run's dataset is not here as it was and it recorded no samples: give --eval FILE"
+            [], "the run's dataset has changed or is missing, and the run recorded no samples: give --eval FILE"
         )
     chat_format = load_chat_format(manifest.chat_format, base)
     rows: list[TokenizedRow] = []
@@ -120,7 +123,7 @@ def _sample_rows(manifest: AdapterManifest, base: BaseCheckpoint) -> EvaluationR
         pairs = zip(rendered.input_ids, rendered.loss_mask, strict=True)
         labels = [token_id if trained else IGNORED_LABEL for token_id, trained in pairs]
         rows.append({"input_ids": rendered.input_ids, "labels": labels})
-    return EvaluationRows(rows, f"the {len(rows)} recorded samples; the run's dataset is not here as it was")
+    return EvaluationRows(rows, f"the {len(rows)} recorded samples; the run's dataset has changed or is missing")
 
 
 def _text_rows(base: BaseCheckpoint, file: Path) -> EvaluationRows:

@@ -1,7 +1,6 @@
-"""The base's weights with an adapter folded in, one tensor at a time: W + scaling * B @ A.
+"""The base's weights with an adapter merged in: W + scaling * B @ A.
 
-`training.export.export` and `training.export.gguf` write them. Never more than one tensor is computed at once, so a
-model larger than memory can be merged.
+Only one tensor is computed at a time, so a model larger than memory can be merged.
 """
 
 import json
@@ -24,12 +23,12 @@ MergeBase = Literal["nf4", "original"]
 
 @dataclass(frozen=True)
 class MergedWeights:
-    """A base and an adapter as one model.
+    """A base and an adapter merged into one model.
 
     Attributes:
-        adapter_dir: a registered folder that was checked.
-        onto: what the update is added to: `nf4`, the base's linear layers quantized and dequantized again, which are
-            the weights that the adapter was trained on; or `original`, the base's own 16-bit weights.
+        adapter_dir: the verified folder of a registered version.
+        onto: the weights that the update is added to: `nf4`, the base's linear layers quantized and dequantized, which
+            are the weights that the adapter was trained on; or `original`, the base's original 16-bit weights.
     """
 
     base: BaseCheckpoint
@@ -40,7 +39,7 @@ class MergedWeights:
 
     @cached_property
     def shards(self) -> dict[str, list[str]]:
-        """The base's files, and the names of the tensors in each."""
+        """The base's weight files, each with the names of its tensors."""
         index = self.base.path / "model.safetensors.index.json"
         if not index.is_file():
             files = [path.name for path in sorted(self.base.path.glob("*.safetensors"))]
@@ -54,13 +53,13 @@ class MergedWeights:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the merged tensors are in: the base's own 16-bit dtype, or bfloat16 where it has none."""
+        """The dtype of the merged tensors: the base's own if it is 16-bit, else bfloat16."""
         config = self.base.llama_config()
-        named = str(config.get("dtype") or config.get("torch_dtype"))
-        return torch.float16 if named == "float16" else torch.bfloat16
+        name = str(config.get("dtype") or config.get("torch_dtype"))
+        return torch.float16 if name == "float16" else torch.bfloat16
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """The shape of a tensor, without reading its data."""
         with safe_open(self.base.path / self._file_of[name], framework="pt") as shard:
             return tuple(shard.get_slice(name).get_shape())
 
@@ -89,7 +88,7 @@ class MergedWeights:
 
 
 def nf4_round_trip(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
-    """`weight` [out, in] as the 4-bit base has it: quantized as it is loaded for serving, and back; float32."""
+    """`weight` [out, in] quantized as for serving and dequantized again, in float32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     compute_dtype = "bfloat16" if quantization.compute_dtype == "auto" else quantization.compute_dtype

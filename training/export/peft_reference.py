@@ -1,6 +1,6 @@
-"""A registered adapter as PEFT and transformers run it: what `corral adapters verify` holds serving against.
+"""A reference implementation: a registered adapter run by PEFT and transformers, to compare serving against.
 
-Nothing here is fast; it uses the libraries' own loading and generation, as somebody without Corral would.
+It uses the libraries' own loading and generation, as a user without Corral would, and is not optimized for speed.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from training.errors import AdapterRefused
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A greedy answer.
+    """A greedy completion.
 
     Attributes:
-        token_ids: without the token that ended it.
-        prompt_logprobs: of every token of the prompt but the first, which nothing predicts.
-        logprobs: of `token_ids`.
+        token_ids: the generated tokens, without the stop token.
+        prompt_logprobs: log-probabilities of the prompt's tokens, except the first, which has no prediction.
+        logprobs: log-probabilities of `token_ids`.
         stopped: whether a stop token ended it.
     """
 
@@ -42,7 +42,7 @@ def load_with_peft(directory: Path, quantization: Quantization, device: torch.de
     """`AutoPeftModelForCausalLM.from_pretrained` on a registered folder, its base in 4 bit.
 
     Raises:
-        AdapterRefused: the base that its `adapter_config.json` names is not here.
+        AdapterRefused: the base that its `adapter_config.json` names is not available on this machine.
     """
     dtype: torch.dtype = getattr(torch, compute_dtype_on(device, quantization))
     try:
@@ -70,7 +70,7 @@ def load_with_peft(directory: Path, quantization: Quantization, device: torch.de
 def continue_greedily(
     model: PeftModel, prompt: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int]
 ) -> Continuation:
-    """Up to `max_tokens` greedy tokens after `prompt`, with log-probabilities from one forward over all of it."""
+    """Up to `max_tokens` greedy tokens after `prompt`, with log-probabilities from one forward pass over both."""
     input_ids = torch.tensor([list(prompt)], device=model.device)
     causal_lm: Any = model
     generated = causal_lm.generate(
@@ -88,8 +88,8 @@ def continue_greedily(
     stopped = bool(answer) and answer[-1] in stop_token_ids
     if stopped:
         answer.pop()
-    text = torch.tensor([[*prompt, *answer]], device=model.device)
-    logits = causal_lm(input_ids=text, use_cache=False).logits[0, :-1].float()  # [tokens - 1, vocabulary]
-    logprobs = logits.log_softmax(-1).gather(1, text[0, 1:, None])[:, 0].tolist()
-    first = len(prompt) - 1
-    return Continuation(answer, logprobs[:first], logprobs[first:], stopped)
+    sequence = torch.tensor([[*prompt, *answer]], device=model.device)
+    logits = causal_lm(input_ids=sequence, use_cache=False).logits[0, :-1].float()  # [tokens - 1, vocabulary]
+    logprobs = logits.log_softmax(-1).gather(1, sequence[0, 1:, None])[:, 0].tolist()
+    num_prompt = len(prompt) - 1
+    return Continuation(answer, logprobs[:num_prompt], logprobs[num_prompt:], stopped)

@@ -25,7 +25,7 @@ from training.runs.continue_from import copy_parent, resolve_parent_adapter, wit
 from training.runs.progress import Progress, show_progress_of, write_progress
 from training.runs.report import write_report
 from training.runs.result import RunResult, read_result
-from training.runs.resume import is_over, open_run, record_data, run_dir_of, with_absolute_paths
+from training.runs.resume import is_finished, open_run, record_data_report, resolve_run_dir, with_absolute_paths
 from training.runs.run_dir import RunDir
 from training.runs.run_lock import hold_run_lock
 
@@ -52,17 +52,17 @@ def fit(config: TrainConfig, *, debug: bool = False) -> RunResult:
     config, parent = resolve_parent_adapter(config, resolve_base_model(config.base_model, config.base_revision))
     inputs = with_warning(read_inputs(config), config, parent)
     print(inputs.report.summary(), file=sys.stderr)
-    run_dir = run_dir_of(config)
-    if is_over(run_dir):  # without the lock, whose times the report would show
+    run_dir = resolve_run_dir(config)
+    if is_finished(run_dir):  # take no lock: the report would show its times
         config = open_run(config, run_dir)
-        record_data(run_dir, inputs)
+        record_data_report(run_dir, inputs)
         note = f"run {run_dir.name!r} is already complete, nothing is trained again: to train, choose another run_name"
         print(note, file=sys.stderr)
         return read_result(config, run_dir, inputs, parent)
     title = f"{config.adapter} on {inputs.base.name}"
     with hold_run_lock(run_dir):
         config = open_run(config, run_dir)
-        record_data(run_dir, inputs)
+        record_data_report(run_dir, inputs)
         run_dir.write_json("plan.json", make_plan(config, inputs).as_dict())
         if parent:
             copy_parent(parent, run_dir)

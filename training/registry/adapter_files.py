@@ -1,8 +1,8 @@
-"""What an adapter folder written by PEFT must be before the registry publishes it.
+"""Checks that an adapter folder written by PEFT must pass before it is published.
 
-Two files count, `adapter_config.json` and `adapter_model.safetensors`, and both are read by this module's own
-narrow readers: nothing is imported, executed or fetched because a file says so. What passes is plain LoRA on
-the linear layers of the given Llama, complete and finite. It does not know versions, aliases or where files go.
+Only `adapter_config.json` and `adapter_model.safetensors` are read, by strict readers of this package: nothing that a
+file names is imported, executed or fetched. What passes is plain LoRA on the linear layers of the given Llama, with
+every tensor present and finite. Knows nothing of versions, aliases or storage.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _UNSAFE_SUFFIXES = {".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".py"}
 
 
 class LoraParams(BaseModel):
-    """Rank, scaling and place of an adapter's matrices."""
+    """Rank, scaling and target modules of an adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,20 +49,20 @@ class LoraParams(BaseModel):
 
     @property
     def scaling(self) -> float:
-        """What B @ A is multiplied by: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
+        """The factor of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """A folder that passed every check.
+    """An adapter folder that passed every check.
 
     Attributes:
-        lora: what `adapter_config.json` says.
-        config_json: the `adapter_config.json` to publish, written anew from the accepted keys.
-        weights: the source's `adapter_model.safetensors`.
-        weights_sha256: of the bytes that were checked.
-        changes: whether B @ A is other than zero for any layer; PEFT starts with B at zero.
+        lora: the LoRA parameters from `adapter_config.json`.
+        config_json: the `adapter_config.json` to publish, rebuilt from the accepted keys.
+        weights: path of the source's `adapter_model.safetensors`.
+        weights_sha256: hash of the bytes that were checked.
+        changes: whether B @ A is nonzero for any layer; PEFT initializes B with zeros.
     """
 
     lora: LoraParams
@@ -83,39 +83,39 @@ class _AdapterConfig(BaseModel):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bias: Literal["none"] = "none"
     use_rslora: StrictBool = False
-    init_lora_weights: StrictBool | Literal["gaussian"] = True  # the other ways may change the base's weights
+    init_lora_weights: StrictBool | Literal["gaussian"] = True  # other initializations may change the base's weights
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: StrictBool = True
-    # Without effect here, yet not empty in the files that PEFT writes.
+    # Ignored here, but set in the files that PEFT writes.
     peft_version: str | None = None
     megatron_core: str | None = None
     qalora_group_size: int | None = None
 
 
 def read_adapter(directory: Path, base: BaseCheckpoint) -> AdapterFiles:
-    """Check the adapter in `directory` against `base`; other files beside the two are left alone.
+    """Check the adapter in `directory` against `base`; files other than the two are ignored.
 
     Raises:
-        AdapterRefused: naming the file and the first thing wrong with it.
+        AdapterRefused: a check fails; the message names the file and the first problem.
     """
     config_file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     try:
         _check_present(directory)
         config, lora = _read_config(config_file)
-        _check_named_base(config_file, config.base_model_name_or_path, base)
+        _check_base_name(config_file, config.base_model_name_or_path, base)
         with weights.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        zero = _check_tensors(weights, lora_shapes(base, lora))
+        zero_names = _check_tensors(weights, lora_shapes(base, lora))
     except OSError as error:
         raise AdapterRefused(f"adapter folder {directory} cannot be read: {error.strerror or error}") from error
     layers = {name.rpartition(".lora_")[0] for name in lora_shapes(base, lora)}
-    changes = any(not {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} & zero for layer in layers)
+    changes = any(not {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} & zero_names for layer in layers)
     return AdapterFiles(lora, _published_config(config, lora, base), weights, sha256, changes)
 
 
 def lora_shapes(base: BaseCheckpoint, lora: LoraParams) -> dict[str, tuple[int, int]]:
-    """Every tensor name that PEFT writes for `lora` on `base`, with its shape: A [r, in], B [out, r]."""
+    """The name and shape of every tensor that PEFT writes for `lora` on `base`: A [r, in], B [out, r]."""
     dims = LlamaDims.of(base.llama_config())
     shapes = {}
     for layer in range(dims.num_layers):
@@ -129,7 +129,7 @@ def lora_shapes(base: BaseCheckpoint, lora: LoraParams) -> dict[str, tuple[int, 
 
 def _check_present(directory: Path) -> None:
     if not directory.is_dir():
-        raise AdapterRefused(f"{directory} is not a folder: name one that PEFT's save_pretrained wrote")
+        raise AdapterRefused(f"{directory} is not a folder: pass one written by PEFT's save_pretrained")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (directory / name).is_file():
             continue
@@ -139,47 +139,48 @@ def _check_present(directory: Path) -> None:
                 f"{directory} has {unsafe[0]} but no {name}: files that can run code are never loaded; "
                 "save the adapter with save_pretrained(..., safe_serialization=True)"
             )
-        raise AdapterRefused(f"{directory} has no {name}: name a folder that PEFT's save_pretrained wrote")
+        raise AdapterRefused(f"{directory} has no {name}: pass a folder written by PEFT's save_pretrained")
 
 
 def _read_config(path: Path) -> tuple[_AdapterConfig, LoraParams]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        refuse(path, f"has {path.stat().st_size} bytes, at most {_MAX_CONFIG_BYTES} are read")
+        refuse(path, f"has {path.stat().st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
     fields = read_json(path, path.read_bytes())
     try:
         config = _AdapterConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        given = f"{shortened(fields[key])} is given" if key in fields else "nothing is given"
-        refuse(path, f"key {key!r}: {first['msg'][:1].lower()}{first['msg'][1:]}, {given}: only plain LoRA is served")
+        value = f", got {shortened(fields[key])}" if key in fields else ""
+        refuse(path, f"key {key!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{value}: only plain LoRA is supported")
     for key, value in (config.model_extra or {}).items():
         if not (value is None or value is False or value in ("", [], {})):
-            refuse(path, f"key {key!r:.60} is {shortened(value)}: only plain LoRA is served, train without it")
+            refuse(path, f"key {key!r:.60} is {shortened(value)}: only plain LoRA is supported, train without it")
     names = config.target_modules
     if names == "all-linear":
         names = sorted(LLAMA_LINEARS)
     accepted = ", ".join(sorted(LLAMA_LINEARS))
     if isinstance(names, str):
         refuse(path, f"target_modules is the pattern {shortened(names)}: give a list of {accepted}")
-    # PEFT may write "all-linear" out as the full name of every layer; the tensors then show whether none is left out.
+    # PEFT may expand "all-linear" to the full name of every layer; the tensor check then finds any that is missing.
     linears = [match[1] if (match := _TARGET.fullmatch(name)) else name for name in names]
-    others = [name for name in linears if name not in LLAMA_LINEARS]
-    if others or not names:
-        refuse(path, f"target_modules has {shortened(others[0] if others else names)}: only {accepted} can be adapted")
-    shape = LoraParams(r=config.r, lora_alpha=config.lora_alpha, target_modules=linears, use_rslora=config.use_rslora)
-    return config, shape
+    unknown = [name for name in linears if name not in LLAMA_LINEARS]
+    if unknown or not names:
+        value = shortened(unknown[0] if unknown else names)
+        refuse(path, f"target_modules has {value}: only {accepted} can be adapted")
+    lora = LoraParams(r=config.r, lora_alpha=config.lora_alpha, target_modules=linears, use_rslora=config.use_rslora)
+    return config, lora
 
 
-def _check_named_base(path: Path, named: str | None, base: BaseCheckpoint) -> None:
-    if not named or named in (base.source, str(base.path)):
+def _check_base_name(path: Path, name_or_path: str | None, base: BaseCheckpoint) -> None:
+    if not name_or_path or name_or_path in (base.source, str(base.path)):
         return
-    last = base_name(named)
-    if last not in (base.name, base_name(base.path.name)):  # another machine's folder has the same last component
+    # A folder on another machine has the same last component.
+    if base_name(name_or_path) not in (base.name, base_name(base.path.name)):
         refuse(
             path,
-            f"says that the adapter was trained on {shortened(named)}, the base given is {base.source!r}: "
-            "give that base, or correct base_model_name_or_path if both are the same weights",
+            f"names the base {shortened(name_or_path)}, but the given base is {base.source!r}: "
+            "pass the base that it names, or correct base_model_name_or_path if both have the same weights",
         )
 
 
@@ -202,7 +203,7 @@ def _published_config(config: _AdapterConfig, lora: LoraParams, base: BaseCheckp
 
 
 def _check_tensors(path: Path, expected: dict[str, tuple[int, int]]) -> set[str]:
-    """Returns the names of tensors that hold nothing but zeros."""
+    """Check names, shapes and values; returns the names of all-zero tensors."""
     entries = read_safetensors_header(path)
     if extra := sorted(entries.keys() - expected.keys()):
         refuse(path, f"has {len(extra)} tensors that its config does not name, the first is {extra[0]!r:.120}")
@@ -210,5 +211,5 @@ def _check_tensors(path: Path, expected: dict[str, tuple[int, int]]) -> set[str]
         refuse(path, f"lacks {len(missing)} tensors that its config names, the first is {missing[0]!r}")
     for name, shape in expected.items():
         if entries[name].shape != shape:
-            refuse(path, f"has {name!r} of shape {list(entries[name].shape)}, config and base ask for {list(shape)}")
+            refuse(path, f"has {name!r} of shape {list(entries[name].shape)}, config and base require {list(shape)}")
     return zero_tensors(path, entries.items())

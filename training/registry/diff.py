@@ -1,7 +1,7 @@
-"""What differs between two versions of adapters: what their manifests say, and their weights.
+"""The differences between two adapter versions, in their manifests and their weights.
 
-`corral adapters diff` shows it. Weights are compared as what they add to the base, B @ A times its scaling, which does
-not depend on how it is factored; the dense matrices are never built.
+Weights are compared by the update that they add to the base, B @ A times the scaling, which does not depend on its
+factorization. The dense matrices are never built.
 """
 
 import json
@@ -17,15 +17,15 @@ from training.registry.manifest import AdapterManifest
 if TYPE_CHECKING:
     import torch
 
-    Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in], B [out, r] times its scaling; float64
+    Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in], B [out, r] times the scaling; float64
 
-# What differs between any two versions and says nothing.
+# Fields that differ between any two versions and carry no information.
 _NOT_COMPARED = {"name", "version", "files", "created", "run_name", "samples", "schema_version", "evaluated_sha256"}
 
 
 @dataclass(frozen=True, slots=True)
 class FieldChange:
-    """A manifest field, dotted, and its values as JSON values; None also where a side has no such field."""
+    """A manifest field as a dotted key, and both JSON values; None also if a side lacks the field."""
 
     key: str
     a: Any
@@ -34,13 +34,13 @@ class FieldChange:
 
 @dataclass(frozen=True, slots=True)
 class WeightChange:
-    """How the update of one module, or of all together, differs.
+    """How the update of one module, or of all modules together, differs.
 
     Attributes:
-        module: such as `layers.3.mlp.up_proj`; `all` is the sum over all.
-        relative_change: ||W_b - W_a|| / ||W_a|| in Frobenius norms; None where W_a is zero. A side that does not adapt
-            the module has W = 0 there. Computed in float64: below 1e-7 it is rounding, equal weights give 0.
-        cosine: <W_a, W_b> / (||W_a|| ||W_b||); None where either is zero.
+        module: such as `layers.3.mlp.up_proj`; `all` for the sum over all modules.
+        relative_change: ||W_b - W_a|| / ||W_a|| in Frobenius norms; None if W_a is zero. A side that does not adapt the
+            module has W = 0. Computed in float64: values below 1e-7 are rounding errors, equal weights give 0.
+        cosine: <W_a, W_b> / (||W_a|| ||W_b||); None if either is zero.
     """
 
     module: str
@@ -50,14 +50,14 @@ class WeightChange:
 
 @dataclass(frozen=True, slots=True)
 class WeightsDiff:
-    """`modules` are in the order of how much they changed."""
+    """The change of all modules together and of each; `modules` are sorted by relative change, largest first."""
 
     overall: WeightChange
     modules: list[WeightChange]
 
 
 def diff_manifests(a: AdapterManifest, b: AdapterManifest) -> list[FieldChange]:
-    """The fields in which two manifests differ, in the order in which a manifest has them."""
+    """The fields in which two manifests differ, in manifest order."""
     fields_a, fields_b = flattened(_compared(a)), flattened(_compared(b))
     return [
         FieldChange(key, fields_a.get(key), fields_b.get(key))
@@ -69,15 +69,15 @@ def diff_manifests(a: AdapterManifest, b: AdapterManifest) -> list[FieldChange]:
 def diff_weights(a: Path, lora_a: LoraParams, b: Path, lora_b: LoraParams) -> WeightsDiff:
     """Compare the weights in two adapter folders of one base.
 
-    With W_x = B_x A_x, <W_x, W_y> = tr(A_x^T B_x^T B_y A_y) = tr((B_x^T B_y)(A_y A_x^T)), which takes r x r matrices
-    only; ||W_b - W_a||^2 = <W_a, W_a> - 2 <W_a, W_b> + <W_b, W_b>.
+    With W_x = B_x A_x, <W_x, W_y> = tr(A_x^T B_x^T B_y A_y) = tr((B_x^T B_y)(A_y A_x^T)), which needs only r x r
+    matrices; ||W_b - W_a||^2 = <W_a, W_a> - 2 <W_a, W_b> + <W_b, W_b>.
     """
     factors_a, factors_b = _factors(a / WEIGHTS_FILE, lora_a.scaling), _factors(b / WEIGHTS_FILE, lora_b.scaling)
     sums = [0.0, 0.0, 0.0]
     modules = []
     for module in sorted(factors_a.keys() | factors_b.keys()):
-        in_a, in_b = factors_a.get(module), factors_b.get(module)
-        products = [_inner(in_a, in_a), _inner(in_a, in_b), _inner(in_b, in_b)]
+        pair_a, pair_b = factors_a.get(module), factors_b.get(module)
+        products = [_inner(pair_a, pair_a), _inner(pair_a, pair_b), _inner(pair_b, pair_b)]
         sums = [total + product for total, product in zip(sums, products, strict=True)]
         modules.append(_change(module, *products))
     modules.sort(key=lambda m: math.inf if m.relative_change is None else m.relative_change, reverse=True)

@@ -1,4 +1,4 @@
-"""Where a registry keeps what, and what adapters and aliases may be called. Paths are relative to its root."""
+"""The paths of a registry, relative to its root, and the rules for adapter and alias names."""
 
 import difflib
 import re
@@ -12,34 +12,34 @@ NUMBERED = re.compile(r"[^/]+/(?:claims|versions)/(\d{6,9})(?:/.*)?")  # a versi
 
 
 def version_folder(name: str, version: int) -> str:
-    """The directory of one version."""
+    """The folder of one version."""
     return f"{name}/versions/{version:06d}"
 
 
 def claim_path(name: str, version: int) -> str:
-    """The empty file by which a writer takes a version number, kept for good."""
+    """The empty file that claims a version number; kept even after the version is deleted."""
     return f"{name}/claims/{version:06d}"
 
 
 def check_name(name: str, failure: type[RegistryError] = AdapterNotFound) -> None:
-    """Raise `failure` unless `name` is one that an adapter may have."""
+    """Raise `failure` unless `name` is a valid adapter name."""
     if not ADAPTER_NAME.fullmatch(name):
         raise failure(
-            f"adapter name {name!r:.80} is not accepted: use 1 to 63 of a-z 0-9 . _ -, the first a letter or digit"
+            f"adapter name {name!r:.80} is not valid: use 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit"
         )
 
 
 def check_alias(alias: str) -> None:
-    """Raise RegistryError unless `alias` is one that an alias may have; a number would be a version."""
+    """Raise RegistryError unless `alias` is a valid alias name; numbers are reserved for versions."""
     if not ADAPTER_NAME.fullmatch(alias) or alias.isdecimal():
         raise RegistryError(
-            f"alias {alias!r:.80} is not accepted: use 1 to 63 of a-z 0-9 . _ -, the first a letter or digit, "
+            f"alias {alias!r:.80} is not valid: use 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit, "
             "and not a number"
         )
 
 
-def suggestion(wanted: str, known: Sequence[str]) -> str:
-    """What to write instead of `wanted`: the nearest known name, or all of them."""
-    if near := difflib.get_close_matches(wanted, known, 1, 0.5):
-        return f"did you mean {near[0]!r}?"
-    return f"known are {', '.join(known[:10])}" if known else "there is none yet"
+def suggestion(name: str, known_names: Sequence[str]) -> str:
+    """What to write instead of `name`: the closest known name, or a list of them."""
+    if matches := difflib.get_close_matches(name, known_names, 1, 0.5):
+        return f"did you mean {matches[0]!r}?"
+    return f"choose from {', '.join(known_names[:10])}" if known_names else "there are none yet"

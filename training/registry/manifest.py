@@ -1,7 +1,4 @@
-"""What is recorded of an adapter version, and the model ids that name one.
-
-`training.registry.registry` writes and reads these records; serving and clients use them through it.
-"""
+"""The manifest of an adapter version: what is recorded about it, and its model id."""
 
 from typing import Any, Literal
 
@@ -18,14 +15,14 @@ MANIFEST_FILE = "manifest.json"
 
 
 class Record(BaseModel):
-    """Closed, frozen, JSON on disk."""
+    """A frozen record, stored as JSON; unknown keys are rejected."""
 
-    # Metrics of a forced version may be NaN, which plain JSON cannot say.
+    # Metrics of a forced version may be NaN, which JSON has no number for.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class BaseRef(Record):
-    """The base that an adapter was trained on."""
+    """The base model that an adapter was trained on."""
 
     name: str
     source: str
@@ -34,14 +31,14 @@ class BaseRef(Record):
 
 
 class DatasetRef(Record):
-    """What an adapter was trained and evaluated on. The later fields are missing from older manifests.
+    """The data that an adapter was trained and evaluated on. Older manifests lack the fields that have defaults.
 
     Attributes:
-        num_rows: of one epoch, weights included, and the held-out ones.
-        weights: of the sources, in their order.
-        num_duplicates: rows that said the same as an earlier one.
+        num_rows: rows of one epoch, with source weights applied, plus the held-out rows.
+        weights: weight of each source, in order.
+        num_duplicates: rows that duplicate an earlier one.
         num_skipped: rows that could not be used.
-        num_tokens: of one epoch.
+        num_tokens: tokens of one epoch.
     """
 
     sources: list[str]
@@ -56,28 +53,28 @@ class DatasetRef(Record):
 
 
 class ParentRef(Record):
-    """The version of an adapter that training went on from."""
+    """The adapter version that training continued from."""
 
     name: str
     version: int
     weights_sha256: str
-    other_split: str | None = None  # why it may have been trained on rows that were held out here
+    other_split: str | None = None  # why it may have been trained on rows that are held out here
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
 
 
 class Environment(Record):
-    """What a run was computed with; `training.ray_train.environment` fills it in."""
+    """Code, libraries and devices of a run."""
 
     code_version: str | None  # of the installed distribution
-    git_commit: str | None  # where the code is a checkout; ends in -dirty if files in it were changed
+    git_commit: str | None  # if the code is a checkout; ends in -dirty if its files were modified
     libraries: dict[str, str]  # name: version
     devices: list[str]  # one for each worker
 
 
 class SampleAnswer(Record):
-    """A held-out prompt, the answer in the dataset, and what base and adapter said to it (greedy)."""
+    """A held-out prompt, the dataset's answer, and the greedy answers of base and adapter."""
 
     prompt: str
     reference: str
@@ -93,9 +90,9 @@ class FileRef(Record):
 
 
 class AdapterManifest(Record):
-    """All that is known of one version; written once, as `manifest.json`.
+    """Everything that is recorded about one version; written once, as `manifest.json`.
 
-    What schema version 1 had not is optional, and None where it is not known.
+    Fields that schema version 1 lacked are optional, and None if unknown.
     """
 
     schema_version: Literal[1, 2] = 2
@@ -109,8 +106,8 @@ class AdapterManifest(Record):
     config: dict[str, Any] | None
     metrics: dict[str, float]
     forced: bool
-    forced_because: str | None = None  # what `force` overrode
-    evaluated_sha256: str | None = None  # of the weights that eval_loss was computed with, loaded from their file
+    forced_because: str | None = None  # the reason that `force` overrode
+    evaluated_sha256: str | None = None  # of the weights file that eval_loss was computed with
     files: dict[Literal["adapter_config.json", "adapter_model.safetensors"], FileRef] = Field(min_length=2)
     created: AwareDatetime
     run_name: str | None
@@ -121,7 +118,7 @@ class AdapterManifest(Record):
 
     @property
     def weights_sha256(self) -> str:
-        """Of the published adapter_model.safetensors."""
+        """Hash of the published adapter_model.safetensors."""
         return self.files[WEIGHTS_FILE].sha256
 
     @property
@@ -131,18 +128,18 @@ class AdapterManifest(Record):
 
 
 def check_base(manifest: AdapterManifest, base: BaseCheckpoint) -> None:
-    """Make sure that `base` is what the adapter was trained on: same name, same weights, same revision.
+    """Check that `base` is the base that the adapter was trained on: same name, weights and revision.
 
-    The revision is compared where both sides have one; a copy in a local directory has none.
+    Revisions are compared only if both sides have one; a copy in a local directory has none.
 
     Raises:
-        AdapterRefused: it is another base.
+        AdapterRefused: it is a different base.
     """
     trained_on = manifest.base
     sha256 = base.weights_sha256()
     differences = [
-        f"{what} {theirs!r:.80} and not {ours!r:.80}"
-        for what, theirs, ours in (
+        f"{field} {theirs!r:.80} and not {ours!r:.80}"
+        for field, theirs, ours in (
             ("base", trained_on.name, base.name),
             ("revision", trained_on.revision or base.revision, base.revision or trained_on.revision),
             ("weights with sha256", trained_on.weights_sha256[:12], sha256[:12]),

@@ -1,6 +1,6 @@
-"""Changing what a registry serves: aliases, the canary beside the champion, and deleting versions.
+"""Changes to what a registry serves: moving aliases, starting and ending canaries, deleting versions.
 
-Every change happens under the adapter's lock file, and is one write that readers see or do not see.
+Every change is made under the adapter's lock file and takes effect with a single write.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from training.registry.layout import check_alias, claim_path, suggestion, versio
 from training.registry.manifest import MANIFEST_FILE
 from training.registry.registry import AdapterRegistry
 
-_MAX_HISTORY = 50  # earlier versions that an alias remembers for rollbacks
+_MAX_HISTORY = 50  # previous versions that an alias keeps for rollbacks
 
 
 class AdapterPromoter:
     """Moves aliases and deletes versions of the registry that `registry` reads.
 
-    Every method raises RegistryError when the disk or store fails, and AdapterNotFound for a name, version or alias
+    Every method raises RegistryError if the disk or store fails, and AdapterNotFound for a name, version or alias
     that does not exist.
     """
 
@@ -29,33 +29,32 @@ class AdapterPromoter:
         self._aliases = Aliases(registry.storage)
 
     def promote(self, name: str, version: int, alias: str = CHAMPION, percent: float = 100) -> Change:
-        """Point `alias` at `version`, from now on and for every reader.
+        """Point `alias` at `version`.
 
-        With `percent` below 100 the champion stays, and `version` becomes its canary for that share of the traffic;
-        a second call changes the share, one with 100 finishes it.
+        With `percent` below 100 the champion stays, and `version` becomes its canary for that share of the traffic.
+        Another call changes the share; a call with 100 completes the promotion.
 
         Raises:
-            RegistryConflict: a canary was asked for of the champion itself, where there is none, or of another alias.
+            RegistryConflict: a canary is requested for an alias other than the champion, while there is no champion,
+                or with the champion's own version.
         """
         check_alias(alias)
         if not 0 < percent <= 100:
-            raise RegistryError(f"{percent:g} percent are not accepted: give more than 0 and at most 100")
+            raise RegistryError(f"percent must be greater than 0 and at most 100, got {percent:g}")
         if percent < 100 and alias != CHAMPION:
-            raise RegistryConflict(
-                f"alias {alias!r} cannot have a canary, only {CHAMPION!r} can: leave the percentage out"
-            )
-        self._registry.manifest(name, version)  # before there is a lock file
-        with self._changing(name, f"promote {name}@{version}"):
-            manifest = self._registry.manifest(name, version)  # a delete may have come first
+            raise RegistryConflict(f"alias {alias!r} cannot have a canary, only {CHAMPION!r} can: omit the percentage")
+        self._registry.manifest(name, version)  # before a lock file is created
+        with self._exclusive(name, f"promote {name}@{version}"):
+            manifest = self._registry.manifest(name, version)  # it may have been deleted before the lock was taken
             before, state = self._registry.traffic(name, alias), self._aliases.read(name, alias)
             if percent < 100:
                 if state is None:
                     raise RegistryConflict(
-                        f"adapter {name!r} has no champion, so its newest version gets everything: "
-                        "promote the version that is to keep the rest first"
+                        f"adapter {name!r} has no champion, so its newest version gets all requests: "
+                        "first promote the version that is to keep the rest of them"
                     )
                 if state.version == version:
-                    raise RegistryConflict(f"{name}@{version} is the champion: name another version for a canary")
+                    raise RegistryConflict(f"{name}@{version} is the champion: choose another version for a canary")
                 self._start_canary(name, state, version, percent)
             elif state is None or state.version != version:
                 self._point(name, alias, version, [*state.previous, state.version] if state else [])
@@ -64,25 +63,25 @@ class AdapterPromoter:
             return Change(alias, manifest, before, self._registry.traffic(name, alias))
 
     def rollback(self, name: str, alias: str = CHAMPION) -> Change:
-        """End the canary; where there is none, point `alias` at what it pointed at before.
+        """End the canary; without one, point `alias` at its previous version.
 
-        Versions deleted since are left out.
+        Versions that were deleted since are skipped.
 
         Raises:
-            RegistryConflict: there is nothing to go back to.
+            RegistryConflict: there is no previous version.
         """
         check_alias(alias)
-        known = self._registry.versions(name)
-        with self._changing(name, f"roll back {name}@{alias}"):
+        existing = self._registry.versions(name)
+        with self._exclusive(name, f"roll back {name}@{alias}"):
             before, state = self._registry.traffic(name, alias), self._aliases.read(name, alias)
             if state is None:
-                choice = suggestion(alias, self._aliases.names(name))
-                raise AdapterNotFound(f"adapter {name!r} has no alias {alias!r}: {choice}")
+                hint = suggestion(alias, self._aliases.names(name))
+                raise AdapterNotFound(f"adapter {name!r} has no alias {alias!r}: {hint}")
             if before.canary is not None:
                 manifest = self._registry.manifest(name, state.version)
                 self._end_canary(name)
             else:
-                earlier = [version for version in state.previous if version in known and version != state.version]
+                earlier = [version for version in state.previous if version in existing and version != state.version]
                 if not earlier:
                     raise RegistryConflict(
                         f"alias {alias!r} of {name!r} pointed at nothing before version {state.version}: "
@@ -93,17 +92,17 @@ class AdapterPromoter:
             return Change(alias, manifest, before, self._registry.traffic(name, alias))
 
     def delete(self, name: str, version: int) -> None:
-        """Remove a version for good; its number is not used again.
+        """Delete a version permanently; its number is never reused.
 
         Raises:
             RegistryConflict: an alias points at it, or it is the champion's canary.
         """
         self._registry.check_version(name, version)
-        with self._changing(name, f"delete {name}@{version}"):
-            holding = sorted(alias for alias, held in self._registry.aliases(name).items() if held == version)
-            if holding:
+        with self._exclusive(name, f"delete {name}@{version}"):
+            aliases = sorted(alias for alias, target in self._registry.aliases(name).items() if target == version)
+            if aliases:
                 raise RegistryConflict(
-                    f"{name}@{version} is what alias {holding[0]!r} points at: promote another version to it first"
+                    f"alias {aliases[0]!r} points at {name}@{version}: promote another version to it first"
                 )
             canary = self._registry.traffic(name).canary
             if canary is not None and canary.version == version:
@@ -115,22 +114,22 @@ class AdapterPromoter:
             self._storage.remove_folder(version_folder(name, version))
 
     def _point(self, name: str, alias: str, version: int, previous: Sequence[int]) -> None:
-        """Write an alias; a canary beside it ends."""
+        """Write an alias; if it is the champion, this ends its canary."""
         state = AliasState(version=version, previous=[*previous][-_MAX_HISTORY:], updated=datetime.now(UTC))
         self._storage.write(f"{name}/aliases/{alias}.json", state.model_dump_json().encode())
         if alias == CHAMPION:
             self._end_canary(name)
 
     def _start_canary(self, name: str, champion: AliasState, version: int, percent: float) -> None:
-        """Begin a canary, or change the one there is."""
+        """Start a canary, or change the current one."""
         canary = Canary(version=version, percent=percent, champion=champion.version, since=champion.updated)
         self._storage.write(f"{name}/canary.json", canary.model_dump_json().encode())
 
     def _end_canary(self, name: str) -> None:
-        """The champion gets everything again."""
+        """Send all requests to the champion again."""
         self._storage.remove(f"{name}/canary.json")
 
     @contextmanager
-    def _changing(self, name: str, action: str) -> Iterator[None]:
+    def _exclusive(self, name: str, action: str) -> Iterator[None]:
         with self._storage.guard(action), self._storage.exclusive(f"{name}/.lock"):
             yield

@@ -1,7 +1,7 @@
-"""How an adapter becomes a version of the registry; `import_adapter` is for adapters of other trainers.
+"""Publishes adapters as versions of the registry; `import_adapter` takes adapters from other trainers.
 
-A writer claims the next number, copies the files and writes the manifest last, so that a version exists complete or
-not at all, whoever is killed. `adapter_files` decides what the files must be, `gate` what the adapter must achieve.
+A writer claims the next number, copies the files and writes the manifest last, so a version is complete or does not
+exist, even if the writer is killed.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ from training.registry.manifest import (
 from training.registry.registry import AdapterRegistry
 from training.storage import TEMPORARY_PREFIX
 
-_STALE_S = 24 * 3600  # after this, what a dead writer left behind is removed
+_STALE_S = 24 * 3600  # after which the leftovers of a dead writer are removed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterDraft:
-    """What the caller of `register` knows; the rest of the manifest is read from the files.
+    """What the caller of `register` provides; the rest of the manifest is read from the files.
 
     Attributes:
-        base: the base that the adapter was trained on; its hash and shapes are taken from its files.
+        base: the base that the adapter was trained on; its hash and shapes are read from its files.
         chat_format: the resolved name, never `auto`.
-        metrics: should hold `eval_loss` and `base_eval_loss`, the held-out loss with and without the adapter.
+        metrics: should have `eval_loss` and `base_eval_loss`, the held-out loss with and without the adapter.
         config: the resolved training configuration, JSON values only.
-        evaluated_sha256: of the weights that `metrics` were computed with, where they were loaded from their file.
-        changes: whether `training.trainer.evaluate` saw any output differ from the base's; None if it did not look.
-        parent: the version that training went on from.
+        evaluated_sha256: hash of the weights file that `metrics` were computed with; None if unknown.
+        changes: whether any output differed from the base's in the evaluation; None if this was not checked.
+        parent: the version that training continued from.
         environment: code, libraries and devices of the run.
         samples: held-out prompts, answered by base and adapter.
     """
@@ -68,7 +68,7 @@ class AdapterDraft:
 
 
 class AdapterPublisher:
-    """Publishes versions to the registry that `registry` reads; the first one creates its directory."""
+    """Publishes versions to the registry that `registry` reads; the first version creates its directory."""
 
     def __init__(self, registry: AdapterRegistry) -> None:
         self._storage = registry.storage
@@ -78,9 +78,9 @@ class AdapterPublisher:
     ) -> AdapterManifest:
         """Check the PEFT adapter in `source_dir` and publish it as the next version of `draft.name`.
 
-        The adapter must change something, and its held-out loss be at least `min_improvement` (nats) below the
-        base's and not above its parent's. `force` overrides these three, and no other check; the manifest then says
-        `forced` and why.
+        The adapter must change some output, and its held-out loss must be at least `min_improvement` (nats) below the
+        base's and not above its parent's. `force` overrides these three conditions and no other check; the manifest
+        then records `forced` and the reason.
 
         Raises:
             AdapterRefused: the files are not a plain LoRA adapter of this base, it is no better than the base or
@@ -88,7 +88,7 @@ class AdapterPublisher:
         """
         check_name(draft.name, RegistryError)
         if draft.chat_format == "auto":
-            raise RegistryError("chat format 'auto' cannot be recorded: give the name that it stands for")
+            raise RegistryError("chat format 'auto' cannot be recorded: give the resolved name")
         adapter = read_adapter(source_dir, draft.base)
         check_evaluated(draft.evaluated_sha256, adapter.weights_sha256)
         reason = rejection_reason(
@@ -101,21 +101,23 @@ class AdapterPublisher:
             base_ref = BaseRef(
                 name=base.name, source=base.source, revision=base.revision, weights_sha256=base.weights_sha256()
             )
-            self._sweep(draft.name)
+            self._remove_leftovers(draft.name)
             version = self._claim(draft.name)
             try:
                 return self._publish(draft, base_ref, version, adapter, forced_because=reason)
             except BaseException:
-                self._give_up(draft.name, version)
+                self._abandon(draft.name, version)
                 raise
 
     def _publish(
         self, draft: AdapterDraft, base: BaseRef, version: int, adapter: AdapterFiles, *, forced_because: str | None
     ) -> AdapterManifest:
         folder = version_folder(draft.name, version)
-        copied = self._storage.upload(adapter.weights, f"{folder}/{WEIGHTS_FILE}")
-        if copied != adapter.weights_sha256:
-            raise AdapterRefused(f"{adapter.weights} changed while it was registered: register it when it is complete")
+        copied_sha256 = self._storage.upload(adapter.weights, f"{folder}/{WEIGHTS_FILE}")
+        if copied_sha256 != adapter.weights_sha256:
+            raise AdapterRefused(
+                f"{adapter.weights} changed during registration: register it again when it is complete"
+            )
         self._storage.write(f"{folder}/{CONFIG_FILE}", adapter.config_json)
         manifest = AdapterManifest(
             name=draft.name,
@@ -134,7 +136,7 @@ class AdapterPublisher:
                 CONFIG_FILE: FileRef(
                     sha256=hashlib.sha256(adapter.config_json).hexdigest(), size=len(adapter.config_json)
                 ),
-                WEIGHTS_FILE: FileRef(sha256=copied, size=adapter.weights.stat().st_size),
+                WEIGHTS_FILE: FileRef(sha256=copied_sha256, size=adapter.weights.stat().st_size),
             },
             created=datetime.now(UTC),
             run_name=draft.run_name,
@@ -147,19 +149,22 @@ class AdapterPublisher:
         return manifest
 
     def _claim(self, name: str) -> int:
-        taken = (NUMBERED.fullmatch(path) for path in self._storage.find(name))
-        version = max((int(match[1]) for match in taken if match), default=0) + 1
+        """Claim the next free version number."""
+        matches = (NUMBERED.fullmatch(path) for path in self._storage.find(name))
+        version = max((int(match[1]) for match in matches if match), default=0) + 1
         while not self._storage.create(claim_path(name, version)):
             version += 1
         return version
 
-    def _give_up(self, name: str, version: int) -> None:
+    def _abandon(self, name: str, version: int) -> None:
+        """Remove an unpublished version's files and its claim."""
         with suppress(Exception):
             if not self._storage.exists(f"{version_folder(name, version)}/{MANIFEST_FILE}"):
                 self._storage.remove_folder(version_folder(name, version))
                 self._storage.remove(claim_path(name, version))
 
-    def _sweep(self, name: str) -> None:
+    def _remove_leftovers(self, name: str) -> None:
+        """Remove what dead writers left: temporary files, and files of versions without a manifest."""
         paths = self._storage.find(name)
         published = {path.rpartition("/")[0] for path in paths if PUBLISHED.fullmatch(path)}
         for path in paths:
@@ -184,9 +189,9 @@ def import_adapter(
 ) -> AdapterManifest:
     """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl) for `base`.
 
-    The base that its `adapter_config.json` names must be `base`: by source, path, or last component of either, so
-    that another machine's folder of the same model passes; a file that names none is taken at the caller's word.
-    Another base is refused with both names, and `force` does not help. Without `metrics` it needs `force`.
+    The base that its `adapter_config.json` names must match `base` by source, path, or the last component of either, so
+    that a folder of the same model on another machine passes; if it names none, `base` is assumed. Another base is
+    refused even with `force`. Without `metrics`, `force` is required.
 
     Raises:
         AdapterRefused: as `AdapterPublisher.register` does.

@@ -1,15 +1,15 @@
-"""The adapter registry as readers see it: immutable versions of LoRA adapters, and aliases that point at them.
+"""The read side of the adapter registry: immutable versions of LoRA adapters, and aliases that point at them.
 
     ROOT/NAME/versions/000002/  adapter_config.json, adapter_model.safetensors, manifest.json
     ROOT/NAME/aliases/champion.json, ROOT/NAME/canary.json
-    ROOT/NAME/claims/000002     empty, stays for good: the number of a deleted version names nothing else
+    ROOT/NAME/claims/000002     empty, never deleted, so that the number of a deleted version is not reused
 
-ROOT is any fsspec path. A version exists when its manifest does, so no reader sees half of one. Nothing here writes:
-`publish` adds versions, `promotion` moves aliases and deletes.
+ROOT is any fsspec path. A version exists once its manifest does, so no reader sees an incomplete one. This module never
+writes.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterRegistry:
-    """A registry at `root`, by default in `CORRAL_HOME`; the first published adapter creates it. Reads only.
+    """Reads the registry at `root`, by default in `CORRAL_HOME`; the first published adapter creates it.
 
-    Every method raises RegistryError when the disk or store fails, and AdapterNotFound for a name, version or
-    alias that is not there.
+    Every method raises RegistryError if the disk or store fails, and AdapterNotFound for a name, version or alias that
+    does not exist.
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
@@ -47,14 +47,14 @@ class AdapterRegistry:
         self._aliases = Aliases(self.storage)
 
     def resolve(self, name: str, ref: str | None = None, identity: str | None = None) -> AdapterManifest:
-        """The version that `ref` (a number or an alias) means; without one the champion, else the newest.
+        """The version that `ref` (a number or an alias) refers to; by default the champion, else the newest version.
 
         Args:
-            identity: who asks. With one, a canary takes its share of what is asked of the champion; without, none.
+            identity: the requester. A canary takes its share of the requests for the champion only if it is given.
         """
         check_name(name)
         if ref is not None and not ADAPTER_NAME.fullmatch(ref):
-            raise AdapterNotFound(f"adapter {name!r:.80} has no {ref!r:.80}: that is neither a version nor an alias")
+            raise AdapterNotFound(f"adapter {name!r:.80} has no version or alias {ref!r:.80}: that is not a valid name")
         if ref is not None and ref.isdecimal():
             return self.manifest(name, int(ref))
         traffic = self.traffic(name, ref or CHAMPION)
@@ -66,7 +66,7 @@ class AdapterRegistry:
                 f"adapter {name!r} has no alias {ref!r}: {suggestion(ref, self._aliases.names(name))}"
             )
         if identity is not None and traffic.canary is not None and traffic.canary.takes(name, identity):
-            with suppress(AdapterNotFound):  # deleted by a Corral that knows of no canaries
+            with suppress(AdapterNotFound):  # deleted by an older Corral without canaries
                 return self.manifest(name, traffic.canary.version)
         return self.manifest(name, traffic.version)
 
@@ -77,18 +77,17 @@ class AdapterRegistry:
     def versions(self, name: str) -> list[int]:
         """The published versions of `name`, oldest first, at least one."""
         check_name(name)
-        found = sorted(version for _, version in self._published(f"{name}/versions"))
-        if not found:
+        versions = sorted(version for _, version in self._published(f"{name}/versions"))
+        if not versions:
             raise AdapterNotFound(f"there is no adapter {name!r}: {suggestion(name, self.names())}")
-        return found
+        return versions
 
     def manifest(self, name: str, version: int) -> AdapterManifest:
         """The manifest of one version."""
         check_name(name)
         text = self.storage.read_if_there(f"{version_folder(name, version)}/{MANIFEST_FILE}")
         if text is None:
-            known = ", ".join(map(str, self.versions(name)))
-            raise AdapterNotFound(f"adapter {name!r} has no version {version}: it has {known}")
+            raise _no_version_error(name, version, self.versions(name))
         try:
             manifest = AdapterManifest.model_validate_json(text)
         except ValidationError as error:
@@ -97,29 +96,29 @@ class AdapterRegistry:
             ) from error
         if (manifest.name, manifest.version) != (name, version):
             raise RegistryError(
-                f"the manifest of {name}@{version} speaks of {manifest.name}@{manifest.version}: "
+                f"the manifest of {name}@{version} is for {manifest.name}@{manifest.version}: "
                 "restore it, or delete the version"
             )
         return manifest
 
     def ancestors(self, manifest: AdapterManifest) -> list[AdapterManifest]:
-        """The versions that training went on from, the nearest first.
+        """The versions that training continued from, nearest first.
 
-        The last one's `parent` is None where that was trained from the base; else that parent is no longer there, or
-        has other weights now.
+        The last one's `parent` is None if it was trained from the base; otherwise that parent has been deleted or its
+        weights have changed.
         """
-        found: list[AdapterManifest] = []
+        ancestors: list[AdapterManifest] = []
         parent = manifest.parent
-        while parent is not None and str(parent) not in {f"{older.name}@{older.version}" for older in found}:
+        while parent is not None and str(parent) not in {f"{older.name}@{older.version}" for older in ancestors}:
             try:
                 older = self.manifest(parent.name, parent.version)
             except AdapterNotFound:
                 break
             if older.weights_sha256 != parent.weights_sha256:
                 break
-            found.append(older)
+            ancestors.append(older)
             parent = older.parent
-        return found
+        return ancestors
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of `name` and the versions they point at."""
@@ -128,7 +127,7 @@ class AdapterRegistry:
         return {alias: state.version for alias, state in states.items() if state is not None}
 
     def traffic(self, name: str, alias: str = CHAMPION) -> Traffic:
-        """Where requests for `alias` go now; only the champion can have a canary."""
+        """Where requests for `alias` currently go; only the champion can have a canary."""
         check_name(name)
         state = self._aliases.read(name, alias)
         if state is None:
@@ -141,7 +140,7 @@ class AdapterRegistry:
         On a local disk that is the registry's own directory; from an object store, a copy in `CORRAL_HOME`.
 
         Raises:
-            AdapterRefused: a file is missing, changed or not one of the manifest's.
+            AdapterRefused: a file is missing, changed or not listed in the manifest.
         """
         self.check_version(manifest.name, manifest.version)
         folder = version_folder(manifest.name, manifest.version)
@@ -153,21 +152,22 @@ class AdapterRegistry:
                 verify(directory, manifest)
                 return directory
             except (AdapterRefused, FileNotFoundError):
-                self.check_version(manifest.name, manifest.version)  # deleted meanwhile?
+                self.check_version(manifest.name, manifest.version)  # it may have been deleted meanwhile
                 raise
 
     def _published(self, path: str = "") -> Iterator[tuple[str, int]]:
+        """(name, version) of every published version at or below `path`."""
         with self.storage.guard("read it"):
-            found = self.storage.find(path)
-        for match in filter(None, map(PUBLISHED.fullmatch, found)):
+            files = self.storage.find(path)
+        for match in filter(None, map(PUBLISHED.fullmatch, files)):
             if ADAPTER_NAME.fullmatch(match[1]):
                 yield match[1], int(match[2])
 
     def check_version(self, name: str, version: int) -> None:
         """Raise AdapterNotFound unless `version` of `name` is published."""
-        known = self.versions(name)
-        if version not in known:
-            raise AdapterNotFound(f"adapter {name!r} has no version {version}: it has {', '.join(map(str, known))}")
+        versions = self.versions(name)
+        if version not in versions:
+            raise _no_version_error(name, version, versions)
 
     def list(self) -> list[AdapterManifest]:
         """Every version of every adapter; a damaged manifest is logged and left out."""
@@ -180,3 +180,7 @@ class AdapterRegistry:
             except RegistryError as error:
                 logger.warning("%s", error)
         return manifests
+
+
+def _no_version_error(name: str, version: int, versions: Sequence[int]) -> AdapterNotFound:
+    return AdapterNotFound(f"adapter {name!r} has no version {version}: it has {', '.join(map(str, versions))}")

@@ -1,4 +1,4 @@
-"""One attempt of a run on a worker: its scratch directory, and its failure recorded where the driver reads it."""
+"""One attempt of a run on a worker: its scratch directory, and the record of its failure in the run's directory."""
 
 import contextlib
 import errno
@@ -13,8 +13,9 @@ from training.runs.run_dir import RunDir
 
 @contextlib.contextmanager
 def scratch_of(run_dir: RunDir, rank: int) -> Iterator[Path]:
-    """A folder of this worker's own, in the run's directory where that is on a disk: what a killed worker leaves goes
-    with the next one.
+    """A scratch directory for this worker, inside the run's directory if that is on a disk.
+
+    Whatever a killed worker leaves in it is removed by the next attempt.
     """
     local = run_dir.local_path(f"scratch/{rank}")
     if local is None:
@@ -27,33 +28,33 @@ def scratch_of(run_dir: RunDir, rank: int) -> Iterator[Path]:
         yield local
     finally:
         shutil.rmtree(local, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other ranks are still there
+        with contextlib.suppress(OSError):  # other ranks still use theirs
             local.parent.rmdir()
 
 
 @contextlib.contextmanager
 def failure_recorded(run_dir: RunDir, rank: int) -> Iterator[None]:
-    """Leave `failure.json` where the block ends with an error that would only come again (rank 0)."""
+    """Write `failure.json` if the block raises an error that a retry would only repeat (rank 0 only)."""
     try:
-        with _full_disk_named(run_dir):
+        with _full_disk_error(run_dir):
             yield
     except CorralError as error:
         if rank == 0:
-            with contextlib.suppress(CorralError):  # a full disk has no room for it
+            with contextlib.suppress(CorralError):  # the disk may be full
                 run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
         raise
 
 
 @contextlib.contextmanager
-def _full_disk_named(run_dir: RunDir) -> Iterator[None]:
+def _full_disk_error(run_dir: RunDir) -> Iterator[None]:
     """Turn what libraries raise on a full disk into one line."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left" not in str(error):
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not is_full and "No space left" not in str(error):
             raise
         raise TrainingError(
-            f"no space is left for run directory {run_dir}: free some and pass run_name={run_dir.name} to go on from "
+            f"no space is left for run directory {run_dir}: free some and pass run_name={run_dir.name} to resume from "
             "its last checkpoint, or set storage_path"
         ) from error

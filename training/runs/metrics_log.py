@@ -1,4 +1,4 @@
-"""`metrics.jsonl` read back: what a run logged, step by step. The report and its pictures are made of it."""
+"""A run's logs: `metrics.jsonl`, a line per logged step, and `phases.json`. Written during a run, read at any time."""
 
 import json
 import time
@@ -11,36 +11,40 @@ from training.runs.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The logged steps, in order."""
+    """The logged steps of a run, in order.
+
+    Attributes:
+        records: step, num_steps, time, loss, tokens_per_s and more for each step.
+    """
 
     records: Sequence[Mapping[str, Any]]
 
     @property
     def steps(self) -> list[int]:
-        """Which steps were logged."""
+        """The numbers of the logged steps."""
         return [int(record["step"]) for record in self.records]
 
     @property
     def times(self) -> list[float]:
-        """When, in unix seconds."""
+        """When each step was logged, in Unix seconds."""
         return self.column("time")
 
     @property
     def num_steps(self) -> int:
-        """How many steps the run was to have."""
+        """The planned number of steps."""
         return int(self.records[-1]["num_steps"])
 
     def column(self, key: str) -> list[float]:
-        """A figure of the steps that have it."""
+        """The values of `key`, for the steps that have it."""
         return [value for _, value in self.points(key)]
 
     def points(self, key: str) -> list[tuple[int, float]]:
-        """(step, figure) of the steps that have it."""
+        """(step, value) pairs of `key`, for the steps that have it."""
         return [(int(record["step"]), float(record[key])) for record in self.records if key in record]
 
 
 def read_metrics(run_dir: RunDir) -> Metrics:
-    """What `metrics.jsonl` has; a line that a crash cut short is left out."""
+    """Read `metrics.jsonl`; an incomplete line is left out."""
     records = []
     for line in (run_dir.read_text(MetricsLog.FILE) or "").splitlines():
         try:
@@ -53,25 +57,26 @@ def read_metrics(run_dir: RunDir) -> Metrics:
 
 
 class PhaseLog:
-    """`phases.json` of a run: what it did in turn, each with when it began."""
+    """`phases.json` of a run: its phases in order, each with its start time."""
 
     FILE = "phases.json"
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
-        self._begun: list[dict[str, Any]] = []
+        self._phases: list[dict[str, Any]] = []
 
     def add(self, phase: str) -> None:
-        """`phase` begins now."""
-        self._begun.append({"phase": phase, "time": time.time()})
-        self._run_dir.write_json(self.FILE, self._begun)
+        """Record that `phase` starts now."""
+        self._phases.append({"phase": phase, "time": time.time()})
+        self._run_dir.write_json(self.FILE, self._phases)
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run: a line per logged step. In an object store it is written anew every few seconds.
+    """Writes `metrics.jsonl`, a line per logged step. In an object store, `flush` rewrites the complete file.
 
     Args:
-        step: a resumed run takes the later steps again; their lines, and one that a crash cut short, are dropped.
+        step: the step that the run resumes from. Lines of later steps, which will be logged again, are dropped, and
+            so is an incomplete line.
     """
 
     FILE = "metrics.jsonl"
@@ -83,7 +88,7 @@ class MetricsLog:
         run_dir.write_text(self.FILE, self._text)
 
     def add(self, record: Mapping[str, float]) -> None:
-        """One step's figures."""
+        """Add one step's metrics."""
         line = json.dumps(record)
         if self._run_dir.is_local:
             self._run_dir.append(self.FILE, line)
@@ -91,7 +96,7 @@ class MetricsLog:
             self._text += line + "\n"
 
     def flush(self) -> None:
-        """Make sure that readers see every line."""
+        """Make every line visible to readers."""
         if not self._run_dir.is_local:
             self._run_dir.write_text(self.FILE, self._text)
 

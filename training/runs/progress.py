@@ -1,7 +1,6 @@
-"""What a run is doing, from the worker that does it to the terminal of the person who waits.
+"""A run's progress: written to `progress.json` by a worker, read back and shown on stderr by the waiting process.
 
-The worker writes `progress.json` into the run's directory with `write_progress`; the driver shows it with
-`show_progress_of`. A terminal gets a bar, a log a line now and then.
+A terminal shows a progress bar; a log gets a line per phase and one every 15 to 60 seconds.
 """
 
 import contextlib
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 
 PROGRESS_FILE = "progress.json"
 _LOG_EVERY_S = 15.0
-_LOG_AT_MOST_EVERY_S = 60.0  # of a run that takes hours
+_LOG_MAX_EVERY_S = 60.0  # in a run that takes hours
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A moment of a run; what is None is known during training only."""
+    """The state of a run at one moment; fields that are known only during training may be None."""
 
     phase: str
     step: int | None = None
@@ -33,7 +32,7 @@ class Progress:
     loss: float | None = None
     tokens_per_s: float | None = None
     eta_s: float | None = None
-    time: float = field(default_factory=time.time)  # unix seconds; of a run that lives it is not long ago
+    time: float = field(default_factory=time.time)  # Unix seconds; serves as a heartbeat
 
     def __str__(self) -> str:
         text = self.phase
@@ -45,7 +44,7 @@ class Progress:
 
     @property
     def figures(self) -> str:
-        """Loss and speed, as far as they are known."""
+        """Loss and speed, if known."""
         loss = "" if self.loss is None else f"loss {self.loss:.3f}"
         speed = "" if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s"
         return "  ".join(part for part in (loss, speed) if part)
@@ -56,7 +55,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Progress | None":
-        """The reverse of `to_json`; None for what it did not write."""
+        """The reverse of `to_json`; None for anything that it did not write."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
@@ -67,12 +66,12 @@ ProgressReader = Callable[[], Progress | None]
 
 
 def write_progress(run_dir: RunDir, progress: Progress) -> None:
-    """Make `progress` the present state of the run."""
+    """Write `progress` as the run's current state."""
     run_dir.write_text(PROGRESS_FILE, progress.to_json())
 
 
 def read_progress(run_dir: RunDir) -> Progress | None:
-    """What `write_progress` wrote; None where nothing is there, or nothing can be read at the moment."""
+    """The last state that `write_progress` wrote; None if there is none or it cannot be read now."""
     with contextlib.suppress(CorralError):
         return Progress.from_json(run_dir.read_text(PROGRESS_FILE) or "")
     return None
@@ -80,31 +79,31 @@ def read_progress(run_dir: RunDir) -> Progress | None:
 
 @contextlib.contextmanager
 def show_progress(read: ProgressReader, title: str, poll_s: float = 0.3) -> Iterator[None]:
-    """Show on stderr what `read` returns while the block runs.
+    """Show what `read` returns on stderr while the block runs.
 
     Args:
-        poll_s: seconds between two calls of `read`; give an object store more.
+        poll_s: seconds between two calls of `read`; choose more for an object store.
     """
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    done = threading.Event()
+    finished = threading.Event()
     show = _show_bar if console.is_terminal else _show_lines
-    thread = threading.Thread(target=show, args=(console, read, title, poll_s, done), daemon=True)
+    thread = threading.Thread(target=show, args=(console, read, title, poll_s, finished), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        finished.set()
         thread.join()
 
 
 def show_progress_of(run_dir: RunDir, title: str) -> contextlib.AbstractContextManager[None]:
-    """As `show_progress`, of the run in `run_dir`; an object store is asked less often."""
+    """`show_progress` for the run in `run_dir`; an object store is polled less often."""
     return show_progress(lambda: read_progress(run_dir), title, poll_s=0.3 if run_dir.is_local else 5.0)
 
 
-def _show_bar(console: "Console", read: ProgressReader, title: str, poll_s: float, done: threading.Event) -> None:
+def _show_bar(console: "Console", read: ProgressReader, title: str, poll_s: float, finished: threading.Event) -> None:
     from rich import progress as bars
 
     columns = (
@@ -115,33 +114,33 @@ def _show_bar(console: "Console", read: ProgressReader, title: str, poll_s: floa
     )
     with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(f"{title}: starting", total=None, state="")
-        while not done.wait(poll_s):
-            if (now := read()) is None:
+        while not finished.wait(poll_s):
+            if (progress := read()) is None:
                 continue
-            if now.step is None:
-                bar.update(task, description=f"{title}: {now.phase}", total=None, state="")
+            if progress.step is None:
+                bar.update(task, description=f"{title}: {progress.phase}", total=None, state="")
             else:
-                left = "" if now.eta_s is None else f"  {_clock(now.eta_s)} left"
-                state = f"{now.step}/{now.num_steps}  {now.figures}{left}"
-                bar.update(task, description=title, total=now.num_steps, completed=now.step, state=state)
+                remaining = "" if progress.eta_s is None else f"  {_clock(progress.eta_s)} left"
+                state = f"{progress.step}/{progress.num_steps}  {progress.figures}{remaining}"
+                bar.update(task, description=title, total=progress.num_steps, completed=progress.step, state=state)
 
 
-def _show_lines(console: "Console", read: ProgressReader, title: str, poll_s: float, done: threading.Event) -> None:
+def _show_lines(console: "Console", read: ProgressReader, title: str, poll_s: float, finished: threading.Event) -> None:
     started = time.monotonic()
     last: Progress | None = None
     last_at = 0.0
-    while not done.wait(poll_s):
-        now, at = read(), time.monotonic()
-        every_s = min(_LOG_AT_MOST_EVERY_S, _LOG_EVERY_S + (at - started) / 20)
-        if now is None or (last and str(now) == str(last)):
+    while not finished.wait(poll_s):
+        progress, now = read(), time.monotonic()
+        every_s = min(_LOG_MAX_EVERY_S, _LOG_EVERY_S + (now - started) / 20)
+        if progress is None or (last and str(progress) == str(last)):
             continue
-        if last is None or now.phase != last.phase or at - last_at > every_s:
-            console.print(f"{title}: {now}", soft_wrap=True, markup=False)
-            last, last_at = now, at
+        if last is None or progress.phase != last.phase or now - last_at > every_s:
+            console.print(f"{title}: {progress}", soft_wrap=True, markup=False)
+            last, last_at = progress, now
 
 
 def _clock(seconds: float) -> str:
-    """m:ss, and h:mm:ss from an hour on."""
-    minutes, rest = divmod(int(seconds), 60)
+    """m:ss, or h:mm:ss from one hour."""
+    minutes, seconds_left = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"

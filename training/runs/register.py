@@ -1,6 +1,6 @@
-"""A finished run's adapter becomes the next version in the registry, with where it came from.
+"""Registers a finished run's adapter as the next version, with its provenance.
 
-`python -m training` and `training.sweep.run` call it. What a version must pass is the registry's to say.
+Does not know what a version must pass; the registry decides that.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,18 @@ from training.runs.result import RunResult
 def register(
     config: TrainConfig, result: RunResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
 ) -> AdapterManifest:
-    """Publish the adapter of a finished run as the next version of `config.adapter`; once, however often it is asked.
+    """Publish the adapter of a finished run as the next version of `config.adapter`. Idempotent.
 
     Args:
-        sweep: name, number of trials and searched keys of the sweep that the run was the best of.
+        force: publish an adapter that the gate rejects; the manifest records it.
+        sweep: name, number of trials and searched keys of the sweep whose best trial this run is.
+
+    Raises:
+        AdapterRefused: the gate or another check rejects the adapter.
     """
     registry = AdapterRegistry()
-    if there := _version_of(registry, config.adapter, result):
-        return there
+    if existing := _version_of(registry, config.adapter, result):
+        return existing
     draft = AdapterDraft(
         name=config.adapter,
         base=result.inputs.base,
@@ -53,12 +57,12 @@ def register(
 
 
 def _version_of(registry: AdapterRegistry, name: str, result: RunResult) -> AdapterManifest | None:
-    """The version that this run's very weights became before."""
+    """The version that already has exactly this run's weights."""
     if name not in registry.names():
         return None
     manifests = (registry.manifest(name, version) for version in registry.versions(name))
-    of_run = [manifest for manifest in manifests if manifest.run_name == result.run_name]
-    if not of_run:  # nearly always: the weights need not be read
+    from_run = [manifest for manifest in manifests if manifest.run_name == result.run_name]
+    if not from_run:  # the usual case; saves reading the weights
         return None
     weights_sha256 = read_adapter(result.adapter_dir, result.inputs.base).weights_sha256
-    return next((manifest for manifest in of_run if manifest.weights_sha256 == weights_sha256), None)
+    return next((manifest for manifest in from_run if manifest.weights_sha256 == weights_sha256), None)

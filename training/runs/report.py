@@ -1,7 +1,7 @@
-"""The report of a run, for people: `report.md`, `report.png`, `loss.png`, made of the run directory's files alone.
+"""A run's report for people, `report.md` with `report.png` and `loss.png`, built from the run directory's files alone.
 
-The driver writes it when a run ends, well or not; `build_report` can be asked at any time. Files that are missing leave
-their section out, so a run that failed early still says how far it came.
+It can be built at any time. A section whose files are missing is left out, so the report of a run that failed early
+still shows how far it got.
 """
 
 import statistics
@@ -23,7 +23,7 @@ _CELL_CHARS = 400
 
 
 def write_report(run_dir: RunDir) -> None:
-    """Write the report and its pictures into the run's directory.
+    """Write the report and its plots into the run's directory.
 
     Raises:
         TrainingError: the directory cannot be read or written.
@@ -52,7 +52,7 @@ def build_report(run_dir: RunDir) -> str:
         ("Memory", _memory(files, metrics)),
         ("Speed and cost", _speed(files, metrics, result, read_lock_holder(run_dir))),
         ("Data", _data(files["data"])),
-        ("Configuration that is not default", _changed(files["config"])),
+        ("Non-default configuration", _changed(files["config"])),
         ("Environment", _environment(files["environment"], files["trackers"])),
     ]
     return "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections if text) + "\n"
@@ -69,8 +69,8 @@ def _headline(name: str, files: Mapping[str, Any], metrics: Metrics, result: Map
         lines.append(f"**Held-out loss: base {base:.3f}, adapter {adapter:.3f}** ({adapter / base:.0%} of the base's).")
     if model_id := registered.get("model_id"):
         forced = ", forced past the gate" if registered.get("forced") else ""
-        asked = model_id.partition("@")[0]
-        lines.append(f"Registered as `{model_id}`{forced}. Ask it: `corral chat --model {asked}`")
+        model = model_id.partition("@")[0]
+        lines.append(f"Registered as `{model_id}`{forced}. Try it: `corral chat --model {model}`")
     elif reason := registered.get("refused"):
         lines.append(f"**Not registered**: {_cell(reason)}")
     if reason := files["failure"].get("message"):
@@ -90,7 +90,7 @@ def _curve(metrics: Metrics) -> str:
     rows.append(("last step", metrics.steps[-1], loss[-1]))
     rows += [("held out", step, value) for step, value in metrics.points("eval_loss")]
     return f"![loss, learning rate, tokens per second]({REPORT_PLOT})\n\n" + _table(
-        ("loss", "step", "nats per token"), ((what, str(step), f"{value:.4f}") for what, step, value in rows)
+        ("loss", "step", "nats per token"), ((label, str(step), f"{value:.4f}") for label, step, value in rows)
     )
 
 
@@ -111,12 +111,14 @@ def _memory(files: Mapping[str, Any], metrics: Metrics) -> str:
     if not rows:
         return ""
     on_gpu = bool(estimated and estimated["on_gpu"])
-    of = "`torch.cuda.max_memory_allocated`" if on_gpu else "the whole process, Python and libraries included"
-    parts = "\n\n```\n" + "\n".join(memory_lines(estimated)) + "\n```" if estimated else ""
-    return _table(("peak of a worker", ""), rows) + f"\n\nMeasured is {of}. The estimate in parts:{parts}"
+    measured_as = "`torch.cuda.max_memory_allocated`" if on_gpu else "the whole process, with Python and libraries"
+    breakdown = ""
+    if estimated:
+        breakdown = " Breakdown of the estimate:\n\n```\n" + "\n".join(memory_lines(estimated)) + "\n```"
+    return _table(("peak memory per worker", ""), rows) + f"\n\nThe measurement is {measured_as}.{breakdown}"
 
 
-def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float], driver: LockHolder | None) -> str:
+def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float], holder: LockHolder | None) -> str:
     if not metrics.steps:
         return ""
     rows = [
@@ -127,19 +129,19 @@ def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, floa
     tokens = max(metrics.column("num_tokens"), default=0.0)
     rows.append(("tokens trained", f"{tokens:,.0f}"))
     if train_s := result.get("train_s"):
-        rows.append(("time in training", _clock(train_s)))
-    ended = (driver.ended if driver else None) or metrics.times[-1]
+        rows.append(("training time", _clock(train_s)))
+    ended = (holder.ended if holder else None) or metrics.times[-1]
     phases = files["phases"] or []
-    begins = [*(phase["time"] for phase in phases), ended]
-    for phase, begin, end in zip(phases, begins, begins[1:], strict=False):
-        rows.append((f"time of: {phase['phase']}", _clock(end - begin)))
+    times = [*(phase["time"] for phase in phases), ended]
+    for phase, start, end in zip(phases, times, times[1:], strict=False):
+        rows.append((f"time of: {phase['phase']}", _clock(end - start)))
     price = files["config"].get("price_per_hour")
-    if driver:
-        rows.append(("time of the whole run", _clock(ended - driver.started)))
+    if holder:
+        rows.append(("total time", _clock(ended - holder.started)))
         if price is not None:
-            cost = price * (ended - driver.started) / 3600
-            rows.append((f"cost at {price:g} an hour", f"{cost:.4g}"))
-            rows.append(("cost of a million tokens", f"{cost / (tokens / 1e6):.4g}" if tokens else ""))
+            cost = price * (ended - holder.started) / 3600
+            rows.append((f"cost at {price:g} per hour", f"{cost:.4g}"))
+            rows.append(("cost per million tokens", f"{cost / (tokens / 1e6):.4g}" if tokens else ""))
     return _table(("", ""), rows)
 
 
@@ -147,13 +149,13 @@ def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return ""
     rows = [
-        ("training rows", f"{data['num_train_rows']:,} ({data['num_train_tokens']:,} tokens an epoch)"),
+        ("training rows", f"{data['num_train_rows']:,} ({data['num_train_tokens']:,} tokens per epoch)"),
         ("tokens with loss", f"{data['num_trained_tokens']:,}"),
         ("held-out rows", f"{data['num_held_out']:,}"),
         ("left out", f"{data['num_skipped']:,} bad, {data['num_too_long']:,} too long"),
-        ("said twice", f"{data['num_duplicates']:,}" + (", left out" if data["deduplicated"] else ", kept")),
+        ("duplicates", f"{data['num_duplicates']:,}" + (", left out" if data["deduplicated"] else ", kept")),
         ("formats", ", ".join(data["formats"])),
-        ("tokens a row", "median {p50:,}, 95 % up to {p95:,}, longest {max:,}".format(**data["lengths"])),
+        ("tokens per row", "median {p50:,}, 95th percentile {p95:,}, longest {max:,}".format(**data["lengths"])),
         ("sources", ", ".join(source["path"] for source in data["sources"])),
     ]
     notes = "".join(f"\n- {_cell(warning)}" for warning in data["warnings"])
@@ -186,7 +188,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that cannot break out of its cell, nor be taken for HTML."""
+    """`text` on one line, escaped so that it stays in its cell and is not read as HTML."""
     text = " ".join(text.split())
     text = text if len(text) <= _CELL_CHARS else text[: _CELL_CHARS - 3] + "..."
     return text.replace("|", "\\|").replace("<", "&lt;")

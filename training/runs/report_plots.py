@@ -1,4 +1,4 @@
-"""The pictures of a run's report, drawn without a display. Knows the logged figures, nothing of how they came about."""
+"""The plots of a run's report, drawn without a display from the logged metrics alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +9,24 @@ from matplotlib.figure import Figure
 
 from training.runs.metrics_log import Metrics
 
-_INK, _PALE, _HELD_OUT, _BASE = "#1f4e79", "#a9c4de", "#c8511b", "#7a7a7a"
+_DARK, _PALE, _HELD_OUT, _BASE = "#1f4e79", "#a9c4de", "#c8511b", "#7a7a7a"
 
 
 def plot_loss(metrics: Metrics, base_loss: float | None, file: Path) -> None:
-    """The loss alone: raw and smoothed, held-out points, and the base's held-out loss as a line."""
+    """Plot the loss alone: raw and smoothed, the held-out losses, and the base's held-out loss as a line."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     _draw_loss(figure.subplots(), metrics, base_loss)
     _save(figure, file)
 
 
 def plot_run(metrics: Metrics, base_loss: float | None, file: Path) -> None:
-    """Loss, learning rate and tokens per second over the steps."""
+    """Plot loss, learning rate and tokens per second over the steps."""
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, rate, speed = figure.subplots(3, sharex=True, height_ratios=[3, 1, 1])
     _draw_loss(loss, metrics, base_loss)
     for axes, key, label in ((rate, "learning_rate", "learning rate"), (speed, "tokens_per_s", "tokens/s")):
         if points := metrics.points(key):
-            axes.plot(*zip(*points, strict=True), color=_INK, linewidth=1.2)
+            axes.plot(*zip(*points, strict=True), color=_DARK, linewidth=1.2)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
@@ -36,7 +36,7 @@ def plot_run(metrics: Metrics, base_loss: float | None, file: Path) -> None:
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential mean whose start is not drawn to zero (the bias correction of Adam, arXiv:1412.6980)."""
+    """Exponential moving average with Adam's bias correction (arXiv:1412.6980), so the start is not pulled to zero."""
     means, mean = [], 0.0
     for count, value in enumerate(values, start=1):
         mean = weight * mean + (1 - weight) * value
@@ -47,8 +47,8 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 def _draw_loss(axes: Any, metrics: Metrics, base_loss: float | None) -> None:
     steps, loss = zip(*metrics.points("loss"), strict=True)
     axes.plot(steps, loss, color=_PALE, linewidth=1, label="training, each step")
-    weight = min(0.9, max(0.0, 1 - 10 / len(loss)))  # over about a tenth of a short run, ten steps of a longer one
-    axes.plot(steps, smoothed(loss, weight), color=_INK, linewidth=1.8, label="training, smoothed")
+    weight = min(0.9, max(0.0, 1 - 10 / len(loss)))  # averages over a tenth of a short run, ten steps of a longer one
+    axes.plot(steps, smoothed(loss, weight), color=_DARK, linewidth=1.8, label="training, smoothed")
     if held_out := metrics.points("eval_loss"):
         axes.plot(*zip(*held_out, strict=True), "o-", color=_HELD_OUT, linewidth=1, markersize=4, label="held out")
     if base_loss is not None:
@@ -61,5 +61,5 @@ def _draw_loss(axes: Any, metrics: Metrics, base_loss: float | None) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    FigureCanvasAgg(figure)  # draws without a display; the figure keeps it
+    FigureCanvasAgg(figure)  # needs no display; the figure keeps a reference to it
     figure.savefig(file, format="png")

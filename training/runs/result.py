@@ -1,4 +1,4 @@
-"""What a finished run returns, and how its directory keeps it: `result.json`."""
+"""What a finished run returns, read from `result.json` in its directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,16 @@ class RunResult:
     """A finished run.
 
     Attributes:
-        run_dir: where everything of the run lies.
-        inputs: base, chat format and data that were trained on.
+        run_dir: the directory with everything that the run wrote.
+        inputs: base, chat format and data of the run.
         metrics: see `training.trainer.train.TrainResult`.
-        samples: held-out prompts answered by base and adapter, as `training.trainer.samples.Sample` has them.
-        quantization: of the base, with the compute dtype that was used.
+        samples: held-out prompts answered by base and adapter, with the fields of `SampleAnswer`.
+        quantization: the base's, with the compute dtype that was used.
         adapter_dir: the trained adapter, a PEFT folder on this machine.
-        adapter_sha256: of the weights that were evaluated on held-out rows, None if there were none.
-        changes: whether the adapter changed any output on them.
-        config: as it ran, with the parent's version and shape written out.
-        parent: the adapter that the run went on from.
+        adapter_sha256: hash of the weights that were evaluated on held-out rows; None if there were no such rows.
+        changes: whether the adapter changed any output on the held-out rows.
+        config: the configuration as it ran, with the parent's version and LoRA parameters filled in.
+        parent: the adapter that the run continued from.
         environment: code, libraries and devices of the workers.
     """
 
@@ -47,7 +47,7 @@ class RunResult:
 
 
 def read_result(config: TrainConfig, run_dir: RunDir, inputs: RunInputs, parent: AdapterManifest | None) -> RunResult:
-    """What a run with a `result.json` left."""
+    """The result of a run whose directory has a `result.json`."""
     result = run_dir.read_json("result.json")
     return RunResult(
         run_dir=run_dir,

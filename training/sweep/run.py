@@ -32,7 +32,7 @@ from training.runs.continue_from import PARENT_DIR, copy_parent, resolve_parent_
 from training.runs.progress import Progress, show_progress_of, write_progress
 from training.runs.register import register
 from training.runs.result import read_result
-from training.runs.resume import open_run, run_dir_of, with_absolute_paths
+from training.runs.resume import open_run, resolve_run_dir, with_absolute_paths
 from training.runs.run_dir import RunDir
 from training.runs.run_lock import hold_run_lock
 from training.sweep.config import SweepConfig, Trial, plan
@@ -59,7 +59,7 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
     if warning := parent and split_warning(config, inputs.dataset, parent):
         print(f"data: note: {warning}", file=sys.stderr)
     trials = [replace(trial, config=with_absolute_paths(trial_config)) for trial, trial_config, _ in resolved_trials]
-    run_dir = run_dir_of(config)
+    run_dir = resolve_run_dir(config)
     title = f"{run_dir.name} on {inputs.base.name}"
     with hold_run_lock(run_dir):
         open_run(config, run_dir)

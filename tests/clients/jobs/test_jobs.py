@@ -21,7 +21,8 @@ from tests.conftest import free_port, ray_head
 from training.base_models.resolve import BaseCheckpoint
 from training.errors import ConfigError
 from training.registry.registry import AdapterRegistry
-from training.runs.status import read_metrics, read_run
+from training.runs.metrics_log import read_metrics
+from training.runs.status import read_run
 
 TOKEN = "a-token-of-this-module"
 
@@ -196,7 +197,7 @@ def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster:
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job stopped.2 of run stopped" in resumed.stderr
     assert "tiny-llama:stopped@1 is registered" in resumed.stdout
-    assert [line["step"] for line in read_metrics(read_run(runs_of(), "stopped"))] == list(range(1, 101))
+    assert read_metrics(read_run(runs_of(), "stopped").run_dir).steps == list(range(1, 101))
     assert read_run(runs_of(), "stopped").state == "finished"
 
 

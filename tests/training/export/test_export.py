@@ -330,7 +330,7 @@ def test_targets_in_use_are_refused_and_left_alone(tmp_path: Path) -> None:
     for targets, word in (
         (ExportPaths(tmp_path / "full", None), "is not empty"),
         (ExportPaths(tmp_path / "full" / "mine", None), "is a file"),
-        (ExportPaths(None, tmp_path / "full" / "mine"), "is there already"),
+        (ExportPaths(None, tmp_path / "full" / "mine"), "already exists"),
         (ExportPaths(None, None), "nothing to export"),
     ):
         with pytest.raises(ExportError, match=word):
@@ -374,7 +374,7 @@ def test_disk_that_fills_up_leaves_nothing(
     )
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["ExportError", "ExportError"], done.stdout + done.stderr
-    assert "nothing of it is left" in lines[0]
+    assert "its partial files were removed" in lines[0]
     assert list(target.iterdir()) == []
 
 

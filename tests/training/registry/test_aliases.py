@@ -128,10 +128,10 @@ def test_what_stands_against_a_change_is_said(registry: AdapterRegistry) -> None
         AdapterPromoter(registry).delete("ranch", 3)
     with pytest.raises(RegistryConflict, match="alias 'champion' points at"):
         AdapterPromoter(registry).delete("ranch", 2)
-    with pytest.raises(RegistryConflict, match="ranch@2 is the champion: name another version"):
+    with pytest.raises(RegistryConflict, match="ranch@2 is the champion: choose another version"):
         AdapterPromoter(registry).promote("ranch", 2, percent=10)
     for percent in (0, -1, 100.1, float("nan")):
-        with pytest.raises(RegistryError, match="more than 0 and at most 100"):
+        with pytest.raises(RegistryError, match="greater than 0 and at most 100"):
             AdapterPromoter(registry).promote("ranch", 3, percent=percent)
     with pytest.raises(RegistryError, match="only 'champion' can"):
         AdapterPromoter(registry).promote("ranch", 3, "next", 10)
@@ -144,5 +144,5 @@ def test_without_a_champion_there_is_nothing_to_compare_with(
     registry = AdapterRegistry(tmp_path / "registry")
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
     AdapterPublisher(registry).register(tiny_adapter, draft, force=True)
-    with pytest.raises(RegistryConflict, match="has no champion, so its newest version gets everything"):
+    with pytest.raises(RegistryConflict, match="has no champion, so its newest version gets all requests"):
         AdapterPromoter(registry).promote("ranch", 1, percent=10)

@@ -155,7 +155,7 @@ def test_parent_that_may_know_held_out_rows_is_warned_of_in_one_line(
     assert recorded is not None
     assert recorded.startswith(reason)
     assert (
-        f"known@1, from which training goes on, may have been trained on rows that are held out now: {reason}"
+        f"known@1, from which training continues, may have been trained on rows that are now held out: {reason}"
         in warning
     )
     assert "\n" not in warning
@@ -166,7 +166,7 @@ def test_parent_of_unknown_data_is_warned_of_unless_nothing_is_held_out(
 ) -> None:
     config = config_of(tiny_base, tmp_path)
     dataset = read_inputs(config).dataset
-    assert parent_ref(config, dataset, parent).other_split == "what it was trained on is not recorded"
+    assert parent_ref(config, dataset, parent).other_split == "its training data is not recorded"
     assert parent_ref(config, dataset.model_copy(update={"num_held_out": 0}), parent).other_split is None
 
 
@@ -313,7 +313,7 @@ def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
         name="tiny-hand",
         version=1,
         weights_sha256=parent.weights_sha256,
-        other_split="what it was trained on is not recorded",
+        other_split="its training data is not recorded",
     )
     assert manifest.config is not None
     assert manifest.config["continue_from"] == "tiny-hand@1"

@@ -56,7 +56,7 @@ def test_report_says_what_a_person_asks_first(run_dir: RunDir) -> None:
     report = build_report(run_dir)
     assert "# ranch-hand on llama-7b" in report
     assert "**Held-out loss: base 5.000, adapter 2.500** (50% of the base's)" in report
-    assert "Registered as `llama-7b:ranch-hand@3`. Ask it: `corral chat --model llama-7b:ranch-hand`" in report
+    assert "Registered as `llama-7b:ranch-hand@3`. Try it: `corral chat --model llama-7b:ranch-hand`" in report
     assert "| held out | 40 | 2.5000 |" in report
     assert "| last step | 40 | 2.0000 |" in report
     assert "| NVIDIA H100 | 2 x |" in report
@@ -72,8 +72,8 @@ def test_report_puts_the_estimate_beside_what_was_measured(run_dir: RunDir) -> N
 
 def test_cost_is_hours_times_price_and_per_million_trained_tokens(run_dir: RunDir) -> None:
     report = build_report(run_dir)
-    assert "| cost at 2.5 an hour | 2.5 |" in report
-    assert "| cost of a million tokens | 2.5 |" in report  # 40 steps of 25,000 tokens
+    assert "| cost at 2.5 per hour | 2.5 |" in report
+    assert "| cost per million tokens | 2.5 |" in report  # 40 steps of 25,000 tokens
     assert "| time of: loading | 0:01:00 |" in report
     assert "| time of: training | 0:59:00 |" in report
 

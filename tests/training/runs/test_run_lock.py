@@ -25,7 +25,7 @@ from training.runs import run_lock as driver
 from training.errors import CorralError
 from training.runs.run_dir import RunDir
 
-driver._SEEN_EVERY_S = float(sys.argv[3])
+driver._HEARTBEAT_EVERY_S = float(sys.argv[3])
 RunDir(sys.argv[1], "run").files("drivers")  # imports and connects
 time.sleep(max(0.0, float(sys.argv[4]) - time.time()))
 try:
@@ -81,10 +81,10 @@ def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunD
     with driven(run_dir) as first:
         began = time.monotonic()
         told = refusal(run_dir)
-        assert time.monotonic() - began < driver._SILENT_S  # it waits for no sign of life
+        assert time.monotonic() - began < driver._HEARTBEAT_TIMEOUT_S  # it waits for no sign of life
         assert re.match(
-            rf"run 'run' is driven by process {first.pid} on {re.escape(socket.gethostname())}, started "
-            r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait for it, end it with 'corral runs stop run --storage "
+            rf"run 'run' is locked by process {first.pid} on {re.escape(socket.gethostname())}, started "
+            r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait until it ends, stop it with 'corral runs stop run --storage "
             rf"{re.escape(run_dir.parent)}', or choose another run_name$",
             told,
         )
@@ -95,7 +95,7 @@ def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunD
         now = read_lock_holder(run_dir)
         assert now
         assert (now.pid, now.ended) == (os.getpid(), None)
-        assert f"driven by process {os.getpid()} on" in refusal(run_dir)
+        assert f"locked by process {os.getpid()} on" in refusal(run_dir)
     ended = read_lock_holder(run_dir)
     assert ended
     assert ended.is_same(now)
@@ -116,22 +116,26 @@ def test_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
 
 
 def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_SILENT_S", 5.0)
+    monkeypatch.setattr(driver, "_HEARTBEAT_TIMEOUT_S", 5.0)
     with driven(run_dir, seen_every_s=0.5, host="elsewhere") as far:
         first = read_lock_holder(run_dir)
         assert first
         wait_until(
-            lambda: (last := read_lock_holder(run_dir)) is not None and last.seen > first.seen + driver._SILENT_S
+            lambda: (last := read_lock_holder(run_dir)) is not None
+            and last.heartbeat_at > first.heartbeat_at + driver._HEARTBEAT_TIMEOUT_S
         )
-        assert re.search(r" on elsewhere, started .* UTC, seen \d+ s ago: .* end it there with .*", refusal(run_dir))
+        assert re.search(
+            r" on elsewhere, started .* UTC, last heartbeat \d+ s ago: .* stop it on that host with .*",
+            refusal(run_dir),
+        )
 
         far.send_signal(signal.SIGSTOP)
         wait_until(lambda: (last := read_lock_holder(run_dir)) is not None and not last.is_alive)
         with hold_run_lock(run_dir):
             far.send_signal(signal.SIGCONT)
             assert said(far) == (
-                f"TrainingError: run 'run' was taken over by {read_lock_holder(run_dir)}, as this process gave no sign "
-                "of life for 120 s: it goes on there and has ended here"
+                f"TrainingError: run 'run' was taken over by {read_lock_holder(run_dir)}, because this process "
+                "sent no heartbeat for 120 s: the run continues there, and this process has stopped"
             )
             last = read_lock_holder(run_dir)
             assert last

@@ -20,7 +20,8 @@ from clients.cli.main import app
 from clients.cli.runs import sparkline
 from training.base_models.resolve import BaseCheckpoint
 from training.registry.registry import AdapterRegistry
-from training.runs.status import RunError, read_metrics, read_run, read_runs, stop_run
+from training.runs.metrics_log import read_metrics
+from training.runs.status import RunError, read_run, read_runs, stop_run
 
 NOW = time.time()
 CONFIG = {"adapter": "tiny", "base_model": "smollm2-135m", "run_name": "a"}
@@ -94,7 +95,7 @@ def test_runs_on_an_object_store_are_read_the_same() -> None:
     fs.pipe("/runs-of-this-test/no-run/notes.txt", b"")
     (run,) = read_runs("memory://runs-of-this-test")
     assert (run.name, run.state, run.num_steps, run.loss) == ("b", "finished", 4, 1.5)
-    assert read_metrics(run) == [{"step": 1, "loss": 2.0}]
+    assert read_metrics(run.run_dir).records == [{"step": 1, "loss": 2.0}]
     assert read_runs("memory://no-runs-there") == []
 
 
@@ -106,6 +107,7 @@ def test_list_show_and_logs(tmp_path: Path) -> None:
     write_run(tmp_path, "early", driver={**HERE, "ended": NOW}, failure={"message": "the loss became nan"})
     where = ("--storage", str(tmp_path))
     assert [run["name"] for run in json.loads(corral_runs("list", *where, "--json"))] == ["early", "late"]
+    assert json.loads(corral_runs("show", "early", *where, "--json"))["driver"] == {**HERE, "ended": NOW}
     table = corral_runs("list", *where)
     assert "failed" in table
     assert "2/4" in table
@@ -190,7 +192,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
 
     def step() -> int:
         try:
-            return read_metrics(read_run(str(tmp_path / "runs"), "often"))[-1]["step"]
+            return read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps[-1]
         except (RunError, IndexError):
             return 0
 
@@ -203,7 +205,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     second = start()
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'often' is driven by process {driver.pid} on ")
+    assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {driver.pid} on ")
     assert driver.poll() is None
     started = psutil.Process(driver.pid).children(recursive=True)
     assert len(started) > 3
@@ -234,7 +236,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     assert driver.returncode == 0, errors
     assert "tiny-llama:stopped-often@1 is registered" in printed
     assert state() == "finished"
-    assert [line["step"] for line in read_metrics(read_run(str(tmp_path / "runs"), "often"))] == list(range(1, 61))
+    assert read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps == list(range(1, 61))
     # Ray's idle agents try for a minute to tell a dead GCS that its raylet died.
     assert psutil.wait_procs(started, timeout=120)[1] == []
     shown = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))

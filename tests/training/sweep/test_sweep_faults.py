@@ -54,7 +54,7 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     other = start(tmp_path)
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is driven by process {driver.pid} on ")
+    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {driver.pid} on ")
     at_work = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=60)
