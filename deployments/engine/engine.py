@@ -77,7 +77,7 @@ class Engine:
         self._stopped = False
         self.unhealthy_adapters: set[str] = set()  # produced NaN logits; never used again
         self.last_token_at: float | None = None  # time.monotonic() of the newest token
-        self.last_step_at = time.monotonic()  # when the last step ended, or when work last arrived after an idle time
+        self.last_step_at = time.monotonic()  # when the last step ended, or the first request after idling arrived
 
     @property
     def num_running(self) -> int:

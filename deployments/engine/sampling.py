@@ -206,7 +206,7 @@ def _draw_filtered(
             keep.
     """
     attempts = (_kept_tokens(logits, maximum, params, total, reach) for reach in _REACHES)
-    likeliest, running_sum = next(kept for kept in attempts if kept is not None)
+    likeliest, running_sum = next(result for result in attempts if result is not None)
     position = _index_at(running_sum, _uniform(generator) * float(running_sum[-1]))
     logit = likeliest[position]
     num_equal_before = np.count_nonzero(likeliest[:position] == logit)

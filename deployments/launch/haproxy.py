@@ -42,15 +42,15 @@ def restrict_config(config: str, error_file: Path, bind: str) -> str:
         ServeError: `config` is not as Ray 2.60 generates it, so what it opens is unknown.
     """
     sections = re.split(r"^(?=\S)", config, flags=re.MULTILINE)
-    kept = [section for section in sections if section.partition("\n")[0].strip() not in _STATISTICS]
-    config, num_sockets = _ADMIN_SOCKET.subn(r"\1 mode 600", "".join(kept))
+    allowed = [section for section in sections if section.partition("\n")[0].strip() not in _STATISTICS]
+    config, num_sockets = _ADMIN_SOCKET.subn(r"\1 mode 600", "".join(allowed))
     config, num_errors = _ERROR_FILE.subn(lambda match: f"{match[1]} {error_file}", config)
     # The replicas speak plain HTTP and need to know the scheme of the page's address.
     lines = [f"bind {bind}", *(["http-request set-header x-forwarded-proto https"] if " ssl " in bind else [])]
     config, num_binds = _BIND.subn(lambda match: "".join(f"{match[1]}{line}\n" for line in lines), config)
-    if (len(sections) - len(kept), num_sockets, num_errors, num_binds) != (len(_STATISTICS), 1, 3, 1):
+    if (len(sections) - len(allowed), num_sockets, num_errors, num_binds) != (len(_STATISTICS), 1, 3, 1):
         raise ServeError(
-            f"the HAProxy configuration has {len(sections) - len(kept)} statistics sections, {num_sockets} open "
+            f"the HAProxy configuration has {len(sections) - len(allowed)} statistics sections, {num_sockets} open "
             f"sockets, {num_errors} error files and {num_binds} addresses, not 2, 1, 3 and 1 as from Ray 2.60: "
             "set RAY_SERVE_ENABLE_HA_PROXY=0"
         )

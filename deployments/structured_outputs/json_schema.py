@@ -42,7 +42,7 @@ class _Part:
     path: str
     content: Any
 
-    def refuse(self, message: str, keyword: str | None = None) -> ResponseFormatRefused:
+    def refusal(self, message: str, keyword: str | None = None) -> ResponseFormatRefused:
         path = f"{self.path}.{keyword}" if keyword else self.path
         return ResponseFormatRefused(f"{path}: {message}", path)
 
@@ -59,24 +59,24 @@ def check_schema(schema: dict[str, Any], path: str, *, strict: bool = False) -> 
     """
     root = _Part(path, schema)
     if _depth(schema) > MAX_DEPTH:
-        raise root.refuse(f"it is nested deeper than {MAX_DEPTH} levels: flatten it")
+        raise root.refusal(f"it is nested deeper than {MAX_DEPTH} levels: flatten it")
     try:
         num_bytes = len(json.dumps(schema, ensure_ascii=False).encode())
     except UnicodeEncodeError:
-        raise root.refuse("it contains half a UTF-16 surrogate pair: give valid Unicode text") from None
+        raise root.refusal("it contains half a UTF-16 surrogate pair: give valid Unicode text") from None
     if num_bytes > MAX_SCHEMA_BYTES:
-        raise root.refuse(f"it is {num_bytes} bytes long, the limit is {MAX_SCHEMA_BYTES}: make it smaller")
+        raise root.refusal(f"it is {num_bytes} bytes long, the limit is {MAX_SCHEMA_BYTES}: make it smaller")
     num_properties = 0
     multiples: list[Decimal] = []
     for part in _parts(root):
         _check_keywords(part, strict)
         num_properties += len(part.content.get("properties", ()))
         if num_properties > MAX_PROPERTIES:
-            raise part.refuse(f"it has more than {MAX_PROPERTIES} properties in total: use fewer", "properties")
+            raise part.refusal(f"it has more than {MAX_PROPERTIES} properties in total: use fewer", "properties")
         if "multipleOf" in part.content:
             multiples.append(Decimal(str(part.content["multipleOf"])))
             if _common_multiple(multiples) > MAX_MULTIPLE:
-                raise part.refuse(
+                raise part.refusal(
                     f"the least common multiple of all multipleOf values exceeds {MAX_MULTIPLE} units of their last "
                     "decimal place: use smaller or fewer numbers",
                     "multipleOf",
@@ -91,7 +91,7 @@ def _parts(root: _Part) -> Iterator[_Part]:
         if isinstance(part.content, bool):
             continue
         if not isinstance(part.content, dict):
-            raise part.refuse("a schema must be an object, true or false")
+            raise part.refusal("a schema must be an object, true or false")
         yield part
         for keyword, value in part.content.items():
             path = f"{part.path}.{keyword}"
@@ -99,11 +99,11 @@ def _parts(root: _Part) -> Iterator[_Part]:
                 pending.append(_Part(path, value))
             elif keyword in _SCHEMA_LISTS:
                 if not isinstance(value, list):
-                    raise part.refuse("it must be a list of schemas", keyword)
+                    raise part.refusal("it must be a list of schemas", keyword)
                 pending += [_Part(f"{path}.{i}", inner) for i, inner in enumerate(value)]
             elif keyword in _NAMED_SCHEMAS:
                 if not isinstance(value, dict):
-                    raise part.refuse("it must be an object of named schemas", keyword)
+                    raise part.refusal("it must be an object of named schemas", keyword)
                 pending += [_Part(f"{path}.{name[:50]}", inner) for name, inner in value.items()]
 
 
@@ -117,31 +117,31 @@ def _check_keywords(part: _Part, strict: bool) -> None:
                 if suggestions
                 else f"leave it out; supported keywords: {', '.join(sorted(_SUPPORTED))}"
             )
-            raise part.refuse(f"the keyword {keyword[:50]!r} is not supported: {hint}", keyword[:50])
+            raise part.refusal(f"the keyword {keyword[:50]!r} is not supported: {hint}", keyword[:50])
         if keyword in _BOUNDS and not (_is_number(value) and abs(value) <= MAX_INTEGER):
-            raise part.refuse("it must be a number from -2^53 to 2^53", keyword)
+            raise part.refusal("it must be a number from -2^53 to 2^53", keyword)
         if keyword in _SIZES and not (_is_number(value) and value == int(value) >= 0):
-            raise part.refuse("it must be an integer of at least 0", keyword)
+            raise part.refusal("it must be an integer of at least 0", keyword)
         if keyword in ("enum", "const") and not _is_exact(value):
-            raise part.refuse("its numbers must be from -2^53 to 2^53", keyword)
+            raise part.refusal("its numbers must be from -2^53 to 2^53", keyword)
         if keyword == "$ref" and not (isinstance(value, str) and value.startswith("#")):
-            raise part.refuse(
+            raise part.refusal(
                 "it must point into this schema, such as '#/$defs/name': no other schema is fetched", keyword
             )
     if schema.get("multipleOf", 1) <= 0:
-        raise part.refuse("it must be greater than 0", "multipleOf")
+        raise part.refusal("it must be greater than 0", "multipleOf")
     if "pattern" in schema:
         _check_pattern(part, schema["pattern"])
     is_object = schema.get("type") == "object" or "properties" in schema
     if strict and is_object and schema.get("additionalProperties") is not False:
-        raise part.refuse("strict requires additionalProperties: false in every object: add it, or leave strict out")
+        raise part.refusal("strict requires additionalProperties: false in every object: add it, or leave strict out")
 
 
 def _check_pattern(part: _Part, pattern: Any) -> None:
     if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_LENGTH:
-        raise part.refuse(f"it must be a regular expression of at most {MAX_PATTERN_LENGTH} characters", "pattern")
+        raise part.refusal(f"it must be a regular expression of at most {MAX_PATTERN_LENGTH} characters", "pattern")
     if pattern_size(pattern) > MAX_PATTERN_SIZE:
-        raise part.refuse(
+        raise part.refusal(
             f"its repetitions expand to more than {MAX_PATTERN_SIZE} characters: use fewer, or maxLength",
             "pattern",
         )
