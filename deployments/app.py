@@ -1,7 +1,6 @@
-"""Composition for Ray Serve: which deployments make up the API, and which the UI.
+"""The Ray Serve applications: the deployments of the API, and those of the UI.
 
-`serve run`, `serve deploy` and `corral serve` name `deployments.app:build_app` and `deployments.app:build_ui` in
-their YAML (configs/serve/).
+Serve YAMLs (configs/serve/) refer to them as `deployments.app:build_app` and `deployments.app:build_ui`.
 """
 
 from typing import cast
@@ -12,7 +11,7 @@ from deployments.config import ServeArgs, UIArgs
 
 
 def build_app(args: ServeArgs) -> Application:
-    """The OpenAI-compatible API: ingress in front of model replicas, and the ledger beside them."""
+    """The OpenAI-compatible API: the ingress, the model replicas behind it, and the ledger."""
     from deployments.accounting.ledger import Ledger
     from deployments.api.ingress import ChatIngress
     from deployments.replica.model import LlamaModel
@@ -22,7 +21,7 @@ def build_app(args: ServeArgs) -> Application:
 
 
 def build_ui(args: UIArgs) -> Application:
-    """The chat page; one replica, because Gradio keeps its sessions in process."""
+    """The chat page; a single replica, because Gradio keeps its sessions in the process."""
     from deployments.ui.deployment import ChatUI
 
     return cast(Deployment, ChatUI).bind(args)

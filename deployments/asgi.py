@@ -1,4 +1,4 @@
-"""ASGI building blocks of every HTTP application: the limit on a body's size, and the prefix an app is mounted at."""
+"""ASGI building blocks shared by the HTTP applications: a limit on the body size, and the mount prefix."""
 
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
@@ -10,7 +10,7 @@ MAX_BODY_BYTES = 2 * 1024 * 1024
 
 
 class BodyLimitMiddleware:
-    """Answers 413 as soon as a body is longer than `max_body_bytes`, announced or not."""
+    """Responds with 413 as soon as a body exceeds `max_body_bytes`, whether or not it has a content-length."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -20,8 +20,8 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Request(scope).headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._max_body_bytes:
+        content_length = Request(scope).headers.get("content-length", "0")
+        if content_length.isdecimal() and int(content_length) > self._max_body_bytes:
             await self._refuse(scope, receive, send)
             return
         body = bytearray()
@@ -35,23 +35,23 @@ class BodyLimitMiddleware:
                 return
             if not message.get("more_body"):
                 break
-        given = False
+        replayed = False
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
+            nonlocal replayed
+            if replayed:
                 return await receive()
-            given = True
+            replayed = True
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self._app(scope, replay, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = BodyTooLarge(f"the request body is over {self._max_body_bytes} bytes: send less")
+        error = BodyTooLarge(f"the request body is larger than {self._max_body_bytes} bytes: send a smaller one")
         status, body = error_response(error)
         await JSONResponse(body.model_dump(), status)(scope, receive, send)
 
 
-def prefix(request: HTTPConnection) -> str:
-    """Where Ray Serve has mounted the application, such as `/ui`; nothing for `/`."""
+def mount_prefix(request: HTTPConnection) -> str:
+    """The path at which Ray Serve has mounted the application, such as `/ui`; empty for `/`."""
     return str(request.scope.get("root_path", "")).rstrip("/")

@@ -1,7 +1,7 @@
-"""What a serve YAML may say: Corral's own `args:` as closed types, and a check of everything around them.
+"""The schema of serve YAMLs: Corral's own `args:` as strict types, and a check of everything around them.
 
-Ray drops unknown keys under `deployments:` and `autoscaling_config:` without a word, so `check_serve_config`
-compares the whole file with Ray's schema before anything is deployed.
+Ray silently drops unknown keys under `deployments:` and `autoscaling_config:`, so `check_serve_config` compares the
+entire file with Ray's schema before anything is deployed.
 """
 
 import difflib
@@ -18,30 +18,32 @@ from training.base_models.embedded import EMBEDDED_MODEL
 from training.base_models.nf4 import Quantization
 
 
-class _Closed(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EngineArgs(_Closed):
+class EngineArgs(_StrictModel):
     """Size of one replica's engine."""
 
-    max_model_len: int | None = Field(None, ge=8, description="longest prompt plus answer; default: the base's context")
-    max_num_seqs: int = Field(32, ge=1, description="sequences that run at once; more wait")
-    max_num_batched_tokens: int = Field(256, ge=32, description="tokens of one step; longer prompts come in chunks")
-    kv_cache_gib: float | None = Field(
-        None, gt=0, description="memory for keys and values; default: 1 on a CPU, 90 % of what is free on CUDA"
+    max_model_len: int | None = Field(
+        None, ge=8, description="maximum prompt plus answer in tokens; default: the base's"
     )
-    max_loras: int = Field(8, ge=1, description="adapters loaded at once")
+    max_num_seqs: int = Field(32, ge=1, description="maximum number of sequences that run at once; the others wait")
+    max_num_batched_tokens: int = Field(256, ge=32, description="maximum tokens per step; longer prompts are split")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="memory for keys and values; default: 1 on a CPU, 90 % of the free memory on CUDA"
+    )
+    max_loras: int = Field(8, ge=1, description="maximum number of adapters loaded at once")
     chunks_per_s: float | None = Field(
         None,
         gt=0,
-        description="pieces of answers sent in a second, over all streams of a replica; beyond it tokens gather, "
-        "so that first tokens stay prompt; default: 50 for each CPU core",
+        description="maximum chunks per second over all streams of a replica; above it tokens are merged into larger "
+        "chunks, so that first tokens are not delayed; default: 50 per CPU core",
     )
     num_threads: int | None = Field(None, ge=1, description="torch threads on a CPU; default: all cores")
 
 
-class ServeArgs(_Closed):
+class ServeArgs(_StrictModel):
     """`args:` of `deployments.app:build_app`."""
 
     base_model: str = EMBEDDED_MODEL
@@ -52,14 +54,14 @@ class ServeArgs(_Closed):
     engine: EngineArgs = EngineArgs()
 
 
-class UIArgs(_Closed):
+class UIArgs(_StrictModel):
     """`args:` of `deployments.app:build_ui`."""
 
-    api_app: str = Field("corral", description="name of the Serve application that has the API")
+    api_app: str = Field("corral", description="name of the Serve application with the API")
     title: str = "Corral"
 
 
-_ARGS_BY_BUILDER: dict[str, type[_Closed]] = {
+_ARGS_BY_BUILDER: dict[str, type[_StrictModel]] = {
     "deployments.app:build_app": ServeArgs,
     "deployments.app:build_ui": UIArgs,
 }
@@ -67,10 +69,10 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def load_serve_config(path: str | Path) -> dict[str, Any]:
-    """Read a serve YAML and check every key of it.
+    """Read a serve YAML and check all of its keys.
 
     Raises:
-        ServeConfigError: the file is missing, no YAML, or has a key or value that Ray or Corral does not know.
+        ServeConfigError: the file is missing, is not YAML, or has a key or value that Ray or Corral does not accept.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
@@ -79,13 +81,13 @@ def load_serve_config(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ServeConfigError(f"serve config {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ServeConfigError(f"serve config {str(path)!r} holds no mapping: see configs/serve/quickstart.yaml")
+        raise ServeConfigError(f"serve config {str(path)!r} is not a mapping: see configs/serve/quickstart.yaml")
     check_serve_config(content, str(path))
     return content
 
 
 def check_serve_config(content: dict[str, Any], source: str) -> None:
-    """Refuse keys and values that Ray would drop or that Corral's own arguments do not have."""
+    """Reject keys and values that Ray would drop or that Corral's own arguments do not accept."""
     from ray.serve.schema import ServeDeploySchema
 
     _check_keys(content, ServeDeploySchema, source, "")
@@ -98,28 +100,28 @@ def check_serve_config(content: dict[str, Any], source: str) -> None:
                 args.model_validate(application.args)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ServeConfigError(f"{source}: {place}: {first['msg']}, given {first['input']!r}") from error
+        path = ".".join(str(part) for part in first["loc"])
+        raise ServeConfigError(f"{source}: {path}: {first['msg']}, given {first['input']!r}") from error
     _check_https(schema.http_options, source)
     host = schema.http_options.host
     if host not in LOOPBACK_HOSTS and KeyStore().num_valid == 0:
         raise ServeConfigError(
-            f"{source}: http_options.host is {host!r}, and anybody who reaches it could use the models, as there is no "
-            "valid API key: run 'corral keys create --name NAME', or bind 127.0.0.1"
+            f"{source}: http_options.host is {host!r}, and anybody who can reach it could use the models, because "
+            "there is no valid API key: run 'corral keys create --name NAME', or bind 127.0.0.1"
         )
 
 
 def _check_https(options: Any, source: str) -> None:
-    """Refuse what Ray takes for HTTPS and does not do, and files that cannot be served with."""
+    """Reject HTTPS options that Ray accepts but does not implement, and unusable certificate files."""
     if options.ssl_ca_certs:
         raise ServeConfigError(
             f"{source}: http_options.ssl_ca_certs is {options.ssl_ca_certs!r}, but Ray asks no client for a "
-            "certificate: remove it, and give callers keys"
+            "certificate: remove it, and give callers API keys"
         )
     if options.ssl_keyfile_password:
         raise ServeConfigError(
-            f"{source}: http_options.ssl_keyfile_password protects nothing beside its key: store the key "
-            "without, mode 0600"
+            f"{source}: http_options.ssl_keyfile_password does not protect a key that is stored next to it: store the "
+            "key unencrypted, with mode 0600"
         )
     if options.ssl_certfile:
         try:
@@ -128,24 +130,26 @@ def _check_https(options: Any, source: str) -> None:
             raise ServeConfigError(f"{source}: http_options: {error}") from error
 
 
-def _check_keys(value: Any, model: type[BaseModel], source: str, place: str) -> None:
-    """Walk mappings beside the pydantic types that will read them, and refuse keys those do not have."""
+def _check_keys(value: Any, model: type[BaseModel], source: str, path: str) -> None:
+    """Compare nested mappings with the pydantic models that will validate them, and reject unknown keys."""
     if not isinstance(value, dict):
         return
-    for key, inner in value.items():
+    for key, child in value.items():
         field = model.model_fields.get(key)
         if field is None:
-            nearest = difflib.get_close_matches(str(key), model.model_fields, n=1)
+            suggestions = difflib.get_close_matches(str(key), model.model_fields, n=1)
             hint = (
-                f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(model.model_fields))}"
+                f"did you mean {suggestions[0]!r}?"
+                if suggestions
+                else f"known keys: {', '.join(sorted(model.model_fields))}"
             )
-            raise ServeConfigError(f"{source}: unknown key '{place}{key}' (value {inner!r}): {hint}")
+            raise ServeConfigError(f"{source}: unknown key '{path}{key}' (value {child!r}): {hint}")
         for nested in _models_in(field.annotation):
-            if isinstance(inner, list):
-                for i, item in enumerate(inner):
-                    _check_keys(item, nested, source, f"{place}{key}.{i}.")
+            if isinstance(child, list):
+                for i, item in enumerate(child):
+                    _check_keys(item, nested, source, f"{path}{key}.{i}.")
             else:
-                _check_keys(inner, nested, source, f"{place}{key}.")
+                _check_keys(child, nested, source, f"{path}{key}.")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

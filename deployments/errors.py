@@ -1,13 +1,13 @@
-"""The errors of the serving side and the one map from errors to status codes.
+"""The exceptions of the serving side, and the single mapping from exceptions to status codes.
 
-CorralError                        (training.errors; each message is written for who can mend it)
+CorralError                        (training.errors; each message tells its reader what to do)
 ├── ChatFormatError       400
 ├── AdapterNotFound       404      model_not_found
 ├── RegistryConflict      409      registry_conflict
 ├── AdapterRefused        500      adapter_unhealthy
 └── ServeError
-    ├── ServeConfigError           a serve YAML that is not accepted; never crosses HTTP
-    ├── CertificateError           a certificate that cannot be made or read; never crosses HTTP
+    ├── ServeConfigError           a serve YAML that is not accepted; never sent over HTTP
+    ├── CertificateError           a certificate that cannot be created or read; never sent over HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
     ├── ResponseFormatRefused 400
     ├── InvalidKey        401      invalid_api_key
@@ -35,7 +35,7 @@ from training.errors import (
 
 
 class ServeError(CorralError):
-    """A failure on the serving side; `param` is the request's field it is about."""
+    """A failure on the serving side; `param` is the field of the request that caused it."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -50,7 +50,7 @@ class ServeConfigError(ServeError):
 
 
 class CertificateError(ServeError):
-    """A certificate that cannot be made or read."""
+    """A certificate that cannot be created or read."""
 
 
 class ContextLengthExceeded(ServeError):
@@ -58,31 +58,31 @@ class ContextLengthExceeded(ServeError):
 
 
 class ResponseFormatRefused(ServeError):
-    """An answer cannot be held to this `response_format`."""
+    """An answer cannot be constrained to this `response_format`."""
 
 
 class InvalidKey(ServeError):
-    """No key, or one that is not accepted."""
+    """The API key is missing or not accepted."""
 
 
 class MissingScope(ServeError):
-    """The key may not do this."""
+    """The API key lacks the scope for this route."""
 
 
 class OriginRefused(ServeError):
-    """Without keys a server answers programs of its own machine only, and no pages of other hosts."""
+    """A server without API keys serves only programs of its own machine, and no web pages of other hosts."""
 
 
 class ModelNotFound(ServeError):
-    """`model` names nothing that is served here."""
+    """`model` is not the name of a model that this server serves."""
 
 
 class BodyTooLarge(ServeError):
-    """The request body is over the limit."""
+    """The request body exceeds the limit."""
 
 
 class RateLimited(ServeError):
-    """The key's limits have no room for the request now; `headers` say when, where time mends it."""
+    """The request exceeds a limit of its API key; `headers` say when to retry, if waiting helps."""
 
     def __init__(self, message: str, headers: dict[str, str]) -> None:
         super().__init__(message)
@@ -97,11 +97,11 @@ class EngineFault(ServeError):
 
 
 class KeysUnreadable(ServeError):
-    """The file of keys is broken, so nobody can be let in."""
+    """The file of API keys is unusable, so no request can be authenticated."""
 
 
 class NotReady(ServeError):
-    """Something that the request needs is not there now: a model replica, the ledger."""
+    """A component that the request needs is unavailable: a model replica, the ledger or the grammar compiler."""
 
 
 _STATUS: list[tuple[type[CorralError], int, str | None]] = [
@@ -125,7 +125,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
 
 
 def error_response(error: Exception) -> tuple[int, ErrorResponse]:
-    """Status code and body for any error; what is not ours says nothing about its insides."""
+    """Status code and body for any exception; those that are not Corral's reveal no details."""
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
             return status, error_body(status, str(error), _param(error), code)
@@ -135,7 +135,7 @@ def error_response(error: Exception) -> tuple[int, ErrorResponse]:
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> ErrorResponse:
-    """OpenAI's error object."""
+    """An error in OpenAI's format."""
     kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 

@@ -1,4 +1,4 @@
-"""Where the HTTP front end listens, and the variable that tells HAProxy's start-up so."""
+"""The address at which the HTTP frontend listens, and the environment variable that passes it to HAProxy."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ BIND_VARIABLE = "CORRAL_HAPROXY_BIND"
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
-    """Where clients are answered, over HTTPS where there are files for it; `certfile` may hold a chain."""
+    """The address that clients connect to, with HTTPS if both files are given; `certfile` may contain a chain."""
 
     host: str
     port: int
@@ -17,17 +17,17 @@ class Frontend:
     keyfile: str | None = None
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """What tells this program of it; `folder` is readable by its owner alone and gets links to the files."""
+        """Environment for `corral-haproxy`, with links to the files in `folder`, which only its owner can read."""
         bind = f"{'*' if self.host == '0.0.0.0' else self.host}:{self.port}"
         if self.certfile and self.keyfile:
-            linked = folder / "tls.crt"
-            linked.symlink_to(self.certfile)
-            (folder / "tls.crt.key").symlink_to(self.keyfile)  # where HAProxy looks for the key: no file holds both
-            bind += f" ssl crt {linked} ssl-min-ver TLSv1.2 alpn http/1.1"
+            link = folder / "tls.crt"
+            link.symlink_to(self.certfile)
+            (folder / "tls.crt.key").symlink_to(self.keyfile)  # where HAProxy looks for a key in a separate file
+            bind += f" ssl crt {link} ssl-min-ver TLSv1.2 alpn http/1.1"
         return {BIND_VARIABLE: bind}
 
 
 def frontend_host() -> str | None:
-    """Where clients reach the HAProxy of this process's Ray, which Ray itself is not told; None where there is none."""
+    """The host at which HAProxy listens, which Ray itself does not know; None without HAProxy."""
     bind = os.environ.get(BIND_VARIABLE)
     return None if bind is None else bind.split(" ")[0].rpartition(":")[0]

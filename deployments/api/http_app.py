@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from deployments.api.docs_page import add_docs
-from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware, prefix
+from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware, mount_prefix
 from deployments.auth.dependencies import ChatCaller
 from deployments.errors import RateLimited, error_body, error_response
 from deployments.protocol.base import ErrorResponse
@@ -48,7 +48,7 @@ def create_api() -> FastAPI:
 
 async def _openapi(request: Request, caller: ChatCaller) -> JSONResponse:
     schema = request.app.openapi()
-    servers = [{"url": prefix(request)}] if prefix(request) else []
+    servers = [{"url": mount_prefix(request)}] if mount_prefix(request) else []
     return JSONResponse({**schema, "servers": servers} if servers else schema)
 
 

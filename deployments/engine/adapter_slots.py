@@ -1,10 +1,10 @@
-"""Which adapter is in which slot, and how many sequences use it. Knows no weights."""
+"""Assigns adapters to slots and counts the sequences that use them. Knows nothing of weights."""
 
 from collections import OrderedDict
 
 
 class AdapterSlots:
-    """Which adapter is in which slot. Not thread-safe: the engine calls it under its own lock."""
+    """Adapter keys by slot, with reference counts. Not thread-safe."""
 
     def __init__(self, num_slots: int) -> None:
         self._free = list(range(num_slots))
@@ -18,14 +18,17 @@ class AdapterSlots:
 
     @property
     def num_in_use(self) -> int:
-        """References held by sequences that have not ended."""
+        """References held by unfinished sequences."""
         return sum(self._num_users.values())
 
     def __contains__(self, key: str) -> bool:
         return key in self._slots
 
     def take(self, key: str) -> int | None:
-        """A slot for an adapter that is not loaded, if need be that of the one idle longest; None if all are in use."""
+        """Assign a slot to an adapter that is not loaded, evicting the least recently used idle one if necessary.
+
+        None if every slot is in use.
+        """
         if not self._free:
             idle = next((loaded for loaded in self._slots if not self._num_users.get(loaded)), None)
             if idle is None:
@@ -49,7 +52,7 @@ class AdapterSlots:
         return self._slots[key]
 
     def release(self, key: str) -> None:
-        """Give a reference back."""
+        """Return a reference taken by `acquire`."""
         self._num_users[key] -= 1
         if not self._num_users[key]:
             del self._num_users[key]

@@ -1,4 +1,4 @@
-"""From scheduled chunks to what a forward takes, and from constraints to what sampling may choose."""
+"""Scheduled chunks -> the batch of a forward pass; constraints -> the token masks that sampling applies."""
 
 import logging
 from itertools import islice
@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def constraint_masks(sequences: list[Sequence]) -> tuple[dict[int, PackedMask], dict[int, Delta]]:
-    """What the constraints allow next, and the answers that end here: complete, or with a constraint that failed."""
+    """The masks of the allowed next tokens, by row, and the last delta of each answer that ends here.
+
+    An answer ends if its text is complete or its constraint failed.
+    """
     masks: dict[int, PackedMask] = {}
     ended: dict[int, Delta] = {}
     for i, sequence in enumerate(sequences):
@@ -34,9 +37,10 @@ def constraint_masks(sequences: list[Sequence]) -> tuple[dict[int, PackedMask], 
 
 
 def forward_batch(chunks: list[Chunk], block_size: int) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:
-    """The chunks as one batch, and what scores prompt tokens: sequences with the positions of the predicted tokens.
+    """The chunks as one batch, and for each sequence with prompt logprobs the prompt positions that it scores.
 
-    `output_rows` are first the scoring ones, then the last row of every sequence that is completely computed after it.
+    `output_rows` holds the rows that score prompt tokens first, then the last row of every sequence whose tokens are
+    all computed after this step.
     """
     token_ids: list[int] = []
     positions: list[int] = []

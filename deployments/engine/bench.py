@@ -1,7 +1,7 @@
-"""`python -m deployments.engine.bench`: how fast the bare engine is on this machine, without Ray and HTTP.
+"""`python -m deployments.engine.bench`: benchmark the bare engine on this machine, without Ray and HTTP.
 
-Beside `corral bench` it tells what serving costs on top; on a machine with a GPU and no weights at hand, `--shape`
-measures a random model of a Llama's sizes. Greedy answers of a fixed length to prompts of a fixed length.
+Compared with `corral bench` it shows the overhead of serving; `--shape` measures a randomly initialized model with the
+dimensions of a Llama, for machines without its weights. Prompts and greedy answers have fixed lengths.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from training.base_models.llama_shape import LlamaDims, module_path
 from training.base_models.nf4 import Quantization, compute_dtype_on, load_quantized
 from training.base_models.resolve import resolve_base_model
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary: the released models' config.json
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, from the released models' config.json
 _SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 512),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
@@ -36,11 +36,11 @@ _SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One measurement: `num_adapters` adapters in turn, `concurrency` answers at once.
+    """One measurement: `concurrency` answers at once, with `num_adapters` adapters used in rotation.
 
     Attributes:
-        tokens_per_s: new tokens of all answers over the time from first request to last token.
-        ttft_ms, tpot_ms: medians of time to first token and time per token after it.
+        tokens_per_s: new tokens of all answers, divided by the time from the first request to the last token.
+        ttft_ms, tpot_ms: medians of the time to first token and of the time per output token after it.
     """
 
     num_adapters: int
@@ -51,7 +51,7 @@ class Level:
 
 
 def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A random model of a Llama's sizes with its linear layers in NF4, quantized layer by layer on `device`."""
+    """A random model with the dimensions of a Llama and NF4 linear layers, quantized one by one on `device`."""
     from bitsandbytes.nn import Linear4bit
 
     hidden, intermediate, layers, heads, kv_heads, vocab = _SHAPES[shape]
@@ -90,7 +90,7 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
 
 
 def random_adapter(config: LlamaConfig, r: int, seed: int) -> dict[str, torch.Tensor]:
-    """PEFT's tensors of a random LoRA on all linear layers."""
+    """A random LoRA adapter on all linear layers, as PEFT's tensors."""
     generator = torch.Generator().manual_seed(seed)
     dims = LlamaDims.of(config.to_dict())
     tensors = {}
@@ -112,50 +112,56 @@ def measure(
     max_tokens: int,
     num_requests: int | None = None,
 ) -> Level:
-    """Answer random prompts over `adapters` in turn, `concurrency` at a time, by default twice as many."""
+    """Answer random prompts, `concurrency` at a time, with `adapters` in rotation.
+
+    Args:
+        num_requests: number of prompts; default: 2 * concurrency.
+    """
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    started: dict[int, float] = {}
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    todo = list(range(num_requests or 2 * concurrency))
+    started_at: dict[int, float] = {}
+    first_token_at: dict[int, float] = {}
+    last_token_at: dict[int, float] = {}
+    queue = list(range(num_requests or 2 * concurrency))
     active: set[int] = set()
 
     def add(n: int) -> None:
         def receive(deltas: list[Delta]) -> None:
-            last[n] = time.perf_counter()
-            first.setdefault(n, last[n])
+            last_token_at[n] = time.perf_counter()
+            first_token_at.setdefault(n, last_token_at[n])
             if deltas[-1].finish_reason is not None:
                 active.discard(n)
 
-        prompt = [rng.randrange(1, 500) for _ in range(prompt_tokens)]  # none that the prefix cache knows
-        started[n] = time.perf_counter()
+        prompt = [rng.randrange(1, 500) for _ in range(prompt_tokens)]  # not in the prefix cache
+        started_at[n] = time.perf_counter()
         active.add(n)
         engine.add_request(EngineRequest(str(n), prompt, sampling, adapters[n % len(adapters)]), receive)
 
     start = time.perf_counter()
-    while todo or active:
-        while todo and len(active) < concurrency:
-            add(todo.pop(0))
+    while queue or active:
+        while queue and len(active) < concurrency:
+            add(queue.pop(0))
         engine.step()
     elapsed = time.perf_counter() - start
+    ttfts = [first_token_at[n] - started_at[n] for n in started_at]
+    tpots = [(last_token_at[n] - first_token_at[n]) / max(max_tokens - 1, 1) for n in started_at]
     return Level(
         num_adapters=sum(adapter is not None for adapter in adapters),
         concurrency=concurrency,
-        tokens_per_s=round(len(started) * max_tokens / elapsed, 1),
-        ttft_ms=round(1e3 * statistics.median(first[n] - started[n] for n in started), 1),
-        tpot_ms=round(1e3 * statistics.median((last[n] - first[n]) / max(max_tokens - 1, 1) for n in started), 2),
+        tokens_per_s=round(len(started_at) * max_tokens / elapsed, 1),
+        ttft_ms=round(1e3 * statistics.median(ttfts), 1),
+        tpot_ms=round(1e3 * statistics.median(tpots), 2),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(prog="python -m deployments.engine.bench", description=__doc__)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--base-model", default=EMBEDDED_MODEL)
-    what.add_argument("--shape", choices=sorted(_SHAPES), help="a random model of these sizes instead")
+    model_options = parser.add_mutually_exclusive_group()
+    model_options.add_argument("--base-model", default=EMBEDDED_MODEL)
+    model_options.add_argument("--shape", choices=sorted(_SHAPES), help="a random model with these dimensions instead")
     parser.add_argument("--concurrency", default="1,8,32")
-    parser.add_argument("--num-requests", type=int, help="per level; default: 2 per stream")
-    parser.add_argument("--adapters", type=int, default=4, help="random adapters of rank 16, beside the base alone")
+    parser.add_argument("--num-requests", type=int, help="requests per concurrency level; default: 2 per stream")
+    parser.add_argument("--adapters", type=int, default=4, help="random adapters of rank 16; 0: only the base")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads on a CPU")
@@ -180,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         engine.load_adapter(name, engine.lora_weights(random_adapter(model.config, 16, i), 2.0))
     mixes: list[list[str | None]] = [[None], [*names]] if names else [[None]]
     rng = random.Random(0)
-    measure(engine, mixes[-1], 2, rng=rng, prompt_tokens=args.prompt_tokens, max_tokens=4)  # warm
+    measure(engine, mixes[-1], 2, rng=rng, prompt_tokens=args.prompt_tokens, max_tokens=4)  # warm-up
     print(f"{args.shape or args.base_model} on {_device_name(device)}, {model.dtype}, torch {torch.__version__}")
     print(f"{'adapters':>8} {'streams':>8} {'tokens/s':>9} {'TTFT ms':>8} {'TPOT ms':>8}")
     results = []

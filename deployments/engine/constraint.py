@@ -1,7 +1,7 @@
-"""Which tokens an answer may go on with, so that its text is of a grammar: one `Constraint` for each answer.
+"""Which tokens may come next in an answer, so that its text matches a grammar: one `Constraint` per answer.
 
-`deployments/structured_outputs/grammars.py` compiles them; the engine asks before it samples and tells every token that
-it appends. Knows nothing of schemas or tokenizers, and needs no torch.
+A constraint is asked for a token mask before sampling and advanced by every token that is appended. Knows nothing of
+schemas or tokenizers, and needs no torch.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,18 @@ PackedMask = npt.NDArray[np.uint8]  # bit i % 8 of byte i // 8 is token i
 
 
 class ConstraintFault(Exception):
-    """The grammar cannot follow the answer: it hit a limit of the library, or the token is not of the grammar."""
+    """The answer cannot continue: the library hit one of its limits, or the grammar does not allow the token."""
 
 
 class Constraint:
-    """A place in a grammar.
+    """A position in a grammar.
 
     Args:
-        matcher: at that place; owned by this object.
-        end_token_id: the matcher's sign for the end of the text, which is no token of the model.
+        matcher: at that position; owned by this object.
+        end_token_id: the matcher's token for the end of the text, which is not in the model's vocabulary.
 
     `allowed` and `accept` raise:
-        ConstraintFault: there is no going on.
+        ConstraintFault: the answer cannot continue.
     """
 
     def __init__(self, matcher: "LLMatcher", end_token_id: int) -> None:
@@ -36,14 +36,14 @@ class Constraint:
         self._end_token_id = end_token_id
 
     def copy(self) -> "Constraint":
-        """The same place, to go on from independently."""
+        """An independent constraint at the same position."""
         return Constraint(self._matcher.deep_copy(), self._end_token_id)
 
     def allowed(self, stop_token_ids: Sequence[int] = ()) -> PackedMask | None:
-        """Tokens that may come next, None if the text is complete.
+        """A mask of the tokens that may come next, None if the text is complete.
 
         Args:
-            stop_token_ids: what ends the answer; they are allowed where the text may end.
+            stop_token_ids: tokens that end the answer; they are allowed wherever the text may end.
         """
         may_end = self._matcher.is_accepting()
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8).copy()
@@ -58,13 +58,13 @@ class Constraint:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Go on over a token that was allowed."""
+        """Advance by an allowed token."""
         if not self._matcher.consume_token(token_id):
             self._fail()
 
     @property
     def complete(self) -> bool:
-        """Nothing can follow."""
+        """Whether no token can follow."""
         return self._matcher.is_stopped()
 
     def _fail(self) -> NoReturn:

@@ -1,7 +1,7 @@
 """The engine: token ids in, token ids out, many sequences and many adapters at once over one NF4 base.
 
-One thread calls `step()` in a loop (`run()` does); any thread may add and cancel requests or load adapters.
-Knows nothing of Ray, HTTP or text, and runs where Ray is not installed.
+One thread calls `step()` in a loop, as `run()` does; any thread may add and cancel requests or load adapters.
+Knows nothing of Ray, HTTP or text, and does not need Ray to be installed.
 """
 
 import logging
@@ -27,22 +27,23 @@ from deployments.engine.stats import EngineStats
 logger = logging.getLogger(__name__)
 
 OnDeltas = Callable[[list[Delta]], None]
-_LOGITS_ROWS = 64  # rows of the vocabulary's width that are held at once when a prompt is scored
+_LOGITS_ROWS = 64  # rows of logits computed at once when a prompt is scored, to bound memory
 
 
 class Engine:
     """Continuous batching over one base model and its adapters.
 
     Args:
-        model: a transformers Llama with 4-bit linears, never run before; the engine takes its weights over.
-        max_model_len: longest prompt plus answer, in tokens.
-        max_num_seqs: sequences that run at once; more wait.
-        max_num_batched_tokens: tokens of one step; longer prompts are cut into chunks, so that running answers never
-            wait longer than one such step.
-        max_loras: adapters loaded at once.
-        kv_cache_bytes: memory for keys and values of all sequences, by default a gibibyte on a CPU and on CUDA most of
-            what the weights leave; at least one sequence of max_model_len fits.
-        deliver: called after each step with what it made; the default calls each request's `on_deltas`.
+        model: a transformers Llama with 4-bit linears that has not run a forward pass; the engine takes ownership of
+            its weights.
+        max_model_len: maximum length of prompt plus answer, in tokens.
+        max_num_seqs: maximum number of sequences that run at once; the others wait.
+        max_num_batched_tokens: maximum number of tokens in one step; longer prompts are split into chunks, so that
+            running answers never wait longer than one such step.
+        max_loras: maximum number of adapters loaded at once.
+        kv_cache_bytes: memory for the keys and values of all sequences, by default 1 GiB on a CPU and, on CUDA, most of
+            what the weights leave free; at least one sequence of max_model_len always fits.
+        deliver: called after each step with its deltas; the default calls each request's `on_deltas`.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class Engine:
         self._pool = BlockPool(self._llama.num_blocks, self._llama.block_size)
         self._scheduler = Scheduler(self._pool, max_num_seqs, max_num_batched_tokens)
         self._adapters = AdapterSlots(max_loras)
-        self._requests: dict[str, list[Sequence]] = {}  # sequences that have not ended
+        self._requests: dict[str, list[Sequence]] = {}  # unfinished sequences
         self._callbacks: dict[str, OnDeltas] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
         self._deliver = deliver or _call_each
         self._lock = threading.Lock()  # guards all of the above; never held during a forward
         self._work = threading.Condition(self._lock)
         self._stopped = False
-        self.unhealthy_adapters: set[str] = set()  # gave NaN; never used again
+        self.unhealthy_adapters: set[str] = set()  # produced NaN logits; never used again
         self.last_token_at: float | None = None  # time.monotonic() of the newest token
-        self.last_step_at = time.monotonic()  # when the last step ended, or work arrived after none
+        self.last_step_at = time.monotonic()  # when the last step ended, or the first request after idling arrived
 
     @property
     def num_running(self) -> int:
@@ -85,12 +86,12 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for blocks or for their turn."""
+        """Sequences that wait for KV blocks or for their turn."""
         return len(self._scheduler.waiting)
 
     @property
     def num_adapter_references(self) -> int:
-        """Adapter references held by sequences that have not ended."""
+        """Adapter references held by unfinished sequences."""
         return self._adapters.num_in_use
 
     @property
@@ -100,11 +101,11 @@ class Engine:
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks in all."""
+        """Total number of KV blocks."""
         return self._llama.num_blocks
 
     def stats(self) -> EngineStats:
-        """How it is doing; any thread, while steps run."""
+        """Current load and counters; callable from any thread while steps run."""
         with self._lock:
             return EngineStats(
                 num_running=self.num_running,
@@ -122,18 +123,18 @@ class Engine:
             return self._adapters.loaded
 
     def lora_weights(self, tensors: dict[str, torch.Tensor], scaling: float) -> LoraWeights:
-        """PEFT's tensors as this engine takes them (its dtype and device); any thread, while steps run."""
+        """Convert PEFT's tensors to the engine's dtype and device; callable from any thread while steps run."""
         return LoraWeights.from_peft(tensors, scaling, self._llama.dtype, self._llama.device)
 
     def load_adapter(self, key: str, weights: LoraWeights) -> bool:
-        """Make an adapter usable as `key`; False while every slot is in use by sequences that have not ended."""
+        """Make an adapter usable as `key`; False if unfinished sequences use every slot."""
         with self._lock:
             if key in self._adapters:
                 return True
             slot = self._adapters.take(key)
             if slot is None:
                 return False
-            self._llama.set_adapter(slot, weights)  # a step that runs now does not use this slot
+            self._llama.set_adapter(slot, weights)  # a step running now does not use this slot
             return True
 
     def unload_adapter(self, key: str) -> bool:
@@ -146,18 +147,18 @@ class Engine:
             return True
 
     def add_request(self, request: EngineRequest, on_deltas: OnDeltas) -> None:
-        """Queue a request; `on_deltas` is called after each step that made something of it.
+        """Queue a request; `on_deltas` is called after each step that produces deltas for it.
 
-        Each answer's last delta has a finish_reason.
+        The last delta of each answer has a finish_reason.
 
         Raises:
-            ValueError: the prompt is empty, or prompt plus max_tokens can never fit.
+            ValueError: the prompt is empty, prompt plus max_tokens can never fit, or no token is requested.
             KeyError: the adapter is not loaded.
         """
         sampling, num_prompt_tokens = request.sampling, len(request.prompt_token_ids)
         num_tokens = num_prompt_tokens + sampling.max_tokens
         if sampling.max_tokens < 1 and sampling.prompt_logprobs is None:
-            raise ValueError(f"max_tokens is {sampling.max_tokens}: nothing is asked for")
+            raise ValueError(f"max_tokens is {sampling.max_tokens}: give at least 1, or set prompt_logprobs")
         if not num_prompt_tokens or num_tokens > self.max_model_len or not self._scheduler.fits(num_tokens):
             raise ValueError(
                 f"a prompt of {num_prompt_tokens} tokens and max_tokens {sampling.max_tokens} "
@@ -192,7 +193,7 @@ class Engine:
             self._work.notify()
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request before the next step, without another delta; unknown ids are ignored."""
+        """Stop a request before the next step, without any further delta; unknown ids are ignored."""
         with self._lock:
             for sequence in list(self._requests.get(request_id, ())):
                 self._end(sequence)
@@ -213,11 +214,11 @@ class Engine:
             self._work.notify_all()
 
     def stalled_for_s(self) -> float:
-        """Seconds since the last step ended while requests are there; 0 when there are none."""
+        """Seconds since the last step ended, 0 if there are no requests."""
         return time.monotonic() - self.last_step_at if self._requests else 0.0
 
     def step(self) -> int:
-        """Run one batch; returns its number of tokens. A fault ends the requests that were in the batch, no others."""
+        """Run one batch and return its number of tokens. A failure ends only the requests in the batch."""
         chunks = self._schedule()
         if not chunks:
             return 0
@@ -230,7 +231,7 @@ class Engine:
             return self._scheduler.schedule()
 
     def _compute(self, chunks: list[Chunk]) -> list[tuple[Sequence, Delta]]:
-        """What the step gives each sequence whose tokens are all computed now; an error for all if it fails."""
+        """Run the step; on failure, an error delta for each of its sequences."""
         try:
             return self._forward(chunks)
         except Exception:
@@ -238,7 +239,7 @@ class Engine:
             return [(chunk.sequence, Delta([], "error", chunk.sequence.index)) for chunk in chunks]
 
     def _collect(self, outputs: list[tuple[Sequence, Delta]]) -> list[tuple[OnDeltas, list[Delta]]]:
-        """The deltas of each request with its callback; sequences with a finish_reason end here."""
+        """Group the deltas by request, each group with its callback; sequences with a finish_reason end here."""
         by_request: dict[str, list[Delta]] = {}
         with self._lock:
             self.last_step_at = time.monotonic()
@@ -253,7 +254,7 @@ class Engine:
         return [(callbacks[request_id], deltas) for request_id, deltas in by_request.items()]
 
     def _forward(self, chunks: list[Chunk]) -> list[tuple[Sequence, Delta]]:
-        """The forward of one step and what it gives each sequence whose tokens are all computed now."""
+        """Run the forward pass of one step; a delta for each sequence whose tokens are all computed after it."""
         batch, scored = forward_batch(chunks, self._llama.block_size)
         hidden = self._llama.forward(batch)
         with self._lock:
@@ -278,13 +279,12 @@ class Engine:
         forbid(logits, masks)
         rows = [SamplingRow(s.sampling, s.token_ids, s.num_prompt_tokens, s.generator) for s in sequences]
         tokens = sample(logits, rows)
-        asked = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None and tokens[i] >= 0]
+        logprob_rows = [i for i, s in enumerate(sequences) if s.sampling.logprobs is not None and tokens[i] >= 0]
         logprobs: dict[int, TokenLogprob] = {}
-        if asked:
-            nums_top = [sequences[i].sampling.logprobs or 0 for i in asked]
-            logprobs = dict(
-                zip(asked, token_logprobs(logits[asked], [tokens[i] for i in asked], nums_top), strict=True)
-            )
+        if logprob_rows:
+            nums_top = [sequences[i].sampling.logprobs or 0 for i in logprob_rows]
+            values = token_logprobs(logits[logprob_rows], [tokens[i] for i in logprob_rows], nums_top)
+            logprobs = dict(zip(logprob_rows, values, strict=True))
         self.last_token_at = time.monotonic()
         return {
             id(sequence): ended.get(i) or self._advance(sequence, token, logprobs.get(i))
@@ -292,7 +292,7 @@ class Engine:
         }
 
     def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Delta:
-        """Append the token, or end the answer because of it."""
+        """Append the token, or end the answer if it is a stop token or invalid."""
         sampling = sequence.sampling
         if token < 0:
             logger.error("request %s: the logits are NaN", sequence.request_id)
@@ -307,7 +307,7 @@ class Engine:
         if sequence.constraint is not None:
             try:
                 sequence.constraint.accept(token)
-            except Exception:  # of the library too: it ends this answer, and no other
+            except Exception:  # the library's own errors too: only this answer ends
                 logger.exception("request %s: its constraint failed", sequence.request_id)
                 return Delta([], "error", sequence.index)
             if sequence.constraint.complete:
@@ -315,7 +315,7 @@ class Engine:
         return Delta([token], reason, sequence.index, (logprob,) if logprob is not None else ())
 
     def _first_delta(self, sequence: Sequence, delta: Delta) -> Delta:
-        """What only the first delta of an answer tells."""
+        """Add to the first delta of an answer what only that one reports."""
         if len(sequence.token_ids) - len(delta.token_ids) > sequence.num_prompt_tokens:
             return delta
         prompt_logprobs = self._prompt_logprobs.get(sequence.request_id) if sequence.index == 0 else None
@@ -326,19 +326,19 @@ class Engine:
         )
 
     def _score_prompts(self, scored: list[tuple[Sequence, list[int]]], hidden: torch.Tensor) -> None:
-        """Log-probabilities of prompt tokens; row i of `hidden` is the state before the i-th of `scored`."""
-        places = [(sequence, position) for sequence, positions in scored for position in positions]
-        for start in range(0, len(places), _LOGITS_ROWS):
-            part = places[start : start + _LOGITS_ROWS]
-            found = token_logprobs(
-                self._llama.logits(hidden[start : start + len(part)]),
-                [sequence.token_ids[position] for sequence, position in part],
-                [sequence.sampling.prompt_logprobs or 0 for sequence, _ in part],
+        """Record the log-probabilities of prompt tokens; row i of `hidden` predicts the i-th of `scored`."""
+        targets = [(sequence, position) for sequence, positions in scored for position in positions]
+        for start in range(0, len(targets), _LOGITS_ROWS):
+            chunk = targets[start : start + _LOGITS_ROWS]
+            logprobs = token_logprobs(
+                self._llama.logits(hidden[start : start + len(chunk)]),
+                [sequence.token_ids[position] for sequence, position in chunk],
+                [sequence.sampling.prompt_logprobs or 0 for sequence, _ in chunk],
             )
-            for (sequence, position), logprob in zip(part, found, strict=True):
-                kept = self._prompt_logprobs.get(sequence.request_id)
-                if kept is not None:  # not cancelled meanwhile
-                    kept[position] = logprob
+            for (sequence, position), logprob in zip(chunk, logprobs, strict=True):
+                prompt_logprobs = self._prompt_logprobs.get(sequence.request_id)
+                if prompt_logprobs is not None:  # None if the request was cancelled meanwhile
+                    prompt_logprobs[position] = logprob
 
     def _end(self, sequence: Sequence) -> None:
         sequence.ended = True
@@ -346,13 +346,13 @@ class Engine:
         if sequence.adapter is not None:
             self._adapters.release(sequence.adapter)
             sequence.adapter_slot = NO_ADAPTER
-        alive = self._requests[sequence.request_id]
-        alive.remove(sequence)
-        if not alive:
+        unfinished = self._requests[sequence.request_id]
+        unfinished.remove(sequence)
+        if not unfinished:
             del self._requests[sequence.request_id], self._callbacks[sequence.request_id]
             self._prompt_logprobs.pop(sequence.request_id, None)
 
 
-def _call_each(delivered: Iterable[tuple[OnDeltas, list[Delta]]]) -> None:
-    for on_deltas, deltas in delivered:
+def _call_each(deliveries: Iterable[tuple[OnDeltas, list[Delta]]]) -> None:
+    for on_deltas, deltas in deliveries:
         on_deltas(deltas)

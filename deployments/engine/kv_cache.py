@@ -1,7 +1,7 @@
-"""Which blocks of the KV cache are free, in use, or idle but kept because a later prompt may begin with their tokens.
+"""The pool of KV cache blocks: free, in use, or idle but kept for later prompts with the same prefix.
 
-The scheduler allocates and releases; the forward reads and writes the blocks themselves. A published block is found by
-a digest of its adapter and of all tokens up to its end, so KV is never shared between adapters or their versions.
+Only the bookkeeping: the forward pass reads and writes the blocks themselves. The key of a published block is a digest
+of its adapter and of all tokens up to its end, so KV is never shared between adapters or their versions.
 Knows nothing of sequences or tensors.
 """
 
@@ -10,16 +10,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-_DIGEST_SIZE = 32  # bytes; nobody finds two prefixes with the same one
+_DIGEST_SIZE = 32  # bytes; collisions are infeasible
 
 
 def extend_block_keys(keys: list[bytes], adapter: str | None, token_ids: Sequence[int], block_size: int) -> None:
-    """Append the keys of the full blocks of `token_ids` that `keys` does not have yet.
+    """Append the keys of those full blocks of `token_ids` that `keys` does not cover yet.
 
     Args:
-        keys: what earlier calls with a shorter `token_ids` appended, or empty.
-        adapter: key of an adapter's version; None is the base, which no name equals.
-        token_ids: the sequence from its first token.
+        keys: the result of earlier calls with a prefix of `token_ids`, or empty.
+        adapter: key of an adapter version, or None for the base, whose keys never equal an adapter's.
+        token_ids: all tokens of the sequence from the first on.
     """
     if len(token_ids) // block_size <= len(keys):
         return
@@ -29,9 +29,9 @@ def extend_block_keys(keys: list[bytes], adapter: str | None, token_ids: Sequenc
         parent = blake2b(digest_size=_DIGEST_SIZE, person=b"base").digest()
     else:
         parent = blake2b(adapter.encode(), digest_size=_DIGEST_SIZE, person=b"adapter").digest()
-    new = array("i", token_ids[len(keys) * block_size :])
-    stride = block_size * new.itemsize
-    data = new.tobytes()
+    new_tokens = array("i", token_ids[len(keys) * block_size :])
+    stride = block_size * new_tokens.itemsize
+    data = new_tokens.tobytes()
     for start in range(0, len(data) - stride + 1, stride):
         parent = blake2b(parent + data[start : start + stride], digest_size=_DIGEST_SIZE, person=b"block").digest()
         keys.append(parent)
@@ -51,11 +51,14 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can give now: the free and the idle ones."""
+        """Blocks that `allocate` can return now: the free and the idle ones."""
         return len(self._free) + len(self._idle)
 
     def allocate(self) -> int | None:
-        """A block with one reference, whatever is in it; an idle one is forgotten for it when none is free."""
+        """A block with one reference and undefined content; None if all blocks are in use.
+
+        Evicts the least recently used idle block if none is free.
+        """
         if self._free:
             block = self._free.pop()
         elif self._idle:
@@ -67,7 +70,7 @@ class BlockPool:
         return block
 
     def cached_prefix(self, keys: Iterable[bytes]) -> list[int]:
-        """The published blocks of the leading `keys`, up to the first that has none, with a reference to each."""
+        """The published blocks of the leading `keys`, up to the first key without one; takes a reference to each."""
         blocks = []
         for key in keys:
             block = self._published.get(key)
@@ -80,15 +83,15 @@ class BlockPool:
         return blocks
 
     def publish(self, block: int, key: bytes) -> None:
-        """Make a block findable, once all of its tokens are computed. A key that another block has stays with that."""
+        """Make a completely computed block available to `cached_prefix`; a published key keeps its first block."""
         if key not in self._published:
             self._published[key] = block
             self._keys[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference to each of a sequence's blocks.
+        """Release one reference to each of a sequence's blocks.
 
-        The last goes first: of what then is idle, the head of a prefix outlives its tail.
+        In reverse order, so that the head of a prefix is evicted after its tail.
         """
         for block in reversed(blocks):
             self._num_users[block] -= 1

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: plain data, importable without torch."""
+"""Requests to the engine and the deltas that it returns. Plain data, importable without torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,24 +13,25 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request picks its tokens.
+    """How the tokens of a request are sampled.
 
     Attributes:
-        max_tokens: at most so many new tokens; 0 only together with `prompt_logprobs`, to score a text.
-        min_tokens: `stop_token_ids` cannot be picked before so many tokens.
+        max_tokens: maximum number of new tokens; 0 only together with `prompt_logprobs`, to score a text.
+        min_tokens: number of new tokens before which `stop_token_ids` cannot be sampled.
         temperature: 0 is greedy.
         top_p: keep the smallest set of tokens whose probability reaches this (nucleus sampling, arXiv:1904.09751).
-        top_k: keep so many of the likeliest tokens; 0 keeps all.
-        min_p: keep tokens at least this times as likely as the likeliest (arXiv:2407.01082).
-        repetition_penalty: divides positive and multiplies negative logits of every token seen in the prompt
+        top_k: number of likeliest tokens to keep; 0 keeps all.
+        min_p: keep tokens with at least this fraction of the likeliest token's probability (arXiv:2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of every token of the prompt
             or the answer (CTRL, arXiv:1909.05858); 1.0 is off.
-        presence_penalty: subtracted from the logit of every token that the answer has.
-        frequency_penalty: subtracted once for each time that the answer has the token.
-        logit_bias: (token id, what is added to its logit).
-        seed: start of the request's own random stream; None draws one.
+        presence_penalty: subtracted from the logit of every token that occurs in the answer.
+        frequency_penalty: subtracted from a token's logit once per occurrence in the answer.
+        logit_bias: pairs of a token id and the value added to its logit.
+        seed: seed of the request's own random stream; None draws one.
         stop_token_ids: tokens that end the answer and are not part of it.
-        ignore_eos: do not stop at `stop_token_ids`.
-        logprobs: report the log-probability of each new token and of so many of the likeliest; None reports none.
+        ignore_eos: whether to continue past `stop_token_ids`.
+        logprobs: number of likeliest tokens whose log-probabilities are reported beside each new token's own; None
+            reports none.
         prompt_logprobs: the same for the tokens of the prompt.
     """
 
@@ -68,10 +69,10 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its log-probability under the model, and the likeliest tokens at its place, likeliest first.
+    """A token, its log-probability under the model, and the likeliest tokens at its position, likeliest first.
 
-    Taken from the logits as the model gives them, before penalties, bias and temperature, as OpenAI and vLLM do; under
-    a constraint among the tokens that it allows, as vLLM does.
+    Computed from the raw logits, before penalties, bias and temperature, as in OpenAI's API and vLLM; under a
+    constraint, over the tokens that it allows, as in vLLM.
     """
 
     token_id: int
@@ -81,14 +82,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What a step adds to an answer. The last delta of an answer has a finish_reason, all others None.
+    """The tokens that a step adds to an answer. Only the last delta of an answer has a finish_reason.
 
     Attributes:
-        index: which of the request's `n` answers.
-        logprobs: one for each of `token_ids` when the request asks for them, else empty.
-        num_cached_tokens: tokens of the prompt whose keys and values were there already; in the first delta.
-        prompt_logprobs: in the first delta of answer 0 when asked for: one for each token of the prompt, None for
-            the first token, which nothing predicts.
+        index: index of the answer, 0 to n - 1.
+        logprobs: one for each of `token_ids` if the request has `logprobs`, else empty.
+        num_cached_tokens: prompt tokens found in the prefix cache; in the first delta only.
+        prompt_logprobs: in the first delta of answer 0, if requested: one for each prompt token, None for the first,
+            which nothing predicts.
     """
 
     token_ids: list[int]
@@ -100,15 +101,15 @@ class Delta:
 
 
 def merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """One delta for each answer, in order of the answers, that says what all of its deltas said."""
+    """Concatenate the deltas of each answer; one delta per answer, in order of `index`."""
     by_index: dict[int, Delta] = {}
     for delta in deltas:
-        before = by_index.get(delta.index)
-        by_index[delta.index] = delta if before is None else _joined(before, delta)
+        previous = by_index.get(delta.index)
+        by_index[delta.index] = delta if previous is None else _concatenate(previous, delta)
     return [by_index[index] for index in sorted(by_index)]
 
 
-def _joined(first: Delta, second: Delta) -> Delta:
+def _concatenate(first: Delta, second: Delta) -> Delta:
     return Delta(
         first.token_ids + second.token_ids,
         second.finish_reason,

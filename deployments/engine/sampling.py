@@ -1,7 +1,7 @@
 """From logits to the next token of every running request, each with its own penalties, filters and random stream.
 
-Called by the engine once a step; knows nothing of text, HTTP, sequences or adapters. What a row gives depends on that
-row alone, bit for bit: greedy rows share an argmax, and all else is computed row by row.
+The result of a row depends on that row alone, bit for bit: greedy rows share one argmax, everything else is computed
+row by row. Knows nothing of text, HTTP, sequences or adapters.
 """
 
 import math
@@ -18,13 +18,14 @@ from deployments.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogpro
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
-_GREEDY_BELOW = 1e-5  # temperature; vLLM's limit, vllm/v1/sample/sampler.py
+_GREEDY_BELOW = 1e-5  # temperature; vLLM's threshold, vllm/v1/sample/sampler.py
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float64).tiny)
-_BLOCK = 256  # tokens summed together before the search for the drawn one
-# From here on top_p draws from all tokens until one is inside, in two draws or fewer on average, and sorts nothing.
+_BLOCK = 256  # tokens summed together, to find the block of the drawn token first
+# From this top_p on, draw from all tokens until one is in the nucleus: at most two draws on average, and no sorting.
 _LARGE_TOP_P = 0.5
-# Other filters look at the tokens within so many times the temperature of the likeliest, then at more, at last at all.
+# Other filters sort only the tokens within a reach of the largest logit, in units of the temperature; if that is too
+# few, within the next one.
 _REACHES = (4.0, 7.0, 10.0, 14.0, math.inf)
 
 
@@ -34,7 +35,7 @@ class SamplingRow:
 
     Attributes:
         token_ids: prompt and answer so far.
-        generator: from `random_stream`; None is greedy.
+        generator: from `random_stream`; None samples greedily.
     """
 
     params: SamplingParams
@@ -44,7 +45,7 @@ class SamplingRow:
 
 
 def random_stream(params: SamplingParams, index: int = 0) -> torch.Generator | None:
-    """Answer `index`'s own random stream, or None when it samples greedily."""
+    """The random stream of answer `index`, or None if it samples greedily."""
     if params.temperature < _GREEDY_BELOW:
         return None
     generator = torch.Generator()
@@ -56,55 +57,55 @@ def random_stream(params: SamplingParams, index: int = 0) -> torch.Generator | N
 
 
 def forbid(logits: torch.Tensor, masks: dict[int, PackedMask]) -> None:
-    """Make the logits of all tokens that a row's mask does not allow -infinity, in place.
+    """Set the logits of all tokens that a row's mask does not allow to -infinity, in place.
 
     Args:
-        logits: [n, vocab_size], any device; rows without a mask are not touched.
+        logits: [n, vocab_size], any device; rows without a mask stay unchanged.
         masks: by row.
     """
     if masks:
         bits = np.unpackbits(np.stack(list(masks.values())), axis=1, count=logits.shape[-1], bitorder="little")
         for row, allowed in zip(masks, torch.from_numpy(bits.view(np.bool_)).to(logits.device), strict=True):
-            logits[row] += torch.where(allowed, 0.0, -math.inf)  # a sum: NaN stays NaN and is found
+            logits[row] += torch.where(allowed, 0.0, -math.inf)  # a sum, so that NaN stays NaN and is detected
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Pick the next token of every row.
+    """Sample the next token of every row.
 
     The order is vLLM's (vllm/v1/sample/sampler.py): logit_bias, min_tokens, penalties, temperature, min_p, top_k,
-    top_p. Of equally likely tokens the one with the lower id comes first.
+    top_p. Ties are broken in favor of the lower token id.
 
     Args:
         logits: [len(rows), vocab_size], float32, any device; not changed.
 
     Returns:
-        A token per row, -1 where the row has NaN or no finite maximum.
+        One token per row, -1 where the row has NaN or no finite maximum.
     """
-    tokens, maxima = _likeliest(logits)
-    others = [i for i, row in enumerate(rows) if row.generator is not None or _changes_logits(row)]
+    tokens, maxima = _argmax(logits)
+    others = [i for i, row in enumerate(rows) if row.generator is not None or _adjusts_logits(row)]
     if others:
         table = (logits if len(others) == len(rows) else logits[others]).cpu().numpy()
         for i, values in zip(others, table, strict=True):
             row = rows[i]
-            if _changes_logits(row) and not math.isnan(maxima[i]):
-                values = _changed(values, row)
+            if _adjusts_logits(row) and not math.isnan(maxima[i]):
+                values = _adjusted_logits(values, row)
                 tokens[i] = values.argmax()
                 maxima[i] = values[tokens[i]]
             if row.generator is not None and math.isfinite(maxima[i]):
-                tokens[i] = _drawn(values, float(maxima[i]), row.params, row.generator)
+                tokens[i] = _draw(values, float(maxima[i]), row.params, row.generator)
     return [int(token) for token in np.where(np.isfinite(maxima), tokens, -1)]
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probability of token i in row i of `logits` ([n, vocab_size], raw) and the `nums_top[i]` likeliest there.
+    """Log-probability of token i in row i of `logits` ([n, vocab_size], raw), and the row's `nums_top[i]` likeliest.
 
-    At most MAX_LOGPROBS are reported, and none that is impossible.
+    At most MAX_LOGPROBS are reported, and no token with probability 0.
     """
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     if not any(nums_top):
         return [TokenLogprob(token, logprob) for token, logprob in zip(token_ids, chosen, strict=True)]
-    # One width for all, and by logit: neither the other rows nor the rounding of logprobs change the order.
+    # The same k for all rows, and ranked by logit: neither other rows nor the rounding of logprobs affect the order.
     values, top_ids = logits.topk(min(MAX_LOGPROBS, logits.shape[-1]))
     tops = zip((-values).tolist(), top_ids.tolist(), logprobs.gather(1, top_ids).tolist(), strict=True)
     return [
@@ -117,7 +118,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], nums_top: Seq
     ]
 
 
-def _likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
+def _argmax(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
     """The likeliest token of every row and its logit, which is NaN if the row has one."""
     if logits.device.type == "cpu":  # numpy's argmax takes a tenth of torch's time
         table: Floats = logits.numpy()
@@ -127,50 +128,50 @@ def _likeliest(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
     return indices.cpu().numpy(), maxima.cpu().numpy()
 
 
-def _changes_logits(row: SamplingRow) -> bool:
+def _adjusts_logits(row: SamplingRow) -> bool:
     params = row.params
     return bool(
         params.logit_bias
         or params.repetition_penalty != 1
         or params.presence_penalty
         or params.frequency_penalty
-        or _is_too_short(row)
+        or _below_min_tokens(row)
     )
 
 
-def _is_too_short(row: SamplingRow) -> bool:
-    """Whether the answer must not end yet. With ignore_eos a stop token ends nothing, so it may be picked."""
-    num_answered = len(row.token_ids) - row.num_prompt_tokens
-    return num_answered < row.params.min_tokens and bool(row.params.stop_token_ids) and not row.params.ignore_eos
+def _below_min_tokens(row: SamplingRow) -> bool:
+    """Whether stop tokens are banned for now. With ignore_eos they do not end the answer, so they stay allowed."""
+    num_output_tokens = len(row.token_ids) - row.num_prompt_tokens
+    return num_output_tokens < row.params.min_tokens and bool(row.params.stop_token_ids) and not row.params.ignore_eos
 
 
-def _changed(logits: Floats, row: SamplingRow) -> Floats:
-    """A copy of the row's logits with its bias, its banned stop tokens and its penalties."""
+def _adjusted_logits(logits: Floats, row: SamplingRow) -> Floats:
+    """A copy of the row's logits with logit_bias, banned stop tokens and penalties applied."""
     params = row.params
     logits = logits.copy()
     if params.logit_bias:
         token_ids, biases = zip(*params.logit_bias, strict=True)
         np.add.at(logits, list(token_ids), np.array(biases, np.float32))
-    if _is_too_short(row):
+    if _below_min_tokens(row):
         logits[list(params.stop_token_ids)] = -math.inf
     if params.repetition_penalty != 1:
-        seen = np.fromiter(row.token_ids, np.int64, len(row.token_ids))  # repeats write the same value twice
-        at_seen = logits[seen].astype(np.float64)
-        with np.errstate(over="ignore"):  # a tiny penalty: as likely as can be, and still a number
-            raised = np.minimum(at_seen / params.repetition_penalty, _LARGEST)
-        logits[seen] = np.where(at_seen > 0, raised, at_seen * params.repetition_penalty)
+        repeated = np.fromiter(row.token_ids, np.int64, len(row.token_ids))  # duplicates get the same value twice
+        unpenalized = logits[repeated].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny penalty may overflow: clamp, so that the logit stays finite
+            divided = np.minimum(unpenalized / params.repetition_penalty, _LARGEST)
+        logits[repeated] = np.where(unpenalized > 0, divided, unpenalized * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         answer = row.token_ids[row.num_prompt_tokens :]
         counts = np.bincount(np.fromiter(answer, np.int64, len(answer)))
-        answered = np.flatnonzero(counts)
-        logits[answered] -= params.presence_penalty + params.frequency_penalty * counts[answered]
+        answer_ids = np.flatnonzero(counts)
+        logits[answer_ids] -= params.presence_penalty + params.frequency_penalty * counts[answer_ids]
     return logits
 
 
-def _drawn(logits: Floats, maximum: float, params: SamplingParams, generator: torch.Generator) -> int:
-    """A token of what temperature and filters leave; `maximum` is the largest logit and finite."""
+def _draw(logits: Floats, maximum: float, params: SamplingParams, generator: torch.Generator) -> int:
+    """Draw a token after temperature and filters; `maximum` is the largest logit, and finite."""
     if params.min_p > 0 or 0 < params.top_k < logits.size:
-        return _drawn_likeliest(logits, maximum, params, generator, None)
+        return _draw_filtered(logits, maximum, params, generator, None)
     with np.errstate(over="ignore"):
         weights = logits - np.float32(maximum)
         weights /= params.temperature
@@ -178,45 +179,47 @@ def _drawn(logits: Floats, maximum: float, params: SamplingParams, generator: to
     running_sum = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum(dtype=np.float64)
     total = float(running_sum[-1])
     if params.top_p < _LARGE_TOP_P:
-        return _drawn_likeliest(logits, maximum, params, generator, total)
+        return _draw_filtered(logits, maximum, params, generator, total)
     while True:
         target = _uniform(generator) * total
-        block = _holder(running_sum, target)
+        block = _index_at(running_sum, target)
         start = block * _BLOCK
-        before = float(running_sum[block - 1]) if block else 0.0
-        token = start + _holder(weights[start : start + _BLOCK].cumsum(dtype=np.float64), target - before)
-        if params.top_p >= 1 or _weight_before(token, logits, weights) < params.top_p * total:
+        weight_before = float(running_sum[block - 1]) if block else 0.0
+        token = start + _index_at(weights[start : start + _BLOCK].cumsum(dtype=np.float64), target - weight_before)
+        if params.top_p >= 1 or _weight_of_likelier(token, logits, weights) < params.top_p * total:
             return token
 
 
-def _weight_before(token: int, logits: Floats, weights: Floats) -> float:
-    """The weight of all tokens that come before this one when the likeliest come first."""
+def _weight_of_likelier(token: int, logits: Floats, weights: Floats) -> float:
+    """Total weight of the tokens that precede this one in the order from likeliest to least likely."""
     num_equal_before = np.count_nonzero(logits[:token] == logits[token])
     return float((weights * (logits > logits[token])).sum()) + num_equal_before * float(weights[token])
 
 
-def _drawn_likeliest(
+def _draw_filtered(
     logits: Floats, maximum: float, params: SamplingParams, generator: torch.Generator, total: float | None
 ) -> int:
-    """A token of what the filters keep, found by sorting the likeliest.
+    """Draw from the tokens that the filters keep, by sorting only the likeliest ones.
 
     Args:
-        total: all tokens' weight, the likeliest's being 1; None where top_p is a share of what min_p and top_k keep.
+        total: weight of all tokens, relative to the likeliest token's; None if top_p applies to what min_p and top_k
+            keep.
     """
-    kept = (_kept(logits, maximum, params, total, reach) for reach in _REACHES)
-    likeliest, running_sum = next(found for found in kept if found is not None)
-    position = _holder(running_sum, _uniform(generator) * float(running_sum[-1]))
+    attempts = (_kept_tokens(logits, maximum, params, total, reach) for reach in _REACHES)
+    likeliest, running_sum = next(result for result in attempts if result is not None)
+    position = _index_at(running_sum, _uniform(generator) * float(running_sum[-1]))
     logit = likeliest[position]
     num_equal_before = np.count_nonzero(likeliest[:position] == logit)
     return int(np.flatnonzero(logits == logit)[num_equal_before])
 
 
-def _kept(
+def _kept_tokens(
     logits: Floats, maximum: float, params: SamplingParams, total: float | None, reach: float
 ) -> tuple[Floats, Doubles] | None:
-    """The kept tokens' logits, likeliest first, and their weights' running sum; None if more are kept than in reach.
+    """The logits that the filters keep, likeliest first, and the running sum of their weights.
 
-    A greater reach only appends to the sorted logits, so it gives the same numbers.
+    None if the filters may keep tokens beyond `reach`. A larger reach only appends to the sorted logits, so the
+    results are the same.
     """
     in_reach = logits[logits >= maximum - reach * params.temperature]
     if 0 < params.top_k < in_reach.size:
@@ -238,7 +241,7 @@ def _uniform(generator: torch.Generator) -> float:
     return torch.rand((), dtype=torch.float64, generator=generator).item()
 
 
-def _holder(running_sum: Doubles, target: float) -> int:
-    """Whose share `target` falls into; rounding never leads past the end or to what has no share."""
+def _index_at(running_sum: Doubles, target: float) -> int:
+    """Index of the item whose interval contains `target`; despite rounding never one of weight 0 or past the end."""
     last = running_sum.searchsorted(running_sum[-1])
     return int(min(running_sum.searchsorted(target, side="right"), last))

@@ -1,8 +1,8 @@
 """Continuous batching over a paged KV cache: which tokens of which sequences run in the engine's next step.
 
-Running sequences get their one token first; what is left of the step's token budget goes to prompts in order of
-arrival, cut into chunks where they do not fit. When blocks run out, the youngest sequence gives its blocks back and
-is computed again later. Knows nothing of weights or sampling.
+Decoding sequences get their one token first; the rest of the step's token budget goes to prompts in order of arrival,
+split into chunks where they do not fit. When blocks run out, the most recently admitted sequence is preempted: it
+releases its blocks and is computed again later. Knows nothing of weights or sampling.
 """
 
 from collections import deque
@@ -27,11 +27,12 @@ class Chunk:
 
 
 class Scheduler:
-    """Sequences wait, run, and are removed. Not thread-safe.
+    """Holds the waiting and running sequences, and picks the tokens of each step. Not thread-safe.
 
     Args:
-        max_num_seqs: sequences that run at once; more wait.
-        max_num_batched_tokens: tokens of one step; exceeded only by sequences that need one token each.
+        max_num_seqs: maximum number of sequences that run at once; the others wait.
+        max_num_batched_tokens: maximum number of tokens in one step; only decoding sequences, which need one token
+            each, may exceed it.
     """
 
     def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -40,20 +41,20 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission; only these hold blocks
-        self.num_preemptions = 0  # since the start, as the next two
-        self.prefix_cache_queries = 0  # tokens of prompts that came to run
-        self.prefix_cache_hits = 0  # of these, tokens that were cached
+        self.num_preemptions = 0  # this counter and the next two count from the start
+        self.prefix_cache_queries = 0  # prompt tokens of admitted sequences
+        self.prefix_cache_hits = 0  # of these, the tokens found in the cache
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence that grows to `num_tokens` can ever run."""
         return num_tokens <= self._pool.num_blocks * self._pool.block_size
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence that `fits`; it can be in the next step."""
+        """Queue a new sequence that `fits`; it may be scheduled in the next step."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out for good, wherever it is; also while a step with it runs."""
+        """Remove a sequence for good, whether it waits or runs; allowed while a step with it runs."""
         sequence.ended = True
         if sequence in self.running:
             self.running.remove(sequence)
@@ -62,34 +63,34 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks; every token of them and before them has its place in the block tables.
+        """The next step's chunks; the block tables cover all of their tokens and all tokens before them.
 
-        Empty only when no sequence is left. A sequence not yet `computed` since the last call is scheduled again.
+        Empty only if no sequence is left. A chunk that was not passed to `mark_computed` is scheduled again.
         """
         chunks: list[Chunk] = []
-        part_way: list[Sequence] = []
+        prefilling: list[Sequence] = []
         num_preemptions = self.num_preemptions
         for sequence in self.running:  # a preemption shortens the list from its end, which is safe here
             start = sequence.num_computed
             num_new = len(sequence.token_ids) - start
             if num_new > 1:
-                part_way.append(sequence)
+                prefilling.append(sequence)
             elif num_new and self._reserve(sequence, start + 1):
                 chunks.append(Chunk(sequence, start, 1))
         budget = self._max_num_batched_tokens - len(chunks)
-        for sequence in part_way:
+        for sequence in prefilling:
             start = sequence.num_computed
             num_new = min(len(sequence.token_ids) - start, budget)
             preempted = not sequence.block_table
             if num_new > 0 and not preempted and self._reserve(sequence, start + num_new):
                 chunks.append(Chunk(sequence, start, num_new))
                 budget -= num_new
-        if self.num_preemptions > num_preemptions:  # too few blocks for those that run: none for others
+        if self.num_preemptions > num_preemptions:  # running sequences are short of blocks: admit no others
             return [chunk for chunk in chunks if chunk.sequence.block_table]
         return chunks + self._admit(budget)
 
     def mark_computed(self, chunk: Chunk) -> None:
-        """The step with this chunk has run: its KV counts, and blocks that became full can be found by others."""
+        """Record that the step with this chunk has run, and publish the blocks that it filled for reuse."""
         sequence = chunk.sequence
         if sequence.ended:
             return
@@ -102,13 +103,13 @@ class Scheduler:
                 self._pool.publish(sequence.block_table[i], sequence.block_keys[i])
 
     def _admit(self, budget: int) -> list[Chunk]:
-        """Start waiting sequences, first come, first served, while there is room."""
+        """Admit waiting sequences, first come, first served, while there is room."""
         chunks: list[Chunk] = []
-        passed_over: list[Sequence] = []
+        skipped: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             if self._waits_for_prefix(sequence):
-                passed_over.append(self.waiting.popleft())
+                skipped.append(self.waiting.popleft())
                 continue
             if not self._take_prefix(sequence):
                 break
@@ -119,24 +120,24 @@ class Scheduler:
             self._reserve(sequence, start + num_new)
             chunks.append(Chunk(sequence, start, num_new))
             budget -= num_new
-        self.waiting.extendleft(reversed(passed_over))
+        self.waiting.extendleft(reversed(skipped))
         return chunks
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        """Whether the prompt's full blocks, all that can be shared, are still to be computed by another sequence."""
-        first = sequence.prefix_donor
+        """Whether its prefix donor has yet to compute the prompt's full blocks, which are all that can be shared."""
+        donor = sequence.prefix_donor
         size = self._pool.block_size
         return (
-            first is not None and not first.ended and first.num_computed < (first.num_prompt_tokens - 1) // size * size
+            donor is not None and not donor.ended and donor.num_computed < (donor.num_prompt_tokens - 1) // size * size
         )
 
     def _take_prefix(self, sequence: Sequence) -> bool:
-        """Give a sequence the cached blocks it begins with; False, and none, if the pool has too few for the rest."""
+        """Give a sequence the cached blocks of its prefix; False, and none, if the pool has too few for the rest."""
         size = self._pool.block_size
         num_tokens = len(sequence.token_ids)
-        if sequence.sampling.prompt_logprobs is None:  # which need the logits of the whole prompt
+        if sequence.sampling.prompt_logprobs is None:  # prompt logprobs need the logits of the entire prompt
             extend_block_keys(sequence.block_keys, sequence.adapter, sequence.token_ids, size)
-            # the last token is computed in any case: its logits give the next one
+            # the last token is always computed: its logits predict the next one
             sequence.block_table = self._pool.cached_prefix(sequence.block_keys[: (num_tokens - 1) // size])
         num_missing = -(-num_tokens // size) - len(sequence.block_table)
         spare = 1 if self.running else 0
@@ -151,7 +152,7 @@ class Scheduler:
         return True
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give a running sequence blocks for so many tokens; False if it was itself the youngest and had to yield."""
+        """Allocate blocks for the first `num_tokens` of a running sequence; False if it was preempted instead."""
         size = self._pool.block_size
         table = sequence.block_table
         while len(table) * size < num_tokens:
@@ -173,4 +174,4 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_table)
-        sequence.block_table = []  # a new list: a step that runs may still read the old one
+        sequence.block_table = []  # a new list: a running step may still read the old one

@@ -1,4 +1,4 @@
-"""One answer while it grows: its tokens, its KV blocks, and how its next token is chosen."""
+"""The state of one answer while it is generated: its tokens, its KV blocks, and how its next token is sampled."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,19 +9,19 @@ from deployments.engine.request import SamplingParams
 
 @dataclass(slots=True, eq=False)  # compared by identity, not token by token
 class Sequence:
-    """One answer of a request on its way through the engine.
+    """One answer of a request, as the scheduler and the engine track it.
 
     Attributes:
-        index: which of the request's answers.
+        index: index of the answer within its request.
         token_ids: prompt and answer so far; tokens are appended, never changed.
-        adapter: key of an adapter's version, None for the base.
-        generator: what its tokens are drawn with.
-        constraint: what its answer is held to, at the place after `token_ids`.
-        prefix_donor: an answer to the same prompt, whose KV this one shares as soon as it is computed.
+        adapter: key of an adapter version, None for the base.
+        generator: random generator of the answer, None if it samples greedily.
+        constraint: grammar that constrains the answer, advanced past `token_ids`.
+        prefix_donor: an answer to the same prompt, whose KV this one shares once it is computed.
         num_computed: leading tokens whose KV is in the blocks of `block_table`.
-        num_cached_tokens: tokens of the prompt that did not have to be computed when the sequence first ran.
-        block_keys: of the full blocks of `token_ids`, as far as they were needed.
-        ended: it was removed from the scheduler.
+        num_cached_tokens: prompt tokens that the prefix cache had when the sequence first ran.
+        block_keys: prefix cache keys of the leading full blocks of `token_ids`, computed on demand.
+        ended: whether the scheduler has removed it.
     """
 
     request_id: str

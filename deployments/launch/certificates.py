@@ -1,7 +1,7 @@
-"""The certificate that `corral serve --tls` answers with: self-signed, made once, kept under CORRAL_HOME/certs.
+"""The self-signed certificate of `corral serve --tls`, created once and kept under CORRAL_HOME/certs.
 
-`corral certs` and `corral serve` make and show it, `corral doctor` looks at its end. It is its own root: who trusts the
-file trusts this server and nothing else, because it cannot sign for others. What serves with it is `launch.py`'s.
+It is its own root and cannot sign others, so trusting the file means trusting this server and nothing else. Knows
+nothing of what serves with it.
 """
 
 import datetime
@@ -21,19 +21,19 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from deployments.errors import CertificateError
 from training.home import corral_home
 
-MAX_DAYS = 825  # what Apple's systems accept; https://support.apple.com/en-us/103769
+MAX_DAYS = 825  # Apple's limit: https://support.apple.com/en-us/103769
 WARN_DAYS = 30
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _HOST_NAME = re.compile(r"(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.I)
-_MAX_NAME = 64  # of a common name, RFC 5280 appendix A
+_MAX_NAME = 64  # characters of a common name, RFC 5280 appendix A
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a certificate file says of itself.
+    """The contents of a certificate file.
 
     Attributes:
-        hosts: names and addresses that it is valid for, in its order.
+        hosts: names and addresses that it is valid for, in the order of the certificate.
         fingerprint: SHA-256 of the certificate, as browsers and openssl print it.
     """
 
@@ -46,48 +46,48 @@ class Certificate:
 
     @property
     def days_left(self) -> int:
-        """Whole days until it ends; negative once it has ended."""
+        """Full days until it expires; negative once it has expired."""
         return (self.not_after - datetime.datetime.now(datetime.UTC)).days
 
     @property
     def warning(self) -> str | None:
-        """One line where it has ended or ends soon."""
+        """One line if it has expired or expires soon, else None."""
         if self.days_left >= WARN_DAYS:
             return None
-        when = f"{self.not_after:%Y-%m-%d}"
-        return f"the certificate {self.path} {'ended' if self.days_left < 0 else 'ends'} on {when}"
+        date = f"{self.not_after:%Y-%m-%d}"
+        return f"the certificate {self.path} {'expired' if self.days_left < 0 else 'expires'} on {date}"
 
 
 def certificate_files() -> tuple[Path, Path]:
-    """Where Corral keeps its certificate and the certificate's key."""
+    """Paths of Corral's certificate and its key."""
     folder = corral_home() / "certs"
     return folder / "cert.pem", folder / "key.pem"
 
 
 def create_certificate(hosts: Sequence[str] = (), days: int = MAX_DAYS) -> Certificate:
-    """Make the certificate for `hosts`, this machine's name and the loopback addresses.
+    """Create the certificate for `hosts`, this machine's name and the loopback addresses.
 
-    The key is readable by its owner alone from the moment its file exists, whatever the umask.
+    Only the owner can read the key file, from the moment it exists and whatever the umask.
 
     Raises:
-        CertificateError: there is one already, a host is no name or address, or `days` is out of range.
+        CertificateError: a certificate or key exists, a host is not a name or address, or `days` is out of range.
     """
     if not 1 <= days <= MAX_DAYS:
-        raise CertificateError(f"a certificate of {days} days: give 1 to {MAX_DAYS}, clients refuse longer ones")
+        raise CertificateError(f"{days} days is out of range: give 1 to {MAX_DAYS}, as clients reject longer validity")
     names = [_general_name(host) for host in hosts]
-    own_name = socket.gethostname()
-    local = (own_name, *_LOCAL) if _HOST_NAME.fullmatch(own_name) else _LOCAL
+    machine = socket.gethostname()
+    local = (machine, *_LOCAL) if _HOST_NAME.fullmatch(machine) else _LOCAL
     names = list(dict.fromkeys([*names, *map(_general_name, local)]))
 
     certificate_file, key_file = certificate_files()
     for path in (certificate_file, key_file):
         if path.exists():
             raise CertificateError(
-                f"{path} is there and is never overwritten: 'corral certs show' describes it; "
-                f"to make another, move {certificate_file.name} and {key_file.name} away first"
+                f"{path} exists and is never overwritten: 'corral certs show' describes it; "
+                f"to create a new one, move {certificate_file.name} and {key_file.name} away first"
             )
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = _self_signed(key, f"Corral on {own_name}"[:_MAX_NAME], names, days)
+    certificate = _self_signed(key, f"Corral on {machine}"[:_MAX_NAME], names, days)
     key_pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -102,19 +102,19 @@ def create_certificate(hosts: Sequence[str] = (), days: int = MAX_DAYS) -> Certi
 
 
 def read_certificate(path: Path) -> Certificate:
-    """The first certificate of a PEM file.
+    """Read the first certificate of a PEM file.
 
     Raises:
-        CertificateError: the file cannot be read or holds none.
+        CertificateError: the file cannot be read or contains no certificate.
     """
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except FileNotFoundError as error:
-        raise CertificateError(f"there is no certificate {path}: 'corral certs create' makes one") from error
+        raise CertificateError(f"certificate {path} does not exist: create it with 'corral certs create'") from error
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise CertificateError(f"{path} holds no certificate in PEM: name another file, or move it away") from error
+        raise CertificateError(f"{path} contains no PEM certificate: name another file, or move it away") from error
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -135,7 +135,8 @@ def _general_name(host: str) -> x509.GeneralName:
     except ValueError:
         if not _HOST_NAME.fullmatch(host) or len(host) > 253:
             raise CertificateError(
-                f"{host!r} is no host: give a name such as llama.example.org, or an IP address, without scheme or port"
+                f"{host!r} is not a valid host: give a name such as llama.example.org, or an IP address, "
+                "without scheme or port"
             ) from None
         return x509.DNSName(host.lower())
 
@@ -144,7 +145,7 @@ def _self_signed(
     key: ec.EllipticCurvePrivateKey, common_name: str, names: list[x509.GeneralName], days: int
 ) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-    # An hour back, for clients whose clock is behind. The last second counts (RFC 5280, 4.1.2.5).
+    # Backdated by an hour, for clients whose clocks are behind. The last second is inclusive (RFC 5280, 4.1.2.5).
     start = datetime.datetime.now(datetime.UTC).replace(microsecond=0) - datetime.timedelta(hours=1)
     usage = x509.KeyUsage(
         digital_signature=True,
@@ -175,8 +176,8 @@ def _self_signed(
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Write a file that is not there yet; no one sees it with another mode than `mode`, at most less."""
+    """Create a file that never has more permissions than `mode`; fails if it exists."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)  # the umask may have taken bits away
+        os.fchmod(descriptor, mode)  # the umask may have removed bits
         file.write(data)

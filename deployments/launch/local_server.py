@@ -1,7 +1,7 @@
-"""A serve YAML on a private Ray of this machine: what `corral serve` and `corral demo` do.
+"""Serves a serve YAML on a private Ray instance of this machine.
 
-Starts Ray, starts Serve, deploys the applications as `serve deploy` would, waits until a token can be generated,
-and takes everything down again. On a cluster, `serve deploy` does the deploying and this module has no part.
+Starts Ray and Serve, deploys the applications as `serve deploy` would, waits until a token can be generated, and shuts
+everything down again. Not used on a cluster, where `serve deploy` deploys the applications.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from typing import Any
 import httpx
 
 from deployments.errors import ServeError
-from deployments.launch.serve_ray import private_ray
+from deployments.launch.serve_ray import start_serve_ray
 from deployments.launch.tls import context_trusting
 from deployments.listen_address import Frontend
 
 _START_TIMEOUT_S = 900.0  # a 70B model loads for minutes
 _POLL_S = 0.3
-_PROGRAMS = {"corral", "clients.cli"}  # of `corral` and `python -m clients.cli`
+_PROGRAMS = {"corral", "clients.cli"}  # as in `corral` and `python -m clients.cli`
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a running server answers; `certfile` is what an https URL is verified by."""
+    """The addresses of a running server; an https URL is verified with `certfile`."""
 
     url: str
     ui_url: str | None
@@ -41,15 +41,15 @@ class Server:
 
 @contextlib.contextmanager
 def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | None = None) -> Iterator[Server]:
-    """Serve what `deployments.config.load_serve_config` returned for as long as the block lasts.
+    """Serve the result of `deployments.config.load_serve_config` for the duration of the block.
 
     Args:
         content: a checked serve YAML.
-        debug: show Ray's own log.
-        temp_dir: Ray's session directory, for tests that keep apart; default: Ray's own.
+        debug: whether to show Ray's own log.
+        temp_dir: Ray's session directory, to isolate tests; default: Ray's own.
 
     Raises:
-        ServeError: the port is taken, or an application does not start.
+        ServeError: the port is in use, or an application fails to start.
     """
     from ray.serve.schema import ServeDeploySchema
 
@@ -57,12 +57,12 @@ def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | Non
     options = schema.http_options
     frontend = Frontend(options.host, options.port, options.ssl_certfile, options.ssl_keyfile)
     check_port(frontend.host, frontend.port)
-    with private_ray(frontend, debug, temp_dir) as haproxy_answers:
+    with start_serve_ray(frontend, debug, temp_dir) as haproxy_answers:
         from ray import serve
         from ray.serve.context import _get_global_client
 
         http_options = options.model_dump()
-        if haproxy_answers:  # Ray's own servers are behind it, on this machine only
+        if haproxy_answers:  # Ray's own servers are behind it, on the loopback interface only
             http_options |= {"host": "127.0.0.1", "ssl_certfile": None, "ssl_keyfile": None}
         serve.start(proxy_location=schema.proxy_location, http_options=http_options)
         client: Any = _get_global_client()
@@ -78,11 +78,11 @@ def serving(content: dict[str, Any], *, debug: bool = False, temp_dir: str | Non
             yield server
         finally:
             for application in schema.applications:
-                serve.delete(application.name, _blocking=True)  # answers in flight end first
+                serve.delete(application.name, _blocking=True)  # answers in flight finish first
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Whether a server could listen on this port now."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -93,10 +93,10 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port in use before anything long begins.
+    """Reject a port in use before anything slow starts.
 
     Raises:
-        ServeError: another program listens there.
+        ServeError: another program listens on the port.
     """
     if not port_is_free(host, port):
         raise ServeError(
@@ -105,15 +105,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def listener_on(port: int) -> str:
-    """Who listens on a TCP port of this machine, as far as this user may know."""
+    """Describe the program that listens on a TCP port of this machine, as far as this user may see it."""
     import psutil
 
     try:
-        listening = [
-            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port
-        ]
-        process = next(psutil.Process(pid) for pid in listening if pid is not None)
-        for ancestor in (process, *process.parents()):  # of HAProxy, the corral that started it
+        pids = [c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port]
+        process = next(psutil.Process(pid) for pid in pids if pid is not None)
+        for ancestor in (process, *process.parents()):  # for HAProxy, report the corral that started it
             if _PROGRAMS & {Path(word).name for word in ancestor.cmdline()[:3]}:
                 return f"another corral (pid {ancestor.pid})"
         return f"{process.name()} (pid {process.pid})"
@@ -122,7 +120,7 @@ def listener_on(port: int) -> str:
 
 
 def _reachable(host: str) -> str:
-    """What this machine's clients write in a URL for a server that listens on `host`."""
+    """The host in the URL of this machine's clients, for a server that listens on `host`."""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{address}]" if ":" in address else address
 
@@ -133,21 +131,22 @@ def _wait_until_ready(server: Server) -> None:
     urls = [f"{server.url}/readyz", *([server.ui_url] if server.ui_url else [])]
     verify = context_trusting(server.certfile) if server.certfile else True
     deadline = time.monotonic() + _START_TIMEOUT_S
-    # A proxy of the environment does not reach our loopback.
-    browser = {"accept": "text/html"}  # which is shown a login where the page needs one
-    with httpx.Client(verify=verify, headers=browser, timeout=20, follow_redirects=True, trust_env=False) as http:
+    # No trust_env, because a proxy from the environment cannot reach the loopback interface.
+    headers = {"accept": "text/html"}  # as a browser: redirected to the login if the page requires one
+    with httpx.Client(verify=verify, headers=headers, timeout=20, follow_redirects=True, trust_env=False) as http:
         while time.monotonic() < deadline:
             for name, application in serve.status().applications.items():
                 if application.status == "DEPLOY_FAILED":
-                    broken = [d.message for d in application.deployments.values() if d.message] or [application.message]
-                    raise ServeError(f"application {name!r} does not start: {_last_line(broken[0])}")
+                    messages = [d.message for d in application.deployments.values() if d.message]
+                    message = messages[0] if messages else application.message
+                    raise ServeError(f"application {name!r} failed to start: {_last_line(message)}")
             with contextlib.suppress(httpx.HTTPError):
                 if all(http.get(url).status_code == 200 for url in urls):
                     return
             time.sleep(_POLL_S)
-    raise ServeError(f"the server was not ready after {_START_TIMEOUT_S:.0f} s: see `corral serve --debug`")
+    raise ServeError(f"the server was not ready after {_START_TIMEOUT_S:.0f} s: run 'corral serve --debug' to see why")
 
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message; run again with --debug"
+    return lines[-1] if lines else "no message: run again with --debug"

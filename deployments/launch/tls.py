@@ -1,6 +1,6 @@
-"""Certificate and key of an HTTPS server: whether they are fit to serve with, and how its own machine verifies it.
+"""TLS for an HTTPS server: checks of its certificate and key files, and the SSL context of local clients.
 
-`config.py` asks the first before anything starts, `launch.py` the second. Where the files come from is not known here.
+Knows nothing of where the files come from.
 """
 
 import ssl
@@ -11,38 +11,38 @@ from deployments.errors import ServeConfigError
 
 
 def check_tls_files(certfile: str, keyfile: str) -> None:
-    """Refuse files that HTTPS could not be served with, or a key that others can read.
+    """Reject files that cannot be used for HTTPS, and a key that other users can read.
 
     Raises:
-        ServeConfigError: and its message says which file and why.
+        ServeConfigError: the message names the file and the reason.
     """
     for path in (certfile, keyfile):
         if not Path(path).is_absolute():
-            raise ServeConfigError(f"{path!r} is relative, and the proxy runs elsewhere: write the absolute path")
+            raise ServeConfigError(f"{path!r} is relative, but the proxy runs elsewhere: give an absolute path")
     try:
         mode = stat.S_IMODE(Path(keyfile).stat().st_mode)
         if mode & 0o077:
-            raise ServeConfigError(f"the key {keyfile!r} has mode {mode:04o}: others can read it: chmod 600 {keyfile}")
+            raise ServeConfigError(f"the key {keyfile!r} has mode {mode:04o}, readable by others: chmod 600 {keyfile}")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certfile, keyfile, password=_no_password)
     except ssl.SSLError as error:
-        # Reasons such as KEY_VALUES_MISMATCH; a file without PEM has none of them.
+        # Reasons such as KEY_VALUES_MISMATCH; for a file that is not PEM there is none.
         reason = (error.reason or "they are not PEM").replace("_", " ").lower()
-        raise ServeConfigError(f"certificate {certfile!r} and key {keyfile!r} do not go together: {reason}") from error
+        raise ServeConfigError(f"certificate {certfile!r} and key {keyfile!r} cannot be used: {reason}") from error
     except OSError as error:
-        named = f"{certfile!r} or {keyfile!r}" if error.filename is None else repr(error.filename)
-        raise ServeConfigError(f"{named} cannot be read: {error.strerror}") from error
+        files = f"{certfile!r} or {keyfile!r}" if error.filename is None else repr(error.filename)
+        raise ServeConfigError(f"{files} cannot be read: {error.strerror}") from error
 
 
 def context_trusting(certfile: str) -> ssl.SSLContext:
-    """For a client on the server's machine, which knows the certificate itself and needs no name in it."""
+    """SSL context for a client on the server's machine: it trusts exactly this certificate, whatever names it has."""
     context = ssl.create_default_context(cafile=certfile)
-    context.check_hostname = False  # it is reached by a loopback address, whatever its name
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the file may hold no root
+    context.check_hostname = False  # the server is reached at a loopback address, whatever its name
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the file may not contain a root
     return context
 
 
 def _no_password() -> str:
     raise ServeConfigError(
-        "the key is encrypted, and nobody is there to type its password: store it without, mode 0600"
+        "the key is encrypted, and a server cannot ask for its password: store it unencrypted, with mode 0600"
     )

@@ -1,4 +1,4 @@
-"""Deltas of one request on their way from the engine to whoever streams them."""
+"""Buffers the deltas of one request between the engine and its stream."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from deployments.engine.request import Delta, merged
 
 
 class DeltaBuffer:
-    """Hands on the first delta and the last at once; between them, what comes too soon gathers into one.
+    """Delivers the first and last delta at once, and merges those in between to at most one delivery per pause.
 
-    A chunk costs processors about a millisecond on its way through Ray Serve, more than a token of a small model. With
+    A chunk takes about a millisecond of CPU time on its way through Ray Serve, more than a token of a small model. With
     a pause that grows with the number of streams, a replica sends no more chunks than it has time for.
 
     Args:
-        pause_s: asked after each delivery; how long to the next, at least.
+        pause_s: called after each delivery; returns the minimum time until the next one, in seconds.
     """
 
     def __init__(self, pause_s: Callable[[], float]) -> None:
@@ -21,11 +21,11 @@ class DeltaBuffer:
         self._loop = asyncio.get_running_loop()
         self._deltas: list[Delta] = []
         self._ready = asyncio.Event()
-        self._due = 0.0  # in the loop's time
+        self._due = 0.0  # time of the next delivery, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, deltas: Sequence[Delta]) -> None:
-        """Take in what a step made; on the event loop only."""
+        """Buffer the deltas of a step; must be called on the event loop."""
         self._deltas.extend(deltas)
         if self._loop.time() >= self._due or any(delta.finish_reason for delta in deltas):
             self._ready.set()
@@ -33,13 +33,13 @@ class DeltaBuffer:
             self._timer = self._loop.call_at(self._due, self._ready.set)
 
     async def next(self) -> list[Delta]:
-        """Wait for deltas that are due; at most one for each answer."""
+        """Wait until deltas are due and return them, at most one per answer."""
         await self._ready.wait()
         self._ready.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        taken = merged(self._deltas)
+        deltas = merged(self._deltas)
         self._deltas.clear()
         self._due = self._loop.time() + self._pause_s()
-        return taken
+        return deltas

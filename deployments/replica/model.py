@@ -1,6 +1,6 @@
-"""LlamaModel, the autoscaled replica: one engine over one 4-bit base, and the adapters it has loaded.
+"""LlamaModel, the autoscaled replica: one engine over one 4-bit base, and the adapters loaded into it.
 
-The ingress calls `generate` with token ids and gets token ids back. Knows nothing of HTTP or text.
+Token ids in, token ids out. Knows nothing of HTTP or text.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ from training.registry.adapter_files import WEIGHTS_FILE
 from training.registry.manifest import AdapterManifest, check_base
 from training.registry.registry import AdapterRegistry
 
-_FRESH_S = 5.0  # a token this young proves that the engine works
-_STALLED_S = 60.0  # a step takes milliseconds, on the largest models seconds
+_FRESH_S = 5.0  # a token generated this recently proves that the engine works
+_STALLED_S = 60.0  # a step takes milliseconds; with the largest models, seconds
 _SLOT_POLL_S = 0.02
-_CHUNKS_PER_S_AND_CPU = 50  # costs about a tenth of the throughput at 8 and 32 streams on two cores
+_CHUNKS_PER_S_AND_CPU = 50  # costs about 10 % of the throughput at 8 and 32 streams on two cores
 
 
 @serve.deployment(
@@ -46,7 +46,7 @@ _CHUNKS_PER_S_AND_CPU = 50  # costs about a tenth of the throughput at 8 and 32 
     ray_actor_options={"num_cpus": 1},
 )
 class LlamaModel:
-    """Owns one engine on its own thread, and loads adapters into it on first use."""
+    """Runs one engine on its own thread and loads adapters into it on first use."""
 
     def __init__(self, args: ServeArgs) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,15 +73,15 @@ class LlamaModel:
         self._thread.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
-        """Continue the prompt; each item has at most one delta an answer.
+        """Continue the prompt; each item holds at most one delta per answer.
 
         Raises:
-            AdapterRefused: the adapter's files are not what the manifest says, fit another base, or give NaN.
-            AdapterNotFound: the version was deleted meanwhile.
+            AdapterRefused: the adapter's files do not match its manifest, are for another base, or produce NaN.
+            AdapterNotFound: the version was deleted in the meantime.
             ResponseFormatRefused: the grammar does not compile.
             EngineFault: the engine failed on this request.
         """
-        self._loop = asyncio.get_running_loop()  # the same for all requests
+        self._loop = asyncio.get_running_loop()  # all requests share it
         buffer = DeltaBuffer(self._pause_s)
         key = await self._add(request, buffer.add)
         num_open = request.n
@@ -97,14 +97,14 @@ class LlamaModel:
             self._engine.cancel(request.request_id)
 
     async def stats(self) -> tuple[str, EngineStats]:
-        """This replica's id, and how its engine is doing."""
+        """This replica's id and the statistics of its engine."""
         return serve.get_replica_context().replica_id.unique_id, self._engine.stats()
 
     async def ready(self) -> None:
-        """Return when a token was made lately or can be made now.
+        """Return once a token was generated recently or can be generated now.
 
         Raises:
-            NotReady: the engine's thread has ended.
+            NotReady: the engine has stopped, or its step does not end.
         """
         self.check_health()
         last = self._engine.last_token_at
@@ -115,10 +115,10 @@ class LlamaModel:
                 pass
 
     def check_health(self) -> None:
-        """Ray Serve's health check: the engine's thread is alive and its steps end.
+        """Ray Serve's health check.
 
         Raises:
-            NotReady: it is not.
+            NotReady: the engine's thread has stopped, or its step does not end.
         """
         if not self._thread.is_alive():
             raise NotReady("the engine has stopped")
@@ -126,15 +126,15 @@ class LlamaModel:
             raise NotReady(f"the engine's step has not ended for {self._engine.stalled_for_s():.0f} s")
 
     def _pause_s(self) -> float:
-        """Between two chunks of one stream, so that all streams together stay below `chunks_per_s`."""
+        """Pause between two chunks of a stream, so that all streams together stay below `chunks_per_s`."""
         return (self._engine.num_running + self._engine.num_waiting) / self._chunks_per_s
 
     def _check_healthy(self, key: str | None) -> None:
         if key in self._engine.unhealthy_adapters:
-            raise AdapterRefused(f"adapter {key!r} gave NaN and is not used any more: roll back to the version before")
+            raise AdapterRefused(f"adapter {key!r} produced NaN and is disabled: roll back to the previous version")
 
     async def _add(self, request: GenerationRequest, on_deltas: OnDeltas) -> str | None:
-        """Queue the request, with its adapter loaded; returns the adapter's key."""
+        """Load the request's adapter, queue the request, and return the adapter's key."""
         constraint = None if request.grammar is None else await self._grammars.compile(request.grammar)
         key = None
         while True:
@@ -150,21 +150,21 @@ class LlamaModel:
                     on_deltas,
                 )
                 return key
-            except KeyError:  # evicted for another adapter between loading and adding
+            except KeyError:  # the adapter was evicted between loading and adding
                 continue
 
-    def _deliver(self, made: list[tuple[OnDeltas, list[Delta]]]) -> None:
-        """Hand what a step made to the event loop, with one wake-up for all of it."""
+    def _deliver(self, deliveries: list[tuple[OnDeltas, list[Delta]]]) -> None:
+        """Pass a step's deltas to the event loop, waking it up once for all of them."""
 
         def call_each() -> None:
-            for receive, deltas in made:
-                receive(deltas)
+            for on_deltas, deltas in deliveries:
+                on_deltas(deltas)
 
-        if made:
+        if deliveries:
             self._loop.call_soon_threadsafe(call_each)
 
     async def _ensure_loaded(self, key: str, manifest: AdapterManifest) -> None:
-        """Load an adapter once, however many requests wait for it; a caller that leaves does not stop the others."""
+        """Load an adapter once for all requests that wait for it; a cancelled caller does not stop the load."""
         if key in self._engine.loaded_adapters():
             return
         task = self._loads.get(key)
@@ -181,8 +181,8 @@ class LlamaModel:
             try:
                 return self._engine.lora_weights(load_file(directory / WEIGHTS_FILE), manifest.lora.scaling)
             except ValueError as error:
-                raise AdapterRefused(f"adapter {key!r}: {error}: train with a lower learning rate") from error
+                raise AdapterRefused(f"adapter {key!r}: {error}: train again with a lower learning rate") from error
 
         weights = await asyncio.to_thread(read)
-        while not self._engine.load_adapter(key, weights):  # every slot is in use: wait for one
+        while not self._engine.load_adapter(key, weights):  # every slot is in use: wait for a free one
             await asyncio.sleep(_SLOT_POLL_S)

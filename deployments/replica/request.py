@@ -1,4 +1,4 @@
-"""What the ingress sends to a model replica: importable without torch."""
+"""The request that a model replica accepts. Plain data, importable without torch."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from training.registry.manifest import AdapterManifest
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A prompt to continue `n` times, and exactly which adapter version does it (None: the base).
+    """A prompt to continue `n` times with an exact adapter version, or with the base if `adapter` is None.
 
-    Answers are of `grammar`, which `grammars.py` wrote and compiles; None leaves them free.
+    Answers are constrained to `grammar`, as `structured_outputs.grammars.grammar_of` returns it; None leaves them free.
     """
 
     request_id: str
@@ -22,5 +22,5 @@ class GenerationRequest:
 
     @property
     def max_total_tokens(self) -> int:
-        """Of the prompt and all answers, if none ends early."""
+        """Tokens of the prompt and all answers if none ends early."""
         return len(self.prompt_token_ids) + self.n * self.sampling.max_tokens

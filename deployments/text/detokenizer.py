@@ -1,7 +1,6 @@
-"""Token ids to text as they arrive: whole characters only, and never any part of a stop string.
+"""Incremental detokenization: complete characters only, and never any part of a stop string.
 
-`answers.py` keeps a Detokenizer per answer, streamed or not, so both give the same text. The Vocabulary below it
-knows each token's own bytes, which log-probabilities are reported with.
+One Detokenizer per answer, streamed or not, so that both give the same text. Knows nothing of requests or sampling.
 """
 
 import codecs
@@ -11,31 +10,31 @@ from dataclasses import dataclass
 
 from deployments.text.vocabulary import Vocabulary
 
-_MAX_CHARACTER_BYTES = 4  # of UTF-8: so many tokens can share one character
+_MAX_CHARACTER_BYTES = 4  # in UTF-8, and so the most tokens that can share one character
 
 
 @dataclass(frozen=True, slots=True)
 class SentText:
-    """Text that may be sent, and where each token that is sent with it begins in the whole text, in characters."""
+    """Text that may be sent, and the offset of each of its tokens in the full text, in characters."""
 
     text: str
     token_offsets: list[int]
 
 
 class Detokenizer:
-    """Turns one answer's token ids into text that may be sent.
+    """Converts one answer's token ids to text that may be sent.
 
-    Text that could be the beginning of a stop string is held back until the next tokens decide; a token is sent when
-    all of its text is. Bytes of a character that never gets complete are dropped.
+    Text that could be the start of a stop string is held back until the next tokens decide; a token is sent once all of
+    its text is. Bytes of a character that is never completed are dropped.
 
     Args:
-        stop: strings that end the text where they begin.
-        min_tokens: stop strings count only after so many tokens.
-        prompt_token_ids: what the text goes on from; empty where it begins anew.
+        stop: stop strings; the text ends before the first of them.
+        min_tokens: number of tokens before which stop strings are ignored.
+        prompt_token_ids: tokens that the text continues; empty if it stands alone.
 
     Attributes:
-        stopped: a stop string was found; nothing may be pushed after it.
-        num_tokens: tokens that were taken, up to the one that completed a stop string.
+        stopped: whether a stop string was found; nothing may be pushed after it.
+        num_tokens: number of tokens consumed, up to the one that completed a stop string.
     """
 
     def __init__(
@@ -54,38 +53,38 @@ class Detokenizer:
         self._longest_stop = max(map(len, stop), default=0)
         self._min_tokens = min_tokens
         self._held = ""
-        self._held_at = 0  # where the held text begins, in characters
-        self._unsent: deque[tuple[int, int]] = deque()  # beginning and end of whole tokens, in characters
-        self._begun: list[int] = []  # beginnings of tokens that end inside a character
+        self._held_start = 0  # offset of the held text, in characters
+        self._unsent: deque[tuple[int, int]] = deque()  # start and end of complete tokens, in characters
+        self._partial_starts: list[int] = []  # starts of tokens that end inside a character
         self.stopped = False
         self.num_tokens = 0
 
     def push(self, token_ids: Iterable[int]) -> SentText:
-        """The text that these tokens complete; sets `stopped` and ends the text where a stop string begins."""
-        num_decided = 0  # characters of the held text that are no part of a stop string, whatever follows
+        """The text that these tokens complete; a stop string sets `stopped` and ends the text."""
+        num_decided = 0  # leading characters of the held text that cannot be part of a stop string
         for token_id in token_ids:
             self.num_tokens += 1
-            self._begun.append(self._held_at + len(self._held))
+            self._partial_starts.append(self._held_start + len(self._held))
             self._held += self._decode(self._vocabulary.text_bytes(token_id))
             if not self._decoder.getstate()[0]:
-                end = self._held_at + len(self._held)
-                self._unsent += [(begin, end) for begin in self._begun]
-                self._begun.clear()
+                end = self._held_start + len(self._held)
+                self._unsent += [(start, end) for start in self._partial_starts]
+                self._partial_starts.clear()
             if self.num_tokens <= self._min_tokens:
                 num_decided = len(self._held)
                 continue
-            found = [at for at in (self._held.find(s, num_decided) for s in self._stop) if at >= 0]
-            if found:
+            matches = [index for index in (self._held.find(s, num_decided) for s in self._stop) if index >= 0]
+            if matches:
                 self.stopped = True
-                sent = self._send(min(found))
+                sent = self._send(min(matches))
                 self._held = ""
                 return sent
         return self._send(len(self._held) - self._num_undecided(num_decided))
 
     def flush(self) -> SentText:
-        """What was held back, when the answer has ended without a stop string."""
+        """The text held back so far, for an answer that ended without a stop string."""
         sent = self._send(len(self._held))
-        sent.token_offsets.extend(self._begun)
+        sent.token_offsets.extend(self._partial_starts)
         return sent
 
     def _decode(self, token: bytes) -> str:
@@ -96,16 +95,16 @@ class Detokenizer:
         return text
 
     def _send(self, num_characters: int) -> SentText:
-        """Let go of the first characters of the held text, and of the tokens that end there."""
+        """Release the first characters of the held text, with the tokens that end there."""
         text, self._held = self._held[:num_characters], self._held[num_characters:]
-        self._held_at += num_characters
+        self._held_start += num_characters
         offsets = []
-        while self._unsent and self._unsent[0][1] <= self._held_at:
+        while self._unsent and self._unsent[0][1] <= self._held_start:
             offsets.append(self._unsent.popleft()[0])
         return SentText(text, offsets)
 
     def _num_undecided(self, num_decided: int) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         for length in range(min(self._longest_stop - 1, len(self._held) - num_decided), 0, -1):
             if any(s.startswith(self._held[-length:]) for s in self._stop):
                 return length

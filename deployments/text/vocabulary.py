@@ -1,4 +1,4 @@
-"""The bytes of every token of a tokenizer."""
+"""The bytes of each token of a tokenizer."""
 
 import json
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from tokenizers import Tokenizer
 
 
 class Vocabulary:
-    """What each token of a Llama tokenizer adds to a text, as bytes.
+    """The bytes that each token of a Llama tokenizer adds to a text.
 
-    There are two kinds: byte-level BPE (Llama 3, the embedded model), where every byte is written as one printable
-    character, and SentencePiece (Llama 2), where a space is written as U+2581 and a lone byte as `<0xE2>`.
+    There are two kinds of tokenizers: byte-level BPE (Llama 3, the embedded model), which writes every byte as one
+    printable character, and SentencePiece (Llama 2), which writes a space as U+2581 and a lone byte as `<0xE2>`.
 
     Attributes:
-        strips_first_space: encoding puts a space before a text, and decoding takes it away again.
+        strips_first_space: whether encoding puts a space before a text and decoding removes it again.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -26,33 +26,33 @@ class Vocabulary:
         self._spellings: dict[int, bytes] = {}
 
     def spelling(self, token_id: int) -> bytes:
-        """The token's bytes, also of a control token, which adds nothing to a text."""
-        known = self._spellings.get(token_id)
-        if known is None:
-            known = self._spellings[token_id] = self._spell(token_id)
-        return known
+        """The token's bytes, including those of control tokens, which add nothing to a text."""
+        spelling = self._spellings.get(token_id)
+        if spelling is None:
+            spelling = self._spellings[token_id] = self._spell(token_id)
+        return spelling
 
     def text_bytes(self, token_id: int) -> bytes:
-        """What the token adds to a text: part of a character, or nothing where it is a control token."""
+        """The bytes that the token adds to a text, perhaps only part of a character; none for a control token."""
         added = self._added.get(token_id)
         return b"" if added is not None and added.special else self.spelling(token_id)
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """Token ids as one text, control tokens written out; bytes that are no UTF-8 are U+FFFD."""
-        spelled = [self.spelling(token_id) for token_id in token_ids]
+        """Token ids as one text, with control tokens spelled out and invalid UTF-8 as U+FFFD."""
+        spellings = [self.spelling(token_id) for token_id in token_ids]
         if self.strips_first_space:
             first = next((i for i, token_id in enumerate(token_ids) if self.text_bytes(token_id)), None)
             if first is not None:
-                spelled[first] = spelled[first].removeprefix(b" ")
-        return b"".join(spelled).decode(errors="replace")
+                spellings[first] = spellings[first].removeprefix(b" ")
+        return b"".join(spellings).decode(errors="replace")
 
     def name(self, token_id: int) -> str:
-        """What the vocabulary calls a token, nothing where the model has a row for it and the tokenizer no token."""
+        """The token as the vocabulary writes it; empty if the tokenizer has no token for this row of the model."""
         return self._tokenizer.id_to_token(token_id) or ""
 
     def _spell(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id)
-        if token is None:  # the model's matrices may have rows that the tokenizer has no token for
+        if token is None:  # the model's matrices may have more rows than the tokenizer has tokens
             return b""
         if token_id in self._added:
             return token.encode()
@@ -66,7 +66,7 @@ class Vocabulary:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's `bytes_to_unicode`, reversed: printable bytes stand for themselves, the others follow from U+0100 on."""
+    """GPT-2's `bytes_to_unicode`, inverted: printable bytes map to themselves, the others to U+0100 onward."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

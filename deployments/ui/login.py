@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from deployments.asgi import prefix
+from deployments.asgi import mount_prefix
 from deployments.errors import InvalidKey, KeysUnreadable, ServeError, error_response
 from deployments.ui.sessions import Sessions
 
@@ -52,7 +52,7 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
 
     def form(request: Request, status: int = 200, problem: str = "") -> HTMLResponse:
         alert = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
-        action = html.escape(f"{prefix(request)}/login")
+        action = html.escape(f"{mount_prefix(request)}/login")
         page = _FORM.format(title=html.escape(title), action=action, alert=alert)
         return HTMLResponse(page, status, {"cache-control": "no-store"})
 
@@ -64,7 +64,7 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
             return form(request)
         except ServeError as error:
             return form(request, error_response(error)[0], str(error))
-        return RedirectResponse(f"{prefix(request)}/", 303)
+        return RedirectResponse(f"{mount_prefix(request)}/", 303)
 
     @router.post("/login")
     async def log_in(request: Request) -> Response:
@@ -72,7 +72,7 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
             refused = form(request, 429, f"Too many attempts: wait {wait_s} seconds.")
             refused.headers["retry-after"] = str(wait_s)
             return refused
-        response = RedirectResponse(f"{prefix(request)}/", 303)
+        response = RedirectResponse(f"{mount_prefix(request)}/", 303)
         try:
             sessions.begin(_key_in(await request.body()), request, response)
         except InvalidKey as error:
@@ -84,7 +84,7 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
 
     @router.post("/logout")
     async def log_out(request: Request) -> Response:
-        response = RedirectResponse(f"{prefix(request)}/login", 303)
+        response = RedirectResponse(f"{mount_prefix(request)}/login", 303)
         sessions.end(request, response)
         return response
 

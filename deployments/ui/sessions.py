@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments.asgi import prefix
+from deployments.asgi import mount_prefix
 from deployments.auth.caller import Caller
 from deployments.auth.dependencies import anonymous, unreadable_keys_logged
 from deployments.auth.keys import KeyStore
@@ -68,7 +68,7 @@ class Sessions:
             _COOKIE,
             self._signer.sign(key_id).decode(),
             max_age=_MAX_AGE_S,
-            path=f"{prefix(request)}/",
+            path=f"{mount_prefix(request)}/",
             secure=_is_https(request),
             httponly=True,
             samesite="strict",
@@ -76,7 +76,7 @@ class Sessions:
 
     def end(self, request: Request, response: Response) -> None:
         """Let `response` log out."""
-        response.delete_cookie(_COOKIE, path=f"{prefix(request)}/", httponly=True, samesite="strict")
+        response.delete_cookie(_COOKIE, path=f"{mount_prefix(request)}/", httponly=True, samesite="strict")
 
 
 class SessionMiddleware:
@@ -102,7 +102,7 @@ class SessionMiddleware:
 def _refusal(request: Request, error: ServeError) -> Response:
     opens_page = request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
     if isinstance(error, InvalidKey) and opens_page:
-        return RedirectResponse(f"{prefix(request)}/login", 303)
+        return RedirectResponse(f"{mount_prefix(request)}/login", 303)
     return JSONResponse({"detail": str(error)}, error_response(error)[0])  # as the page's own script expects it
 
 

@@ -1,4 +1,4 @@
-// What Python passes: the structures that cpu_kernels.py mirrors with ctypes, field for field.
+// The interface to Python: structures that cpu_kernels.py mirrors with ctypes, field by field.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@ constexpr int kPage = 16;    // tokens in a KV block
 
 extern "C" {
 
-// A 4-bit linear layer [n, k]. `codes` is packed by cpu_kernels.py: per 32 outputs and 2 inputs 32 bytes, in the
-// order that the dot-product instruction takes its operand.
+// A 4-bit linear layer [n, k]. `codes` is packed by cpu_llama.py: 32 bytes for every 32 outputs and 2 inputs, in the
+// operand order of the dot-product instruction.
 struct Linear {
   const uint8_t* codes;
-  const uint8_t* absmax;       // [n, k / 64], quantized again (double quantization), or null
+  const uint8_t* absmax;       // [n, k / 64], quantized (double quantization), or null
   const float* nested_code;    // [256]
-  const float* nested_absmax;  // [n * k / 64 / 256]; without double quantization the absmax itself, [n, k / 64]
+  const float* nested_absmax;  // [n * k / 64 / 256]; without double quantization absmax in float, [n, k / 64]
   float offset;
   int32_t n, k;
 };
@@ -23,11 +23,11 @@ struct Layer {
   Linear linears[kTargets];
   const float* input_norm;
   const float* post_norm;
-  void* keys;    // [num_blocks, kv_heads, head_dim / P, 16, P]; P is 2 where the dot product takes pairs, else 1
+  void* keys;    // [num_blocks, kv_heads, head_dim / P, 16, P]; P is 2 if the dot product takes pairs, else 1
   void* values;  // [num_blocks, kv_heads, 16, head_dim]
 };
 
-// One adapter on one linear: a [r, k], b [r, n] (transposed); a is null where the adapter does not touch it.
+// One adapter on one linear: a [r, k], b [r, n] (transposed); a is null if the adapter does not target it.
 struct Lora {
   const void* a;
   const void* b;
@@ -52,9 +52,9 @@ struct Batch {
   const int32_t* token_ids;  // [num_tokens]
   const int32_t* positions;  // [num_tokens]
   const int32_t* slots;      // [num_tokens], -1: no adapter
-  const int32_t* sequences;  // [num_tokens], row of block_tables; tokens of a sequence are neighbours, in order
+  const int32_t* sequences;  // [num_tokens], row of block_tables; tokens of a sequence are consecutive and in order
   const int32_t* block_tables;  // [num_sequences, table_width]
-  const int32_t* out_rows;      // [num_out], tokens whose hidden state is wanted
+  const int32_t* out_rows;      // [num_out], indices of the tokens whose hidden states are returned
   void* out;                    // [num_out, hidden]
 };
 

@@ -1,11 +1,11 @@
-// The Llama forward on a CPU, over NF4 weights, a paged KV cache and one LoRA adapter per token.
+// The Llama forward pass on a CPU, with NF4 weights, a paged KV cache and one LoRA adapter per token.
 //
-// One call runs all layers for all tokens of a step: between Python and the cores stands no operator dispatch, which
-// on a small model costs more than the arithmetic. Compiled at first use by cpu_kernels.py, called through ctypes;
-// knows nothing of requests or sampling.
+// One call runs all layers for all tokens of a step, without operator dispatch, which on a small model costs more than
+// the arithmetic. Compiled on first use by cpu_kernels.py and called through ctypes; knows nothing of requests or
+// sampling.
 //
-// Every sum runs in an order that depends on the token alone, never on what else is in the batch, how a prompt was
-// cut into chunks or how many threads there are: a request gets bit-equal logits alone and in a batch.
+// The order of every sum depends on the token alone, never on the rest of the batch, on how a prompt was split into
+// chunks or on the number of threads: a request gets bit-equal logits alone and in a batch.
 //
 // T is the compute type, bfloat16 (stored as uint16_t) or float. The residual stream and all sums are float.
 #include <atomic>
@@ -21,7 +21,7 @@
 #include "nf4.h"
 #include "simd.h"
 
-// torch's OpenMP runtime; taking its threads keeps a second pool from fighting over the cores.
+// torch's OpenMP runtime; its threads are used, because a second pool would compete with them for the cores.
 extern "C" void GOMP_parallel(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
 
 namespace {
@@ -39,7 +39,7 @@ struct Team {
       return;
     }
     for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-      if (spins > 4000) sched_yield();  // a neighbour has our partner's core
+      if (spins > 4000) sched_yield();  // another program may occupy a team member's core
 #if defined(__x86_64__)
       else _mm_pause();
 #endif
@@ -51,7 +51,7 @@ struct Worker {
   Team& team;
   int phase = 0;
 
-  // Run f(0) ... f(n - 1) over the team; whoever is free takes the next. All are done when it returns.
+  // Run f(0) ... f(n - 1) on the team; each free worker takes the next index. Returns after all of them have finished.
   template <class F>
   void each(int n, F f) {
     std::atomic<int>& next = team.next[phase++];
@@ -60,7 +60,7 @@ struct Worker {
   }
 };
 
-// out[m * stride_out + n] = x[m] . w[n], R rows of x and N rows of w, each of k numbers.
+// out[m * stride_out + n] = x[m] . w[n] for R rows of x and N rows of w, each of length k.
 template <int R, int N, class T>
 inline void dots(const T* x, const T* w, int k, float* out, int64_t stride_out) {
 #if HAVE_BF16_DOT
@@ -102,13 +102,13 @@ inline void dots(const T* x, const T* w, int k, float* out, int64_t stride_out) 
 
 // ---- one step ------------------------------------------------------------------------------------------------------
 
-struct Tile {  // neighbouring tokens of one sequence
+struct Tile {  // consecutive tokens of one sequence
   int first, count;
 };
 
 template <class T>
 struct Step {
-  const Model model;  // a copy: an adapter may be loaded meanwhile, into a slot that this batch does not use
+  const Model model;  // a copy: meanwhile an adapter may be loaded into a slot that this batch does not use
   const Batch& batch;
   Team team;
   // Shared by the team.
@@ -126,7 +126,7 @@ struct Step {
     return l->a ? l : nullptr;
   }
 
-  // shrunk[token, place] = scaling * A x: the narrow side of the adapter, for targets first ... first + count - 1
+  // shrunk[token, i] = scaling * A x, the rank-r side of the adapter, for targets first ... first + count - 1.
   void shrink(int token, int layer, int first, int count, const T* input, int k) {
     for (int i = 0; i < count; i++)
       if (const Lora* l = lora(token, layer, first + i)) {
@@ -139,7 +139,7 @@ struct Step {
       }
   }
 
-  // c [32] += B shrunk, for 32 columns
+  // c [32] += B shrunk, for 32 columns.
   void expand(int token, int layer, int target, int place, int column, int n, float* c) {
     if (const Lora* l = lora(token, layer, target)) {
       const float* from = shrunk + (int64_t(token) * 3 + place) * model.max_rank;
@@ -272,7 +272,7 @@ struct Step {
     }
   }
 
-  // Exponentials of the first `end` of `size` scores, zeros after them; returns 1 / their sum.
+  // Replace the first `end` of `size` scores by their exponentials and the rest by zeros; returns 1 / sum.
   float softmax(float* s, int end, int size) {
     float highest = s[0];
     for (int i = 1; i < end; i++) highest = s[i] > highest || s[i] != s[i] ? s[i] : highest;

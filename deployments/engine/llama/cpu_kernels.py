@@ -1,7 +1,7 @@
-"""cpu_kernels.cpp, compiled for this machine and callable: `cpu_llama.py` and its tests come here.
+"""Compiles cpu_kernels.cpp for this machine and loads it with ctypes.
 
-The compiler is $CXX, g++ or clang++, or that of the package `ziglang`; the result is kept under CORRAL_HOME/kernels by
-the hash of source, compiler and processor. Where nothing compiles, serving goes on with torch's operators.
+The compiler is $CXX, g++, clang++ or the one in the package `ziglang`, in this order. The library is cached under
+CORRAL_HOME/kernels by a hash of sources, compiler and processor.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _HEADERS = [_SOURCE.with_name(name) for name in ("abi.h", "nf4.h", "simd.h")]
-# FMA is contracted in one way only, so that a compiler cannot order sums differently in two copies of a loop.
+# One rule for FMA contraction, so that the compiler cannot round sums differently in two copies of a loop.
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared"]
 _COMPILE_TIMEOUT_S = 300
 NUM_TARGETS = 7
 PAGE = 16  # tokens in a KV block
-COLUMNS = 32  # outputs of a linear come in multiples of this
-GROUP = 64  # inputs of a linear come in multiples of this
+COLUMNS = 32  # the outputs of a linear are a multiple of this
+GROUP = 64  # the inputs of a linear are a multiple of this
 
 _pointer = ctypes.c_void_p
 _int = ctypes.c_int32
@@ -93,48 +93,48 @@ class Batch(ctypes.Structure):
         *[(name, _int) for name in ("num_tokens", "num_out", "table_width")],
         *[
             (name, _pointer)
-            for name in ("token_ids", "positions", "slots", "sequences", "block_tables", "output_rows", "out")
+            for name in ("token_ids", "positions", "slots", "sequences", "block_tables", "out_rows", "out")
         ],
     ]
 
 
 class KernelsUnavailable(Exception):
-    """The kernels cannot run here; the message says why."""
+    """The kernels cannot run on this machine or with this model; the message says why."""
 
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
-    """Compile once, load once.
+    """Load the kernels, compiling them on first use.
 
     Raises:
-        KernelsUnavailable: no compiler, a compiler that fails, or a torch without libgomp.
+        KernelsUnavailable: this is not Linux, no compiler works, or torch does not include libgomp.
     """
     if platform.system() != "Linux":
-        raise KernelsUnavailable(f"they are for Linux, this is {platform.system()}")
+        raise KernelsUnavailable(f"they need Linux, this is {platform.system()}")
     runtimes = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     site = Path(torch.__file__).parent.parent
     runtimes += sorted(site.glob("torch.libs/libgomp*"))
     if not runtimes:
-        raise KernelsUnavailable("this build of torch brings no libgomp, whose threads they use")
+        raise KernelsUnavailable("this build of torch does not include libgomp, whose threads they use")
     ctypes.CDLL(str(runtimes[0]), mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(_compiled()))
+    return ctypes.CDLL(str(_compile()))
 
 
-def _compiled() -> Path:
+def _compile() -> Path:
     compiler = _compiler()
     sources = [path.read_text() for path in (_SOURCE, *_HEADERS)]
-    identity = [*sources, *compiler, *_FLAGS, _processor()]
+    identity = [*sources, *compiler, *_FLAGS, _cpu_features()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     folder = corral_home() / "kernels"
-    done = folder / f"cpu-{name}.so"
-    if done.exists():
-        return done
+    library = folder / f"cpu-{name}.so"
+    if library.exists():
+        return library
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{name}.lock"):
-        if not done.exists():
+        if not library.exists():
             logger.info("compiling the CPU kernels with %s, about 20 seconds", compiler[0])
-            fresh = folder / f".{name}.{os.getpid()}.so"
-            command = [*compiler, *_FLAGS, "-o", str(fresh), str(_SOURCE)]
+            temporary = folder / f".{name}.{os.getpid()}.so"
+            command = [*compiler, *_FLAGS, "-o", str(temporary), str(_SOURCE)]
             try:
                 result = subprocess.run(
                     command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
@@ -144,23 +144,23 @@ def _compiled() -> Path:
             if result.returncode != 0:
                 lines = (result.stderr.strip() or "no message").splitlines()
                 raise KernelsUnavailable(f"{shlex.join(compiler)} failed: {lines[0]}")
-            fresh.replace(done)
-    return done
+            temporary.replace(library)
+    return library
 
 
 def _compiler() -> list[str]:
-    if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen)
+    if command := os.environ.get("CXX"):
+        return shlex.split(command)
     for name in ("g++", "clang++"):
         if path := shutil.which(name):
             return [path]
     if find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "c++"]
-    raise KernelsUnavailable("no C++ compiler: install g++, or 'pip install ziglang', or set CXX")
+    raise KernelsUnavailable("no C++ compiler found: install g++, run 'pip install ziglang', or set CXX")
 
 
-def _processor() -> str:
-    """What `-march=native` depends on: a home directory may be shared by different machines."""
+def _cpu_features() -> str:
+    """The CPU features that `-march=native` depends on; machines that share a home directory may differ in them."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(("flags", "Features")):
             return line

@@ -1,7 +1,6 @@
-"""The Llama forward on a CPU: weights packed for cpu_kernels.cpp, and one call a step.
+"""The Llama forward pass on a CPU: weights packed for cpu_kernels.cpp, and one call per step.
 
-`llama.load_llama` chooses it where the kernels compile. Weights stay in NF4 with double quantization, 4.13 bits a
-parameter, and dequantize to the bits that training used.
+Weights stay in NF4 with double quantization, 4.13 bits per parameter, and dequantize to the same bits as in training.
 """
 
 import ctypes
@@ -18,7 +17,7 @@ from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims, module_pa
 
 
 class CpuLlama:
-    """A Llama whose linear layers stay in 4 bit. Takes the weights out of `model`, which cannot be used afterwards."""
+    """A Llama whose linear layers stay in 4 bits. Takes the weights out of `model`, which is unusable afterwards."""
 
     block_size = PAGE
 
@@ -32,7 +31,7 @@ class CpuLlama:
         self.vocab_size: int = config.vocab_size
         dims = LlamaDims.of(config.to_dict())
         num_kv_heads, head_dim = dims.num_kv_heads, dims.head_dim
-        self._check(model, head_dim)
+        self._check_supported(model, head_dim)
         suffix = "bf16" if self.dtype == torch.bfloat16 else "f32"
         kernels = cpu_kernels.load_kernels()
         self._forward = kernels[f"forward_{suffix}"]
@@ -40,14 +39,14 @@ class CpuLlama:
         self._dequantize = kernels[f"dequantize_{suffix}"]
         self._hidden_size: int = config.hidden_size
 
-        self._kept: list[torch.Tensor] = []  # everything that the structures point at
+        self._tensors: list[torch.Tensor] = []  # keeps the memory alive that the structures point to
         self._num_linear_bytes = 0
         shape = (config.num_hidden_layers, self.num_blocks, num_kv_heads, head_dim * PAGE)
         self._keys, self._values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
         self._layers = (Layer * config.num_hidden_layers)()
         for i, layer in enumerate(model.model.layers):
             for t, linear in enumerate(LLAMA_LINEARS):
-                self._layers[i].linears[t] = self._packed(layer.get_submodule(module_path(linear)))
+                self._layers[i].linears[t] = self._pack(layer.get_submodule(module_path(linear)))
             self._layers[i].input_norm = self._keep(layer.input_layernorm.weight.float())
             self._layers[i].post_norm = self._keep(layer.post_attention_layernorm.weight.float())
             self._layers[i].keys = self._keys[i].data_ptr()
@@ -55,7 +54,7 @@ class CpuLlama:
         self._loras = (Lora * (max_loras * config.num_hidden_layers * len(LLAMA_LINEARS)))()
         self._lora_weights: dict[int, LoraWeights] = {}
 
-        # In float32: transformers rounds the table to the compute dtype.
+        # Computed in float32, because transformers rounds the table to the compute dtype.
         positions = torch.arange(max_model_len)[None]
         cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
         self._model = cpu_kernels.Model(
@@ -79,7 +78,7 @@ class CpuLlama:
         )
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; [n, hidden] states of `batch.output_rows` after the last norm."""
+        """Run the batch and extend the KV cache; [n, hidden_size] states of `batch.output_rows` after the last norm."""
         out = torch.empty(len(batch.output_rows), self._hidden_size, dtype=self.dtype)
         tensors = [
             torch.tensor(values, dtype=torch.int32)
@@ -108,7 +107,7 @@ class CpuLlama:
         return out
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
-        """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
+        """Put an adapter into a slot, or clear the slot; a running `forward` must not be using it."""
         per_layer = len(LLAMA_LINEARS)
         num_layers = len(self._layers)
         for i in range(num_layers):
@@ -127,28 +126,28 @@ class CpuLlama:
             self._model.max_rank = max(w.max_rank for w in self._lora_weights.values())
 
     def dequantized(self, layer: int, target: str) -> torch.Tensor:
-        """The weight that the forward multiplies by, [out_features, in_features] in float32."""
+        """The weight that the forward pass multiplies by, [out_features, in_features] in float32."""
         linear = self._layers[layer].linears[LLAMA_LINEARS.index(target)]
         out = torch.empty(linear.n, linear.k)
         self._dequantize(ctypes.byref(linear), ctypes.c_void_p(out.data_ptr()))
         return out
 
     def linear_bytes(self) -> int:
-        """Memory of all 4-bit linear layers."""
+        """Memory of all 4-bit linear layers, in bytes."""
         return self._num_linear_bytes
 
     def _keep(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
+        self._tensors.append(tensor)
         return tensor.data_ptr()
 
-    def _packed(self, linear: Any) -> Linear:
-        """The codes in the order of `struct Linear`, absmax as it is; the layer's own copy of the codes is freed."""
+    def _pack(self, linear: Any) -> Linear:
+        """Pack the codes in the order of `struct Linear`, keep absmax unchanged, and free the layer's own codes."""
         state = linear.weight.quant_state
         n, k = state.shape
         raw = linear.weight.data.reshape(n, k // 2).view(torch.uint8)
         codes = torch.stack((raw >> 4, raw & 15), dim=-1).reshape(n // 32, 2, 2, 8, k // 2, 2)
-        low, high = codes[:, :, 0], codes[:, :, 1]  # outputs 0-7 and 8-15 of every 16
+        low, high = codes[:, :, 0], codes[:, :, 1]  # outputs 0-7 and 8-15 of each 16
         packed = (low | (high << 4)).permute(0, 3, 1, 2, 4).contiguous()  # [n / 32, k / 2, 2, 8, 2]
         linear.weight.data = torch.empty(0, dtype=torch.uint8)
         if state.nested:
@@ -161,24 +160,24 @@ class CpuLlama:
         return Linear(self._keep(packed), None, None, self._keep(absmax), 0.0, n, k)
 
     @staticmethod
-    def _check(model: LlamaForCausalLM, head_dim: int) -> None:
-        """Refuse what the kernels do not do.
+    def _check_supported(model: LlamaForCausalLM, head_dim: int) -> None:
+        """Reject models that the kernels do not support.
 
         Raises:
-            KernelsUnavailable: a shape, dtype or quantization that they are not written for.
+            KernelsUnavailable: a shape, dtype or quantization is not supported.
         """
         config = model.config
         dtype = model.model.norm.weight.dtype
         if dtype not in (torch.bfloat16, torch.float32):
-            raise KernelsUnavailable(f"they compute in bfloat16 or float32, not {dtype}")
+            raise KernelsUnavailable(f"they support bfloat16 and float32, not {dtype}")
         if head_dim % 16 or config.hidden_size % GROUP or config.intermediate_size % GROUP or config.vocab_size % 4:
-            raise KernelsUnavailable("the model's sizes are not multiples of 64")
+            raise KernelsUnavailable("the model's dimensions are not multiples of 64")
         for layer in model.model.layers:
             for target in LLAMA_LINEARS:
                 linear = layer.get_submodule(module_path(target))
                 state = getattr(linear.weight, "quant_state", None)
                 if state is None or state.quant_type != "nf4" or state.blocksize != GROUP or linear.bias is not None:
-                    raise KernelsUnavailable(f"{target} is not NF4 in groups of {GROUP} without bias")
+                    raise KernelsUnavailable(f"{target} is not an NF4 linear with groups of {GROUP} and no bias")
                 if state.nested and state.state2.blocksize != 256:
                     raise KernelsUnavailable(f"{target} has absmax groups of {state.state2.blocksize}, not 256")
                 if (

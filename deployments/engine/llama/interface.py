@@ -1,6 +1,6 @@
-"""What the engine asks of a Llama forward: `Llama`, and the `ForwardBatch` that it computes. Imports no backend.
+"""The interface of a Llama forward pass: `Llama`, and the `ForwardBatch` that it computes.
 
-Knows nothing of requests or sampling.
+Imports no backend; knows nothing of requests or sampling.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,16 @@ from training.base_models.llama_shape import LlamaDims
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """New tokens of several sequences; those of one sequence are neighbours, in order.
+    """New tokens of several sequences; the tokens of one sequence are consecutive and in order.
 
     Attributes:
         token_ids: [num_tokens]
-        positions: [num_tokens], each token's place in its sequence; all before it are in the KV cache or in the batch.
-        adapter_slots: [num_tokens], the adapter slot of each, NO_ADAPTER for the base.
-        seq_index: [num_tokens], row of `block_tables`; 0, 1, ... in order.
-        block_tables: the KV blocks of each sequence, all rows equally long.
-        output_rows: tokens whose hidden state is wanted.
+        positions: [num_tokens], position of each token in its sequence; all earlier tokens are in the KV cache or in
+            the batch.
+        adapter_slots: [num_tokens], adapter slot of each token, NO_ADAPTER for the base.
+        seq_index: [num_tokens], each token's row of `block_tables`: 0, 1, ... in order.
+        block_tables: [num_sequences, width], the KV blocks of each sequence, padded to the same width.
+        output_rows: [n], indices of the tokens whose hidden states are returned.
     """
 
     token_ids: list[int]
@@ -35,7 +36,7 @@ class ForwardBatch:
 
 
 class Llama(Protocol):
-    """The base, its KV cache and its adapter slots."""
+    """A base model with its KV cache and adapter slots."""
 
     block_size: int  # tokens in a KV block
     num_blocks: int
@@ -44,19 +45,19 @@ class Llama(Protocol):
     device: torch.device
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; hidden states of `output_rows` after the last norm."""
+        """Run the batch and extend the KV cache; [n, hidden_size] states of `batch.output_rows` after the last norm."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> [n, vocab_size] in float32."""
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
-        """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
+        """Put an adapter into a slot, or clear the slot; a running `forward` must not be using it."""
 
 
 def num_kv_blocks(
     model: LlamaForCausalLM, block_size: int, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int
 ) -> int:
-    """How many KV blocks the memory has room for, no more than the sequences could fill, and enough for one."""
+    """Number of KV blocks that fit into `kv_cache_bytes`; at least one sequence's, at most what all can fill."""
     dims = LlamaDims.of(model.config.to_dict())
     per_token = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * model.dtype.itemsize
     one_sequence = -(-max_model_len // block_size)

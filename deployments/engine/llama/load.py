@@ -1,7 +1,7 @@
-"""Which forward runs on this machine, and how much memory its KV cache gets.
+"""Chooses the forward pass for this machine and the size of its KV cache.
 
-`cpu_llama` runs compiled kernels on CPUs, `torch_llama` torch's operators on CUDA and wherever the kernels do not
-compile. Both multiply by the NF4 weights that training used.
+`cpu_llama` runs compiled kernels on CPUs; `torch_llama` runs torch's operators on CUDA, and on CPUs where the kernels
+cannot be compiled. Both multiply by the NF4 weights that training used.
 """
 
 import logging
@@ -20,24 +20,26 @@ _CUDA_KV_CACHE_SHARE = 0.9  # the rest is for activations, graphs and adapters
 def load_llama(
     model: LlamaForCausalLM, *, max_model_len: int, max_num_seqs: int, kv_cache_bytes: int | None, max_loras: int
 ) -> Llama:
-    """The fastest forward that runs here. `model` is a transformers Llama in NF4; its weights are taken over."""
+    """The fastest forward pass available. Takes ownership of the weights of `model`, a transformers Llama in NF4."""
     from deployments.engine.llama.cpu_kernels import KernelsUnavailable
     from deployments.engine.llama.cpu_llama import CpuLlama
     from deployments.engine.llama.torch_llama import TorchLlama
 
     if kv_cache_bytes is None:
-        kv_cache_bytes = _spare_bytes(model.device)
+        kv_cache_bytes = _default_kv_cache_bytes(model.device)
     sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "kv_cache_bytes": kv_cache_bytes}
     if model.device.type == "cpu":
         try:
             return CpuLlama(model, **sizes, max_loras=max_loras)
         except KernelsUnavailable as reason:
-            logger.warning("the CPU kernels are not used, torch's operators are, several times slower: %s", reason)
+            logger.warning(
+                "using torch's operators, several times slower, because the CPU kernels are unavailable: %s", reason
+            )
     return TorchLlama(model, **sizes)
 
 
-def _spare_bytes(device: torch.device) -> int:
-    """What a KV cache may take when nobody says: a gibibyte on a CPU, on CUDA most of what is free."""
+def _default_kv_cache_bytes(device: torch.device) -> int:
+    """Default size of the KV cache: 1 GiB on a CPU, most of the free memory on CUDA."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_KV_CACHE_SHARE)

@@ -1,4 +1,4 @@
-// Products with NF4 weights, which dequantize to the very bits that training used.
+// Products with NF4 weights, which dequantize to the same bits as in training.
 #pragma once
 
 #include <cstring>
@@ -10,9 +10,9 @@
 namespace {
 
 constexpr int kColumns = 32;        // output columns of one work item
-constexpr int kStrip = 2 * kLanes;  // output columns whose sums are in registers at once
+constexpr int kStrip = 2 * kLanes;  // output columns whose sums are held in registers at once
 constexpr int kRows = kRegisters == 32 ? 12 : 6;     // rows that share a pass over a strip: kRows x 2 sums in registers
-constexpr int kTile = kRegisters == 32 ? 256 : 128;  // depth of a dequantized tile, which stays in the nearest cache
+constexpr int kTile = kRegisters == 32 ? 256 : 128;  // depth of a dequantized tile, which stays in L1
 constexpr int kGroup = 64;       // NF4: weights per absmax
 constexpr int kNested = 256;     // absmax values per absmax of absmax (double quantization)
 
@@ -42,7 +42,7 @@ void dequantized_absmax(const Linear& w, int column, int group, float* out) {  /
 constexpr bool kPairs = true;
 using Vec = __m512;
 
-// 16 outputs x 2 inputs as bfloat16, bit for bit what dequantization gives.
+// 16 outputs x 2 inputs as bfloat16, bit-equal to bitsandbytes' dequantization.
 struct Dequantizer {
   __m512 table = _mm512_load_ps(kNf4), low[2], high[2];
   void absmax(const float* values) {  // of 32 outputs
@@ -127,7 +127,7 @@ void fill_tile(const Linear& w, int column, int k0, int depth, bf16* tile) {
 constexpr bool kPairs = false;
 #endif
 
-// The same for float, and for bfloat16 on a CPU without its dot product: tiles of float, [32 / kStrip][depth][kStrip].
+// The same for float, and for bfloat16 on CPUs without its dot product: tiles of float, [32 / kStrip][depth][kStrip].
 template <class T>
 void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T type) {
   const uint8_t* codes = w.codes + int64_t(column) * (w.k / 2) + int64_t(k0 / 2) * 32;
@@ -152,7 +152,7 @@ void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T ty
 #elif defined(__AVX2__)
         const __m256 lower = _mm256_load_ps(kNf4), upper = _mm256_load_ps(kNf4 + 8);
         const __m256i four = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
-        auto value = [&](__m256i index, __m256i top_bit) {  // table[index & 15]; the top bit is that of 8
+        auto value = [&](__m256i index, __m256i top_bit) {  // table[index & 15]; bit 3 of the index is in the top bit
           return (fvec)_mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index), _mm256_permutevar8x32_ps(upper, index),
                                         _mm256_castsi256_ps(top_bit));
         };
@@ -193,7 +193,7 @@ void multiply_tile(const float* tile, int depth, const T* x, int64_t stride, flo
   }
 }
 
-// Call f<R>() with R = rows, 1 to kRows.
+// Call f with an integral_constant of rows, which is 1 to kRows.
 template <class F>
 void with_rows(int rows, F f) {
   switch (rows) {
@@ -203,7 +203,7 @@ void with_rows(int rows, F f) {
   }
 }
 
-// c [rows, 32] = x [rows, k] . weights of outputs column ... column + 31
+// c [rows, 32] = x [rows, k] . weights of outputs column ... column + 31.
 template <class T>
 void matmul(const Linear& w, int column, const T* x, int rows, float* c, void* tile_memory) {
 #if HAVE_BF16_DOT

@@ -1,4 +1,4 @@
-// The vectors of this machine, bfloat16, and arithmetic on both.
+// This machine's vector types, bfloat16, and arithmetic on both.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace {
 
 using bf16 = uint16_t;
 
-// Floats of one register. Wider vectors would compile too, but into scalar code.
+// Floats per register. Wider vectors would also compile, but to scalar code.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRegisters = 32;
 #elif defined(__AVX2__)
@@ -38,7 +38,7 @@ inline void store(float* p, fvec x) { *reinterpret_cast<fvec*>(p) = x; }
 inline fvec load(const bf16* p) {
   return (fvec)(__builtin_convertvector(*reinterpret_cast<const hvec*>(p), uvec) << 16);
 }
-inline uvec rounded_to_bf16(fvec x) {  // to nearest, ties to even; bfloat16 in the upper half of each lane
+inline uvec rounded_to_bf16(fvec x) {  // round to nearest even; the bfloat16 is in the upper half of each lane
   uvec bits = (uvec)x;
   uvec rounded = bits + 0x7fff + ((bits >> 16) & 1);
   uvec is_nan = (uvec)(x != x);

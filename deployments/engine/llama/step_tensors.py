@@ -1,4 +1,4 @@
-"""A `ForwardBatch` as the tensors that `torch_llama.py` computes with, and its padded form for CUDA graphs."""
+"""A `ForwardBatch` as tensors, and its padded form for CUDA graphs."""
 
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -11,17 +11,17 @@ from deployments.engine.llama.lora import NO_ADAPTER
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """Built once a step and used by every layer; `of` builds it on the CPU.
+    """The inputs of a step that all layers share. `of` builds them on the CPU.
 
     Attributes:
         token_ids, positions, adapter_slots: as in `ForwardBatch`, [num_tokens].
-        kv_rows: row of the flattened KV cache that each token's key and value go to, [num_tokens].
+        kv_rows: row of the flattened KV cache for each token's key and value, [num_tokens].
         tables: KV blocks of each sequence, [num_sequences, width].
-        lengths: tokens in the cache after this step, [num_sequences].
-        starts: first token of each sequence, and the number of tokens, [num_sequences + 1].
-        kv_starts: the running sum of `lengths` from 0, [num_sequences + 1].
-        max_new: largest number of new tokens of a sequence.
-        max_length: at least the largest of `lengths`.
+        lengths: tokens of each sequence in the cache after this step, [num_sequences].
+        starts: index of each sequence's first token, then num_tokens, [num_sequences + 1].
+        kv_starts: cumulative sum of `lengths`, starting at 0, [num_sequences + 1].
+        max_new: largest number of new tokens of any sequence.
+        max_length: upper bound of `lengths`.
     """
 
     token_ids: torch.Tensor
@@ -37,7 +37,7 @@ class StepTensors:
 
     @classmethod
     def of(cls, batch: ForwardBatch, block_size: int) -> "StepTensors":
-        """The batch, for a cache with blocks of `block_size` tokens."""
+        """The tensors of a batch, for a cache with blocks of `block_size` tokens."""
         starts = [i for i, s in enumerate(batch.seq_index) if i == 0 or s != batch.seq_index[i - 1]]
         ends = [*starts[1:], len(batch.seq_index)]
         lengths = [batch.positions[end - 1] + 1 for end in ends]
@@ -59,11 +59,11 @@ class StepTensors:
         )
 
     def to(self, device: torch.device) -> "StepTensors":
-        """The same on another device."""
+        """A copy on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def copy_(self, other: "StepTensors") -> None:
-        """Take over the tensors' values from a step of the same shapes."""
+        """Copy the tensors of a step with the same shapes into this one's."""
         for name in _TENSORS:
             getattr(self, name).copy_(getattr(other, name))
 
@@ -71,20 +71,21 @@ class StepTensors:
 _TENSORS = [field.name for field in fields(StepTensors) if field.type is torch.Tensor]
 
 
-def padded(batch: ForwardBatch, num_sequences: int, table_width: int, spare_block: int) -> ForwardBatch:
-    """A batch with one token for each sequence, with sequences added that lie in the spare block and that nobody reads.
+def pad_batch(batch: ForwardBatch, num_sequences: int, table_width: int, spare_block: int) -> ForwardBatch:
+    """Pad a decode batch, with one token per sequence, by dummy sequences in the spare block.
 
     Args:
-        table_width: what the block tables are widened to.
+        num_sequences: number of sequences after padding.
+        table_width: width of the block tables after padding.
         spare_block: a block that no sequence holds.
     """
-    num_added = num_sequences - len(batch.token_ids)
+    num_padding = num_sequences - len(batch.token_ids)
     return ForwardBatch(
-        token_ids=batch.token_ids + [0] * num_added,
-        positions=batch.positions + [0] * num_added,
-        adapter_slots=batch.adapter_slots + [NO_ADAPTER] * num_added,
+        token_ids=batch.token_ids + [0] * num_padding,
+        positions=batch.positions + [0] * num_padding,
+        adapter_slots=batch.adapter_slots + [NO_ADAPTER] * num_padding,
         seq_index=list(range(num_sequences)),
         block_tables=[table + [spare_block] * (table_width - len(table)) for table in batch.block_tables]
-        + [[spare_block] * table_width] * num_added,
+        + [[spare_block] * table_width] * num_padding,
         output_rows=batch.output_rows,
     )

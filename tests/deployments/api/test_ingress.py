@@ -309,7 +309,7 @@ REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
     ("B2 schema name", json_schema({}, name="a b"), 400, "response_format.json_schema.name", "pattern"),
     ("B2 strict", json_schema({"type": "object"}, strict=True), 400, SCHEMA, "additionalProperties: false"),
     ("B9 keyword", json_schema({"items": {"not": {}}}), 400, f"{SCHEMA}.items.not", "not supported"),
-    ("B9 nothing", json_schema({"$ref": "#"}), 400, SCHEMA, "no JSON can be of it"),
+    ("B9 nothing", json_schema({"$ref": "#"}), 400, SCHEMA, "no JSON can match it"),
     ("B9 regex", json_schema({"pattern": "(?=a)"}), 400, SCHEMA, "look-ahead"),
     ("B9 enum", json_schema({"enum": list(range(100_000))}), 400, SCHEMA, "65536"),
     ("B4 empty", {"messages": []}, 400, "messages", "empty"),

