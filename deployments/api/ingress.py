@@ -284,7 +284,7 @@ class ChatIngress:
         self, answers: Sequence[PromptOutput], caller: Caller, trace: RequestTrace
     ) -> AsyncGenerator[list[TextDelta], None]:
         """Pieces of all answers, within the caller's limits; what they used is settled however this generator ends."""
-        trace.num_answers = sum(prompt.generation.n for prompt in answers)
+        trace.num_completions = sum(prompt.generation.n for prompt in answers)
         max_total_tokens = sum(prompt.generation.max_total_tokens for prompt in answers)
         async with self.ledger.admitted(caller, max_total_tokens, trace):
             streams = [self._generate(prompt) for prompt in answers]
