@@ -1,7 +1,6 @@
-"""Ledger: the one place that knows what all replicas of the API have let in, and counts what they served.
+"""Ledger: enforces the limits of API keys and counts usage, over all replicas of the API.
 
-One replica, beside ChatIngress and LlamaModel. The ingress reaches it through `ledger_client.py`: before and after a
-request of a key with limits, and once a second with what was served. Keeps limits in memory and usage on disk.
+A single replica beside ChatIngress and LlamaModel. Keeps limits in memory and usage on disk. Knows nothing of HTTP.
 """
 
 import asyncio
@@ -18,43 +17,44 @@ from deployments.auth.caller import KeyLimits
 
 @serve.deployment(
     num_replicas=1,
-    max_surge_percent=100,  # at a redeploy the next one is there before this one goes
+    max_surge_percent=100,  # on redeployment, the new replica starts before the old one stops
     max_ongoing_requests=1000,
-    health_check_period_s=1,  # how soon Serve sees that it died
+    health_check_period_s=1,  # how soon Serve notices that it died
     # on the head node, where `corral usage` reads the file
     ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
     graceful_shutdown_timeout_s=10,
 )
 class Ledger:
-    """Limits, usage and request metrics. After a crash the usage is whole, and every key's minute begins anew."""
+    """Limits, usage and request metrics. After a crash, usage is intact and the window of every limit is empty."""
 
     def __init__(self) -> None:
         self._limiter = Limiter()
         self._metrics = RequestMetrics()
         self._usage = UsageStore(usage_path())
-        self._counting = asyncio.Lock()
+        self._count_lock = asyncio.Lock()
 
     async def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Admission:
-        """Whether a request that uses up to `num_tokens` may run now."""
+        """Decide whether a request that uses at most `num_tokens` may run now."""
         return self._limiter.admit(key_id, request_id, limits, num_tokens)
 
     async def release(self, key_id: str, request_id: str, num_tokens: int) -> None:
-        """An admitted request has ended, and used so many tokens."""
+        """End an admitted request that used `num_tokens`."""
         self._limiter.release(key_id, request_id, num_tokens)
 
     async def report(
         self, reporter: str, number: int, records: Sequence[RequestRecord], running: Mapping[str, Collection[str]]
     ) -> None:
-        """Count what a replica of the API has served since its last report; returns when it is on disk.
+        """Count what a replica of the API has served since its last report; returns once it is on disk.
 
         Args:
-            number: of this replica's reports; one that is sent again is counted once.
-            running: admitted requests that have not ended, by key.
+            reporter: id of the API replica.
+            number: of this replica's reports, growing; a report that is sent twice is counted once.
+            running: admitted requests that have not ended, by key id.
         """
         self._limiter.renew(running)
         if not records:
             return
-        async with self._counting:
+        async with self._count_lock:
             await asyncio.to_thread(self._count, reporter, number, records)
 
     async def metrics(self) -> str:

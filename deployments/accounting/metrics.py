@@ -1,7 +1,6 @@
-"""What `GET /metrics` prints, in Prometheus' text format, with vLLM's names where vLLM has the metric.
+"""Metrics of `GET /metrics` in Prometheus' text format, named as in vLLM where vLLM has the metric.
 
-RequestMetrics counts requests (the ledger has the one that counts for all replicas of the API); `engine_metrics` shows
-what the model replicas say of themselves. Knows nothing of Ray.
+RequestMetrics counts requests; `engine_metrics` shows the state that model replicas report. Knows nothing of Ray.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +14,10 @@ from deployments.accounting.request_record import RequestRecord
 from deployments.engine.stats import EngineStats
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-_MAX_MODELS = 500  # distinct values of a label; what comes after them is counted as "other"
+_MAX_MODELS = 500  # distinct values of a label; further ones are counted as "other"
 _MAX_KEYS = 200
 
-# Seconds. vLLM's buckets, so that dashboards compare.
+# Seconds. vLLM's buckets, so that dashboards can compare both.
 _FIRST_TOKEN_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
 )  # fmt: skip
@@ -27,7 +26,7 @@ _REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40
 
 
 class RequestMetrics:
-    """Counts requests since it was made. Thread-safe."""
+    """Counts requests since its creation. Thread-safe."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # a second series for each, which Prometheus does not use
@@ -35,15 +34,15 @@ class RequestMetrics:
         by_model, by_key = ("model_name",), ("key",)
         self._requests = Counter(
             "corral_requests",
-            "Requests by route, model (empty: none that is served) and status (499: the client left).",
+            "Requests by route, model (empty: none or unknown) and status (499: the client disconnected).",
             ("route", "model_name", "status"),
             registry=registry,
         )
-        self._prompt_tokens = Counter("corral_prompt_tokens", "Tokens of prompts.", by_model, registry=registry)
+        self._prompt_tokens = Counter("corral_prompt_tokens", "Prompt tokens.", by_model, registry=registry)
         self._cached_tokens = Counter(
-            "corral_prompt_tokens_cached", "Of these, tokens that were not computed.", by_model, registry=registry
+            "corral_prompt_tokens_cached", "Prompt tokens served from the prefix cache.", by_model, registry=registry
         )
-        self._generation_tokens = Counter("corral_generation_tokens", "Tokens of answers.", by_model, registry=registry)
+        self._generation_tokens = Counter("corral_generation_tokens", "Generated tokens.", by_model, registry=registry)
         self._first_token_s = Histogram(
             "corral_time_to_first_token_seconds",
             "From the request to the first token.",
@@ -53,7 +52,7 @@ class RequestMetrics:
         )
         self._token_s = Histogram(
             "corral_time_per_output_token_seconds",
-            "From one token to the next, a request's average.",
+            "Time between output tokens, averaged over a request.",
             by_model,
             registry=registry,
             buckets=_TOKEN_S,
@@ -65,15 +64,15 @@ class RequestMetrics:
             registry=registry,
             buckets=_REQUEST_S,
         )
-        self._key_requests = Counter("corral_key_requests", "Requests by name of the key.", by_key, registry=registry)
+        self._key_requests = Counter("corral_key_requests", "Requests by key name.", by_key, registry=registry)
         self._key_prompt_tokens = Counter(
-            "corral_key_prompt_tokens", "Tokens of prompts by name of the key.", by_key, registry=registry
+            "corral_key_prompt_tokens", "Prompt tokens by key name.", by_key, registry=registry
         )
         self._key_generation_tokens = Counter(
-            "corral_key_generation_tokens", "Tokens of answers by name of the key.", by_key, registry=registry
+            "corral_key_generation_tokens", "Generated tokens by key name.", by_key, registry=registry
         )
-        self._models = _Bounded(_MAX_MODELS)
-        self._keys = _Bounded(_MAX_KEYS)
+        self._models = _BoundedLabel(_MAX_MODELS)
+        self._keys = _BoundedLabel(_MAX_KEYS)
 
     def add(self, record: RequestRecord) -> None:
         """Count one request."""
@@ -102,38 +101,38 @@ class RequestMetrics:
         return generate_latest(self._registry).decode()
 
 
-class _Bounded:
-    """The first `limit` values of a label as they are, and "other" for the rest."""
+class _BoundedLabel:
+    """Keeps the first `limit` values of a label, and maps all others to "other"."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._known: set[str] = set()
+        self._values: set[str] = set()
 
     def label(self, value: str) -> str:
-        if value not in self._known:
-            if len(self._known) >= self._limit:
+        if value not in self._values:
+            if len(self._values) >= self._limit:
                 return "other"
-            self._known.add(value)
+            self._values.add(value)
         return value
 
 
 def engine_metrics(engines: Mapping[str, EngineStats]) -> str:
-    """The state of the model replicas that answer now, by the replica's id."""
+    """The state of the model replicas that responded, by replica id."""
     registry = CollectorRegistry()
-    registry.register(_Engines(engines))
+    registry.register(_EngineCollector(engines))
     return generate_latest(registry).decode()
 
 
-class _Engines(Collector):
+class _EngineCollector(Collector):
     def __init__(self, engines: Mapping[str, EngineStats]) -> None:
         self._engines = engines
 
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily("corral_replicas", "Model replicas that answer.", value=len(self._engines))
-        yield self._gauge("num_requests_running", "Sequences that run.", lambda stats: stats.num_running)
-        yield self._gauge("num_requests_waiting", "Sequences that wait.", lambda stats: stats.num_waiting)
-        yield self._gauge("kv_cache_usage_perc", "KV cache in use, 0 to 1.", lambda stats: stats.kv_cache_usage)
-        yield self._gauge("num_loaded_adapters", "Adapters that are loaded.", lambda stats: stats.num_loaded_adapters)
+        yield GaugeMetricFamily("corral_replicas", "Model replicas that responded.", value=len(self._engines))
+        yield self._gauge("num_requests_running", "Running sequences.", lambda stats: stats.num_running)
+        yield self._gauge("num_requests_waiting", "Waiting sequences.", lambda stats: stats.num_waiting)
+        yield self._gauge("kv_cache_usage_perc", "KV cache usage, 0 to 1.", lambda stats: stats.kv_cache_usage)
+        yield self._gauge("num_loaded_adapters", "Loaded adapters.", lambda stats: stats.num_loaded_adapters)
         yield self._counter(
             "prefix_cache_queries",
             "Prompt tokens looked up in the prefix cache.",
@@ -143,7 +142,7 @@ class _Engines(Collector):
             "prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_cache_hits
         )
         yield self._counter(
-            "num_preemptions", "Sequences that gave their KV blocks back.", lambda stats: stats.num_preemptions
+            "num_preemptions", "Sequences preempted to free KV blocks.", lambda stats: stats.num_preemptions
         )
 
     def _gauge(self, name: str, help_text: str, value: Callable[[EngineStats], float]) -> Metric:

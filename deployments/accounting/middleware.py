@@ -1,7 +1,7 @@
-"""Every HTTP request is recorded, including those that reach no route: a wrong key, a broken body, an unknown path.
+"""Records every HTTP request, including those that reach no route: an invalid key, a malformed body, an unknown path.
 
-`RequestTraceMiddleware` opens a `RequestTrace` and closes it when the answer is complete or the client has left; routes
-that know more about the request take it as `CurrentTrace` and fill it in.
+`RequestTraceMiddleware` opens a `RequestTrace` and closes it when the response is complete or the client has
+disconnected; routes that know more about the request declare a `CurrentTrace` and fill it in.
 """
 
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.accounting.ledger_client import LedgerClient
-from deployments.accounting.request_record import CLIENT_LEFT, RequestTrace
+from deployments.accounting.request_record import CLIENT_CLOSED_REQUEST, RequestTrace
 from deployments.auth.dependencies import ChatCaller
 
 _KEY = "corral.trace"  # in the scope, which belongs to one request
 
 
 class RequestTraceMiddleware:
-    """The outermost, so that it sees what the others refuse.
+    """Must be the outermost middleware, so that it sees what the others refuse.
 
     Args:
-        ledger: finds this replica's client, which is made after the application.
+        ledger: returns this replica's client, which is created after the application.
     """
 
     def __init__(self, app: ASGIApp, ledger: Callable[[], LedgerClient]) -> None:
@@ -33,24 +33,24 @@ class RequestTraceMiddleware:
             await self._app(scope, receive, send)
             return
         trace = scope[_KEY] = RequestTrace()
-        whole = False
+        is_complete = False
 
-        async def watch(message: Message) -> None:
-            nonlocal whole
+        async def traced_send(message: Message) -> None:
+            nonlocal is_complete
             if message["type"] == "http.response.start":
                 trace.status = message["status"]
             elif message["type"] == "http.response.body":
-                whole = not message.get("more_body", False)
+                is_complete = not message.get("more_body", False)
             await send(message)
 
         with self._ledger().recorded(trace):
             try:
-                await self._app(scope, receive, watch)
+                await self._app(scope, receive, traced_send)
             finally:
                 if (route := scope.get("route")) is not None:
                     trace.route = route.path
-                if trace.status and not whole:
-                    trace.status = CLIENT_LEFT
+                if trace.status and not is_complete:
+                    trace.status = CLIENT_CLOSED_REQUEST
 
 
 async def _current_trace(request: Request, caller: ChatCaller) -> RequestTrace:

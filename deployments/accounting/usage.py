@@ -1,6 +1,6 @@
 """Usage per key, model and day, in `CORRAL_HOME/usage.db`.
 
-The ledger adds to it; `corral usage` reads it, whether a server runs or not. Needs the standard library only.
+It can be read whether or not a server is running. Needs only the standard library, and knows nothing of Ray or HTTP.
 """
 
 import os
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 By = Literal["key", "model", "day"]
 
-_BUSY_S = 5.0  # wait for another writer: while a server is redeployed there are two
+_BUSY_S = 5.0  # to wait for another writer: there are two while a server is redeployed
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS usage (
     day TEXT NOT NULL,  -- UTC
-    key_id TEXT NOT NULL,  -- empty: without a key
+    key_id TEXT NOT NULL,  -- empty for requests without a key
     model TEXT NOT NULL,
     key_name TEXT NOT NULL,
     requests INTEGER NOT NULL,
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS usage (
     errors INTEGER NOT NULL,  -- of the requests
     PRIMARY KEY (day, key_id, model)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS reports (  -- the last one of each replica of the API
+CREATE TABLE IF NOT EXISTS reports (  -- last report of each replica of the API
     reporter TEXT PRIMARY KEY,
     number INTEGER NOT NULL,
     day TEXT NOT NULL
@@ -61,9 +61,9 @@ _COLUMNS: dict[By | None, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """Sums over what its first three fields have in common; those that differ within it are None.
+    """Sums over all usage of one day, key or model; columns that are not grouped by are None.
 
-    `key_id` is empty for requests without a key.
+    `key_id` is empty for requests without a key; `key` is the key's name.
     """
 
     day: str | None
@@ -78,26 +78,26 @@ class UsageRow:
 
 
 class UsageStore:
-    """The writing side. What `add` has returned for is there after `kill -9`. One thread at a time."""
+    """Writes usage. What `add` has returned for survives `kill -9`. For one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite creates its other files with the same mode
         path.chmod(0o600)
         self._db = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")  # a power cut may take the last seconds, not the file
+        self._db.execute("PRAGMA synchronous = NORMAL")  # a power failure may lose the last seconds, not the file
         self._db.executescript(_SCHEMA)
         self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def add(self, reporter: str, number: int, records: "Iterable[RequestRecord]") -> bool:
-        """Count requests, all or none of them; False if this report of this reporter was counted before.
+        """Count requests in one transaction; False if this report was counted before.
 
         Args:
-            reporter: a replica of the API.
+            reporter: id of the API replica.
             number: of its reports, growing.
 
         Raises:
-            sqlite3.Error: nothing was counted.
+            sqlite3.Error: on failure; nothing was counted.
         """
         today = datetime.now(UTC).date().isoformat()
         with self._db:
@@ -107,22 +107,22 @@ class UsageStore:
                 return False
             self._db.execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?)", (reporter, number, today))
             if last is None:
-                self._db.execute("DELETE FROM reports WHERE day < date('now', '-2 days')")  # of replicas long gone
+                self._db.execute("DELETE FROM reports WHERE day < date('now', '-2 days')")  # of former replicas
             self._db.executemany(_ADD, [_values(record) for record in records if record.model is not None])
         return True
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the database."""
         self._db.close()
 
 
 def usage_path() -> Path:
-    """Where usage is kept."""
+    """Path of the usage database."""
     return corral_home() / "usage.db"
 
 
 def read_usage(path: Path, since: date, by: By | None = None) -> list[UsageRow]:
-    """Usage from a day on, summed by key, model or day, by default by key and model; most tokens or newest first.
+    """Usage since a day, summed by key, model or day (default: by key and model); most tokens first, or newest day.
 
     Raises:
         CorralError: the file cannot be read.
@@ -143,7 +143,7 @@ def read_usage(path: Path, since: date, by: By | None = None) -> list[UsageRow]:
             return [UsageRow(*row) for row in db.execute(query, (since.isoformat(),))]
     except sqlite3.Error as error:
         raise CorralError(
-            f"usage in {str(path)!r} cannot be read: {error}: move the file away to begin anew"
+            f"usage in {str(path)!r} cannot be read: {error}: move the file away to start a new one"
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""The registry as administrators see and change it, over HTTP and from a terminal.
+"""Administration of the adapter registry, in wire types: list, promote, roll back, delete.
 
-Every change is one line of the audit log. What the registry allows is its own matter.
+Every change is written to the audit log, refused or not. Knows nothing of HTTP; the registry decides what is allowed.
 """
 
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from training.registry.registry import AdapterRegistry
 
 
 class AdapterAdmin:
-    """One registry, and who changes it.
+    """One registry, and the actor who changes it.
 
     Every method raises:
         AdapterNotFound: there is no such adapter, version or alias.
-        RegistryConflict: aliases or canaries stand against the change.
-        RegistryError: the registry cannot be read or written, or an alias has no acceptable name.
+        RegistryConflict: an alias or a canary prevents the change.
+        RegistryError: the registry cannot be read or written, or the name of an alias is not valid.
 
     Args:
-        actor: as the audit log is to call them.
+        actor: recorded in the audit log.
     """
 
     def __init__(self, registry: AdapterRegistry, actor: Mapping[str, Any]) -> None:
@@ -32,32 +32,32 @@ class AdapterAdmin:
         self._actor = actor
 
     def adapters(self) -> list[Adapter]:
-        """Every adapter with all of its versions."""
+        """All adapters with their versions."""
         by_name: dict[str, list[AdapterManifest]] = {}
         for manifest in self._registry.list():
             by_name.setdefault(manifest.name, []).append(manifest)
         return [self._adapter(name, manifests) for name, manifests in by_name.items()]
 
     def adapter(self, name: str) -> Adapter:
-        """One of them."""
+        """One adapter with its versions."""
         return self._adapter(name, [self._registry.manifest(name, v) for v in self._registry.versions(name)])
 
     def promote(self, name: str, version: int, alias: str, percent: float) -> AdapterChange:
-        """Point an alias at a version; below 100 percent as a canary beside the champion."""
+        """Point an alias at a version; below 100 percent, make it the canary beside the champion."""
         with audited(self._actor, "promote", name, alias=alias, version=version, percent=percent) as record:
             change = self._promoter.promote(name, version, alias, percent)
             record |= {"before": change.before.record(), "after": change.after.record()}
         return _wire_change(change)
 
     def rollback(self, name: str, alias: str) -> AdapterChange:
-        """End the canary, or point an alias at what it pointed at before."""
+        """End the canary, or point an alias at its previous version."""
         with audited(self._actor, "rollback", name, alias=alias) as record:
             change = self._promoter.rollback(name, alias)
             record |= {"before": change.before.record(), "after": change.after.record()}
         return _wire_change(change)
 
     def delete_version(self, name: str, version: int) -> DeletedVersion:
-        """Remove a version for good. Answers that replicas are making with it end as they would have."""
+        """Delete a version permanently. Requests in progress with it run to completion."""
         with audited(self._actor, "delete", f"{name}@{version}"):
             self._promoter.delete(name, version)
         return DeletedVersion(name=name, version=version)
@@ -69,7 +69,7 @@ class AdapterAdmin:
 
 
 def canary_of(traffic: Traffic) -> Canary | None:
-    """The canary as clients are told of it."""
+    """The canary in its wire type."""
     canary = traffic.canary
     return None if canary is None else Canary(version=canary.version, percent=canary.percent)
 

@@ -1,7 +1,7 @@
-"""`/docs`: the API in Swagger UI, with nothing fetched from elsewhere.
+"""`/docs`: the API in Swagger UI, without external resources.
 
-FastAPI's own page has the reader's browser load Swagger UI from a CDN. Here its files come from the package
-`fastapi-offline`, and the page may load nothing else. Addresses in it are relative, so that any route prefix will do.
+FastAPI's own page loads Swagger UI from a CDN. Here its files come from the package `fastapi-offline`, and the content
+security policy forbids all others. URLs are relative, so that the page works under any route prefix.
 """
 
 from importlib.resources import files
@@ -39,7 +39,7 @@ _HEADERS = {
 
 
 def add_docs(api: FastAPI) -> None:
-    """Put the page and its files under `/docs`, for whoever may call the API."""
+    """Add the page and its files under `/docs`, for callers who may use the API."""
     api.add_api_route("/docs", _docs, include_in_schema=False)
     api.add_api_route("/docs/{name}", _docs_file, include_in_schema=False)
 
@@ -48,11 +48,11 @@ async def _docs(caller: ChatCaller) -> HTMLResponse:
     return HTMLResponse(_PAGE, headers=_HEADERS)
 
 
-def _docs_file(name: str, caller: ChatCaller) -> Response:  # no coroutine: FastAPI runs it in a thread
+def _docs_file(name: str, caller: ChatCaller) -> Response:  # not a coroutine, so that FastAPI runs it in a thread
     if name == "start.js":
         return Response(_START, media_type="text/javascript", headers=_HEADERS)
     if name not in _MEDIA_TYPES:
-        raise HTTPException(404, f"/docs has no file {name!r:.80}")
+        raise HTTPException(404, f"no such file: /docs/{name:.80}")
     content = files("fastapi_offline").joinpath("static", name).read_bytes()
     headers = {**_HEADERS, "cache-control": "private, max-age=3600"}
     return Response(content, media_type=_MEDIA_TYPES[name], headers=headers)

@@ -1,7 +1,6 @@
-"""The FastAPI application under the ingress: what every HTTP request meets before and after its route.
+"""The FastAPI application of the ingress, before its routes are added: body limit, error responses, documentation.
 
-A limit on the body's size, and every error in OpenAI's shape. The routes are `ingress.py`'s; Ray Serve's proxy puts
-`x-request-id` on every response and into its log.
+Every error becomes an OpenAI error object. Ray Serve's proxy adds `x-request-id` to every response, and logs it.
 """
 
 import logging
@@ -22,26 +21,26 @@ from training.errors import CorralError
 
 _HEADERS = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 
-RequestId = Annotated[str | None, Header(alias="x-request-id", include_in_schema=False)]  # none without Ray's proxies
+RequestId = Annotated[str | None, Header(alias="x-request-id", include_in_schema=False)]  # None without Ray's proxy
 
 logger = logging.getLogger("ray.serve")
 
 
 def create_api() -> FastAPI:
-    """An application whose only routes are its own documentation's."""
+    """An application without routes other than those of its documentation."""
     api = FastAPI(
         title="Corral",
         description="Llama chat models and their adapters, OpenAI-compatible.",
-        openapi_url=None,  # its own routes would ask nobody for a key
-        # Also keeps FastAPI from announcing 422 in its own shape, which is never answered.
+        openapi_url=None,  # FastAPI's own documentation routes need no key
+        # Also keeps FastAPI from documenting its own 422 response, which is never sent.
         responses={"default": {"model": ErrorResponse, "description": "Any other error."}},
     )
     api.add_api_route("/openapi.json", _openapi, include_in_schema=False)
     add_docs(api)
-    api.add_exception_handler(CorralError, _answer_corral_error)
-    api.add_exception_handler(RequestValidationError, _answer_validation_error)
-    api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_exception_handler(Exception, _answer_unexpected)
+    api.add_exception_handler(CorralError, _corral_error_response)
+    api.add_exception_handler(RequestValidationError, _validation_error_response)
+    api.add_exception_handler(HTTPException, _http_exception_response)
+    api.add_exception_handler(Exception, _unexpected_error_response)
     api.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
     return api
 
@@ -52,52 +51,52 @@ async def _openapi(request: Request, caller: ChatCaller) -> JSONResponse:
     return JSONResponse({**schema, "servers": servers} if servers else schema)
 
 
-async def _answer_corral_error(_: Request, error: Exception) -> JSONResponse:
+async def _corral_error_response(_: Request, error: Exception) -> JSONResponse:
     status, body = error_response(error)
     headers = error.headers if isinstance(error, RateLimited) else _HEADERS.get(status)
     return JSONResponse(body.model_dump(), status, headers)
 
 
-async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _validation_error_response(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
     first = errors[0]
     if first["type"] == "json_invalid":
-        body = error_body(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+        body = error_body(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     else:
-        where = _place(first, error.body)
-        for other in errors[1:]:  # of the types of a union that pydantic tried, the one that got furthest
-            deeper = _place(other, error.body)
-            if len(deeper) > len(where) and deeper[: len(where)] == where:
-                first, where = other, deeper
-        param = ".".join(where) or None
+        path = _field_path(first, error.body)
+        for other in errors[1:]:  # of the members of a union that pydantic tried, the one that matched furthest
+            other_path = _field_path(other, error.body)
+            if len(other_path) > len(path) and other_path[: len(path)] == path:
+                first, path = other, other_path
+        param = ".".join(path) or None
         message = first["msg"].removeprefix("Value error, ")
         body = error_body(400, f"{param or 'the body'}: {message}", param)
     return JSONResponse(body.model_dump(), 400)
 
 
-def _place(error: dict[str, Any], body: Any) -> list[str]:
-    """Where in the body the error is, without the names of a union's types."""
-    found = []
+def _field_path(error: dict[str, Any], body: Any) -> list[str]:
+    """Path of the error in the body, without the names of union members that pydantic puts between."""
+    path = []
     for part in error["loc"][1:]:
-        inside = isinstance(body, dict) and part in body
-        inside |= isinstance(body, list) and isinstance(part, int) and part < len(body)
-        if inside or error["type"] == "missing" or body is None:
-            found.append(str(part))
-        if inside:
+        in_body = isinstance(body, dict) and part in body
+        in_body |= isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if in_body or error["type"] == "missing" or body is None:
+            path.append(str(part))
+        if in_body:
             body = body[part]
-    return found
+    return path
 
 
-async def _answer_http_exception(_: Request, error: Exception) -> JSONResponse:
+async def _http_exception_response(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
-    if message == "There was an error parsing the body":  # FastAPI's word for what its JSON parser gave up on
-        message = "the body is not acceptable JSON: it nests too deeply, is not UTF-8 or has an endless number"
+    if message == "There was an error parsing the body":  # FastAPI's text when its JSON parser raises
+        message = "the body cannot be parsed as JSON: it is nested too deeply, is not UTF-8 or has too long a number"
     return JSONResponse(error_body(error.status_code, message).model_dump(), error.status_code, error.headers)
 
 
-async def _answer_unexpected(request: Request, error: Exception) -> JSONResponse:
+async def _unexpected_error_response(request: Request, error: Exception) -> JSONResponse:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
     status, body = error_response(error)
     return JSONResponse(body.model_dump(), status)

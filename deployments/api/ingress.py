@@ -1,8 +1,8 @@
 """ChatIngress: OpenAI's HTTP API in front of the model replicas.
 
-A request is validated (`protocol.py`), rendered to token ids (`rendering.py`) and sent to a replica; what comes back
-is turned into text (`answers.py`) and written as OpenAI does (`shapes.py`). Errors become status codes before the first
-byte of an answer. The UI calls `chat` and `models` by handle and gets the same treatment.
+A request is validated (`protocol/`), rendered to token ids (`rendering.py`) and sent to a replica. The replica's token
+deltas become text (`outputs.py`) and then OpenAI's responses (`openai_responses.py`). Errors become status codes before
+the first byte of a response. `chat` and `models` offer the same to callers inside the cluster, by handle.
 """
 
 import asyncio
@@ -65,31 +65,30 @@ from training.registry.registry import AdapterRegistry
 _READY_TIMEOUT_S = 10.0
 _STATS_TIMEOUT_S = 2.0
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The request is not acceptable; `param` names the field."},
+    400: {"model": ErrorResponse, "description": "The request is not valid; `param` names the field."},
     404: {"model": ErrorResponse, "description": "No such model."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
-    429: {"model": ErrorResponse, "description": "The key's limits are used up; `Retry-After` says for how long."},
+    429: {"model": ErrorResponse, "description": "A limit of the key is reached; `Retry-After` says how long to wait."},
     500: {"model": ErrorResponse, "description": "The server failed."},
-    503: {"model": ErrorResponse, "description": "No capacity now; try again."},
+    503: {"model": ErrorResponse, "description": "Temporarily unavailable; try again."},
 }
-_TOKENS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (400, 404, 413, 500)}
-_CHANGES: dict[int | str, dict[str, Any]] = _TOKENS | {
-    409: {"model": ErrorResponse, "description": "An alias or a canary stands against it."}
+_TOKENIZER_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (400, 404, 413, 500)}
+_ADMIN_ERRORS: dict[int | str, dict[str, Any]] = _TOKENIZER_ERRORS | {
+    409: {"model": ErrorResponse, "description": "An alias or a canary prevents the change."}
 }
-_ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
-
-_METRICS: dict[int | str, dict[str, Any]] = {
+_COMPLETION_RESPONSES = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The completion."}}
+_METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."},
     503: _ERRORS[503],
 }
 
 
 def _ledger() -> LedgerClient:
-    """This replica's."""
+    """This replica's client of the ledger."""
     return cast("ChatIngress", serve.get_replica_context().servable_object).ledger
 
 
-api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
+api = create_api()  # complete before the class: `serve.ingress` copies it
 api.add_middleware(RequestTraceMiddleware, ledger=_ledger)
 
 
@@ -99,7 +98,7 @@ class ChatIngress:
     """One replica of the API. Holds tokenizer and chat formats, no weights."""
 
     def __init__(self, model: DeploymentHandle[Any], ledger: DeploymentHandle[Any], args: ServeArgs) -> None:
-        sys.setswitchinterval(0.001)  # threads that render long prompts hand the interpreter back sooner than in 5 ms
+        sys.setswitchinterval(0.001)  # 1 ms instead of 5: threads that render long prompts yield sooner
         self._model = model
         self.ledger = LedgerClient(ledger)
         self._base = resolve_base_model(args.base_model, args.base_revision)
@@ -112,47 +111,47 @@ class ChatIngress:
         self._grammars = GrammarCompiler(self._base, tokenizer, self._vocabulary)
 
     async def __del__(self) -> None:
-        """Ray Serve calls this before the replica ends."""
+        """Called by Ray Serve before the replica stops."""
         await self.ledger.flush()
 
-    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_COMPLETION_RESPONSES)
     async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
-        """Answer a dialog with the base or an adapter, at once or as server-sent events."""
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        """Complete a chat with the base model or an adapter, as one response or as server-sent events."""
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
         trace.model = self._catalog.model_id(manifest)
-        answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
-        shape = ChatFormatter(answer_id, trace.model, self._vocabulary, with_logprobs=body.logprobs)
-        return await self._respond(shape, [answers], body, caller, trace)
+        output = await self._chat_output(body, manifest, completion_id, caller.limits.tpm)
+        formatter = ChatFormatter(completion_id, trace.model, self._vocabulary, with_logprobs=body.logprobs)
+        return await self._respond(formatter, [output], body, caller, trace)
 
-    @api.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
+    @api.post("/v1/completions", response_model=Completion, responses=_COMPLETION_RESPONSES)
     async def completions(self, body: CompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
-        """Continue or score texts with the base or an adapter, at once or as server-sent events."""
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        """Continue or score texts with the base model or an adapter, as one response or as server-sent events."""
+        completion_id = f"cmpl-{uuid.uuid4().hex}"
         manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
         trace.model = self._catalog.model_id(manifest)
-        answers = await asyncio.to_thread(self._text_answers, body, manifest, answer_id)
+        outputs = await asyncio.to_thread(self._text_outputs, body, manifest, completion_id)
         with_logprobs = body.logprobs is not None
-        shape = CompletionFormatter(answer_id, trace.model, self._vocabulary, with_logprobs=with_logprobs)
-        return await self._respond(shape, answers, body, caller, trace)
+        formatter = CompletionFormatter(completion_id, trace.model, self._vocabulary, with_logprobs=with_logprobs)
+        return await self._respond(formatter, outputs, body, caller, trace)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
     async def list_models(self, caller: ChatCaller) -> ModelList:
-        """The base and every adapter version that it can serve."""
+        """List the base model and every version of its adapters."""
         return ModelList(data=await self._catalog.models())
 
     @api.get("/v1/models/{model_id:path}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
     async def retrieve_model(self, model_id: str, caller: ChatCaller) -> Model:
-        """One model, by any id that a request could use."""
+        """Show one model, by any id that a request may name."""
         return await self._catalog.model(model_id)
 
-    @api.post("/tokenize", responses=_TOKENS)
+    @api.post("/tokenize", responses=_TOKENIZER_ERRORS)
     async def tokenize(self, body: TokenizeRequest, caller: ChatCaller) -> TokenizeResponse:
-        """The token ids of a text or a dialog, as an answer to it would begin from."""
+        """The token ids that a text or messages become as a prompt."""
         manifest = await self._catalog.resolve(body.model or self._base.name)
         return await asyncio.to_thread(self._renderer.tokenize, body, manifest)
 
-    @api.post("/detokenize", responses=_TOKENS)
+    @api.post("/detokenize", responses=_TOKENIZER_ERRORS)
     async def detokenize(self, body: DetokenizeRequest, caller: ChatCaller) -> DetokenizeResponse:
         """The text of token ids."""
         await self._catalog.resolve(body.model or self._base.name)
@@ -160,31 +159,31 @@ class ChatIngress:
 
     @api.get("/v1/adapters", responses={500: _ERRORS[500]})
     async def list_adapters(self, caller: AdminCaller) -> AdapterList:
-        """Every adapter with its versions, and where its traffic goes."""
+        """List all adapters with their versions, and where their traffic goes."""
         return AdapterList(data=await asyncio.to_thread(self._admin(caller).adapters))
 
     @api.get("/v1/adapters/{name}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
     async def show_adapter(self, name: str, caller: AdminCaller) -> Adapter:
-        """One adapter with its versions, and where its traffic goes."""
+        """Show one adapter with its versions, and where its traffic goes."""
         return await asyncio.to_thread(self._admin(caller).adapter, name)
 
-    @api.post("/v1/adapters/{name}/promote", responses=_CHANGES)
+    @api.post("/v1/adapters/{name}/promote", responses=_ADMIN_ERRORS)
     async def promote_adapter(
         self, name: str, body: PromoteRequest, caller: AdminCaller, request_id: RequestId = None
     ) -> AdapterChange:
-        """Let an alias point at a version, on every replica at once; below 100 percent, as the champion's canary."""
+        """Point an alias at a version, on every replica at once; below 100 percent, make it the champion's canary."""
         admin = self._admin(caller, request_id)
         return await asyncio.to_thread(admin.promote, name, body.version, body.alias, body.percent)
 
-    @api.post("/v1/adapters/{name}/rollback", responses=_CHANGES)
+    @api.post("/v1/adapters/{name}/rollback", responses=_ADMIN_ERRORS)
     async def roll_back_adapter(
         self, name: str, caller: AdminCaller, body: RollbackRequest | None = None, request_id: RequestId = None
     ) -> AdapterChange:
-        """End the canary, or let an alias point at what it pointed at before."""
+        """End the canary, or point an alias at its previous version."""
         alias = (body or RollbackRequest()).alias
         return await asyncio.to_thread(self._admin(caller, request_id).rollback, name, alias)
 
-    @api.delete("/v1/adapters/{name}/versions/{version}", responses=_CHANGES)
+    @api.delete("/v1/adapters/{name}/versions/{version}", responses=_ADMIN_ERRORS)
     async def delete_adapter_version(
         self,
         name: str,
@@ -192,134 +191,136 @@ class ChatIngress:
         caller: AdminCaller,
         request_id: RequestId = None,
     ) -> DeletedVersion:
-        """Remove a version that no alias points at. PromptOutput in progress with it run to their end."""
+        """Delete a version that no alias points at. Requests in progress with it run to completion."""
         return await asyncio.to_thread(self._admin(caller, request_id).delete_version, name, version)
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
-        """The process answers."""
+        """Liveness: the process responds."""
         return {"status": "ok"}
 
     @api.get("/readyz", responses={503: _ERRORS[503]})
     async def readyz(self) -> dict[str, str]:
-        """A token was generated lately, or can be."""
+        """Readiness: a token was generated recently, or can be generated now."""
         try:
             await asyncio.wait_for(self._model.ready.remote(), _READY_TIMEOUT_S)
         except Exception as error:
-            raise NotReady("no model replica is ready: wait, or see the status of the Serve application") from error
+            raise NotReady("no model replica is ready: wait, or check the status of the Serve application") from error
         return {"status": "ready"}
 
-    @api.get("/metrics", response_class=Response, responses=_METRICS)
+    @api.get("/metrics", response_class=Response, responses=_METRICS_RESPONSES)
     async def metrics(self, caller: ChatCaller) -> Response:
-        """Requests over all replicas of the API, and the state of every model replica, for Prometheus."""
+        """Prometheus metrics: requests over all replicas of the API, and the state of every model replica."""
         requests, engines = await asyncio.gather(self.ledger.metrics(), self._engine_metrics())
         return Response(requests + engines, media_type=CONTENT_TYPE)
 
     async def chat(self, body: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[str, None]:
-        """The text of one answer (`n` is 1), piece by piece, for callers inside the cluster.
+        """Stream the text of one completion (`n` is 1), for callers inside the cluster.
 
         Raises:
-            CorralError: as `POST /v1/chat/completions` would answer.
+            CorralError: the same errors as those of `POST /v1/chat/completions`.
         """
         with self.ledger.recorded(RequestTrace(route="ui", caller=caller)) as trace:
             manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
             trace.model = self._catalog.model_id(manifest)
-            answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-            answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
-            async with aclosing(self._admitted([answers], caller, trace)) as batches:
-                async for pieces in batches:
-                    yield "".join(piece.text for piece in pieces)
+            completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+            output = await self._chat_output(body, manifest, completion_id, caller.limits.tpm)
+            async with aclosing(self._admit_and_generate([output], caller, trace)) as batches:
+                async for deltas in batches:
+                    yield "".join(delta.text for delta in deltas)
             trace.status = 200
 
     async def models(self) -> list[Model]:
-        """As `GET /v1/models` lists them, for callers inside the cluster."""
+        """The models of `GET /v1/models`, for callers inside the cluster."""
         return await self._catalog.models()
 
     def _admin(self, caller: Caller, request_id: str | None = None) -> AdapterAdmin:
         actor = {"key_id": caller.key_id, "name": caller.name, "request_id": request_id}
         return AdapterAdmin(self._registry, actor)
 
-    async def _chat_answers(
-        self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str, tpm: int | None
+    async def _chat_output(
+        self, body: ChatCompletionRequest, manifest: AdapterManifest | None, completion_id: str, tpm: int | None
     ) -> PromptOutput:
-        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, answer_id, tpm)
+        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, completion_id, tpm)
         if generation.grammar is not None:
-            await self._grammars.compile(generation.grammar)  # to refuse it here; the replica has its own
+            await self._grammars.compile(generation.grammar)  # only to refuse it here; the replica compiles its own
         return PromptOutput(generation, self._vocabulary, body.stop_strings)
 
-    def _text_answers(
-        self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str
+    def _text_outputs(
+        self, body: CompletionRequest, manifest: AdapterManifest | None, completion_id: str
     ) -> list[PromptOutput]:
-        generations = self._renderer.completion(body, manifest, answer_id)
+        generations = self._renderer.completion(body, manifest, completion_id)
         return [
             PromptOutput(
                 generation,
                 self._vocabulary,
                 body.stop_strings,
-                first_index=prompt * body.n,
+                first_index=prompt_index * body.n,
                 continues_prompt=True,
                 echo=body.echo,
             )
-            for prompt, generation in enumerate(generations)
+            for prompt_index, generation in enumerate(generations)
         ]
 
     async def _respond(
         self,
-        shape: ResponseFormatter,
-        answers: Sequence[PromptOutput],
+        formatter: ResponseFormatter,
+        outputs: Sequence[PromptOutput],
         body: AnyCompletionRequest,
         caller: Caller,
         trace: RequestTrace,
     ) -> Response:
-        batches = self._admitted(answers, caller, trace)
+        """Generate the completions, and respond with one JSON object or with an event stream as the body asks."""
+        batches = self._admit_and_generate(outputs, caller, trace)
         if not body.stream:
-            content = await collect(shape, answers, batches)
+            content = await collect(formatter, outputs, batches)
             return Response(content, media_type="application/json", headers=trace.headers)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = await peek_first(sse_events(shape, answers, batches, include_usage=include_usage))
+        events = await peek_first(sse_events(formatter, outputs, batches, include_usage=include_usage))
         headers = {"cache-control": "no-cache"} | trace.headers
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
-    async def _admitted(
-        self, answers: Sequence[PromptOutput], caller: Caller, trace: RequestTrace
+    async def _admit_and_generate(
+        self, outputs: Sequence[PromptOutput], caller: Caller, trace: RequestTrace
     ) -> AsyncGenerator[list[TextDelta], None]:
-        """Pieces of all answers, within the caller's limits; what they used is settled however this generator ends."""
-        trace.num_answers = sum(prompt.generation.n for prompt in answers)
-        max_total_tokens = sum(prompt.generation.max_total_tokens for prompt in answers)
+        """Batches of text deltas of all prompts, within the caller's limits; `trace` has their usage at the end."""
+        trace.num_completions = sum(output.generation.n for output in outputs)
+        max_total_tokens = sum(output.generation.max_total_tokens for output in outputs)
         async with self.ledger.admitted(caller, max_total_tokens, trace):
-            streams = [self._generate(prompt) for prompt in answers]
+            streams = [self._generate(output) for output in outputs]
             try:
                 async with aclosing(streams[0] if len(streams) == 1 else interleaved(streams)) as batches:
-                    async for pieces in batches:
+                    async for deltas in batches:
                         trace.mark_token()
-                        yield pieces
+                        yield deltas
             except Exception as error:
                 trace.status = error_response(error)[0]
                 raise
             finally:
-                trace.usage = usage_of(answers)
+                trace.usage = usage_of(outputs)
 
-    async def _generate(self, answers: PromptOutput) -> AsyncGenerator[list[TextDelta], None]:
-        """Pieces as the replica makes them, until every answer to the prompt has its finish_reason."""
-        replies: Any = self._model.options(stream=True).generate.remote(answers.generation)
+    async def _generate(self, output: PromptOutput) -> AsyncGenerator[list[TextDelta], None]:
+        """Text deltas of one prompt as a replica generates them, until every completion has its finish_reason."""
+        token_batches: Any = self._model.options(stream=True).generate.remote(output.generation)
         try:
-            async for deltas in replies:
-                if pieces := answers.add(deltas):
-                    yield pieces
-                if answers.finished:
+            async for token_deltas in token_batches:
+                if text_deltas := output.add(token_deltas):
+                    yield text_deltas
+                if output.finished:
                     return
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except RayActorError as error:
-            raise EngineFault("the model replica died while it answered: send the request again") from error
+            raise EngineFault("the model replica died during generation: send the request again") from error
         finally:
-            replies.cancel()
+            token_batches.cancel()
 
     async def _engine_metrics(self) -> str:
-        """Of the model replicas that are there now; nothing while one of them does not answer."""
+        """Metrics of the running model replicas; empty if one of them does not respond in time."""
         try:
-            asked = self._model.broadcast("stats")
-            replies = await asked.results_async(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+            replies = await self._model.broadcast("stats").results_async(
+                timeout_s=_STATS_TIMEOUT_S, return_exceptions=True
+            )
         except (TimeoutError, DeploymentUnavailableError):
             return ""
         engines: dict[str, EngineStats] = dict(reply for reply in replies if not isinstance(reply, BaseException))

@@ -1,4 +1,4 @@
-"""Which models this server has: the base and its adapters, as clients list them and as a request names them."""
+"""The models of a server, the base and its adapters: lists them, and resolves the model id of a request."""
 
 import asyncio
 import difflib
@@ -19,7 +19,7 @@ class ModelCatalog:
     """The base and every adapter version in the registry that was trained on it.
 
     Args:
-        max_model_len: longest prompt plus answer, in tokens.
+        max_model_len: longest prompt plus completion, in tokens.
     """
 
     def __init__(self, base: BaseCheckpoint, registry: AdapterRegistry, max_model_len: int) -> None:
@@ -29,18 +29,18 @@ class ModelCatalog:
         self._started = int(time.time())
 
     async def models(self) -> list[Model]:
-        """The base first, then every adapter version that it can serve, newest first."""
+        """The base first, then every version of its adapters, newest first."""
 
         def adapters() -> list[Model]:
             served = [m for m in self._registry.list() if m.base.name == self._base.name]
-            pointing = {name: self._pointing_at(name) for name in {m.name for m in served}}
+            pointers = {name: self._pointers(name) for name in {m.name for m in served}}
             newest_first = sorted(served, key=lambda m: (m.name, -m.version))
-            return [self._adapter_card(manifest, *pointing[manifest.name]) for manifest in newest_first]
+            return [self._adapter_card(manifest, *pointers[manifest.name]) for manifest in newest_first]
 
         return [self._base_card(), *await asyncio.to_thread(adapters)]
 
     async def model(self, model_id: str) -> Model:
-        """One model, by any id that a request could use.
+        """One model, by any id that a request may name.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -48,26 +48,27 @@ class ModelCatalog:
         manifest = await self.resolve(model_id)
         if manifest is None:
             return self._base_card()
-        return self._adapter_card(manifest, *await asyncio.to_thread(self._pointing_at, manifest.name))
+        return self._adapter_card(manifest, *await asyncio.to_thread(self._pointers, manifest.name))
 
     async def resolve(self, model: str, identity: str | None = None) -> AdapterManifest | None:
-        """The adapter version that a model id means to this identity, None for the base.
+        """The adapter version that a model id selects for this identity, None for the base.
 
         Raises:
-            ModelNotFound: it is not a model id, or there is no such model.
+            ModelNotFound: the id is not valid, or there is no such model.
         """
         try:
-            wanted = parse_model_id(model)
+            requested = parse_model_id(model)
         except RegistryError as error:
             raise ModelNotFound(str(error), "model") from error
-        if wanted.base != self._base.name:
-            near = difflib.get_close_matches(wanted.base, [self._base.name], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"this server has {self._base.name!r} and its adapters"
+        if requested.base != self._base.name:
+            suggestions = difflib.get_close_matches(requested.base, [self._base.name], n=1)
+            served = f"this server serves {self._base.name!r} and its adapters"
+            hint = f"did you mean {suggestions[0]!r}?" if suggestions else served
             raise ModelNotFound(f"model {model!r} is not served here: {hint}", "model")
-        if wanted.adapter is None:
+        if requested.adapter is None:
             return None
         try:
-            return await asyncio.to_thread(self._registry.resolve, wanted.adapter, wanted.ref, identity)
+            return await asyncio.to_thread(self._registry.resolve, requested.adapter, requested.ref, identity)
         except AdapterNotFound as error:
             raise ModelNotFound(str(error), "model") from error
 
@@ -79,7 +80,7 @@ class ModelCatalog:
         base = self._base
         return Model(id=base.name, created=self._started, root=base.source, max_model_len=self._max_model_len)
 
-    def _pointing_at(self, name: str) -> tuple[dict[str, int], Canary | None]:
+    def _pointers(self, name: str) -> tuple[dict[str, int], Canary | None]:
         """The aliases and the canary of an adapter."""
         return self._registry.aliases(name), canary_of(self._registry.traffic(name))
 

@@ -1,6 +1,6 @@
-"""PromptOutput in OpenAI's two response formats, chat completions and (legacy) completions, as one JSON or as events.
+"""OpenAI's response formats, chat completions and (legacy) completions, as one JSON object or as server-sent events.
 
-Everything before a `ResponseFormatter` is the same for both. Knows no prompts and no replicas.
+Only the `ResponseFormatter` differs between the two formats. Knows nothing of prompts or replicas.
 """
 
 import asyncio
@@ -29,93 +29,95 @@ from deployments.protocol.chat import (
 from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 from deployments.text.vocabulary import Vocabulary
 
-_LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
+_MIN_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
 
 logger = logging.getLogger("ray.serve")
 
 
 class ResponseFormatter(ABC):
-    """How the answers of one request are written, which all carry the same id.
+    """Formats the completions of one request, which share one id.
 
-    Chunks are dumped without the fields that are not set, whole answers with all.
+    Chunks are serialized without unset fields, complete responses with all fields.
     """
 
-    def __init__(self, answer_id: str, model: str, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
-        self.answer_id = answer_id
+    def __init__(self, completion_id: str, model: str, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
+        self.completion_id = completion_id
         self._model = model
         self._created = int(time.time())
         self._vocabulary = vocabulary
         self._with_logprobs = with_logprobs
 
     @abstractmethod
-    def complete(self, answers: Sequence[TextDelta], usage: Usage) -> BaseModel:
-        """All of it at once; each answer is one piece with a finish_reason."""
+    def complete(self, completions: Sequence[TextDelta], usage: Usage) -> BaseModel:
+        """The complete response; each completion is one delta with a finish_reason."""
 
     @abstractmethod
-    def first_chunks(self, num_answers: int) -> list[BaseModel]:
-        """Chunks before the first piece."""
+    def first_chunks(self, num_completions: int) -> list[BaseModel]:
+        """Chunks before the first delta."""
 
     @abstractmethod
-    def chunks(self, piece: TextDelta) -> list[BaseModel]:
-        """One chunk for what the piece adds, and one for the end of the answer."""
+    def chunks(self, delta: TextDelta) -> list[BaseModel]:
+        """Chunks for a delta's text and finish_reason."""
 
     @abstractmethod
     def usage(self, usage: Usage) -> BaseModel:
-        """The chunk after all answers, which has no choices."""
+        """The chunk after all completions, which has no choices."""
 
-    def _spelled(self, token_id: int) -> str:
+    def _token_text(self, token_id: int) -> str:
         spelling = self._vocabulary.spelling(token_id)
         try:
             return spelling.decode()
-        except UnicodeDecodeError:  # part of a character
+        except UnicodeDecodeError:  # part of a multi-byte character
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
 
 class ChatFormatter(ResponseFormatter):
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def complete(self, answers: Sequence[TextDelta], usage: Usage) -> ChatCompletion:
-        """One choice for each answer."""
+    def complete(self, completions: Sequence[TextDelta], usage: Usage) -> ChatCompletion:
+        """A response with one choice for each completion."""
         choices = []
-        for answer in answers:
-            assert answer.finish_reason is not None
+        for completion in completions:
+            assert completion.finish_reason is not None
             choices.append(
                 Choice(
-                    index=answer.index,
-                    message=AssistantMessage(content=answer.text),
-                    logprobs=self._logprobs(answer.tokens) if self._with_logprobs else None,
-                    finish_reason=answer.finish_reason,
+                    index=completion.index,
+                    message=AssistantMessage(content=completion.text),
+                    logprobs=self._logprobs(completion.tokens) if self._with_logprobs else None,
+                    finish_reason=completion.finish_reason,
                 )
             )
-        return ChatCompletion(id=self.answer_id, created=self._created, model=self._model, choices=choices, usage=usage)
+        return ChatCompletion(
+            id=self.completion_id, created=self._created, model=self._model, choices=choices, usage=usage
+        )
 
-    def first_chunks(self, num_answers: int) -> list[BaseModel]:
-        """Each answer's role."""
+    def first_chunks(self, num_completions: int) -> list[BaseModel]:
+        """The role of each completion."""
         role = ChoiceDelta(role="assistant", content="")
-        return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_answers)]
+        return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_completions)]
 
-    def chunks(self, piece: TextDelta) -> list[BaseModel]:
+    def chunks(self, delta: TextDelta) -> list[BaseModel]:
         """Content with its log-probabilities, then an empty delta with the finish_reason."""
         chunks: list[BaseModel] = []
-        if piece.text or piece.tokens:
-            choice = ChunkChoice(index=piece.index, delta=ChoiceDelta(content=piece.text), finish_reason=None)
+        if delta.text or delta.tokens:
+            content = ChunkChoice(index=delta.index, delta=ChoiceDelta(content=delta.text), finish_reason=None)
             if self._with_logprobs:
-                choice.logprobs = self._logprobs(piece.tokens)
-            chunks.append(self._chunk([choice]))
-        if piece.finish_reason is not None:
-            end = ChunkChoice(index=piece.index, delta=ChoiceDelta(), finish_reason=piece.finish_reason)
+                content.logprobs = self._logprobs(delta.tokens)
+            chunks.append(self._chunk([content]))
+        if delta.finish_reason is not None:
+            end = ChunkChoice(index=delta.index, delta=ChoiceDelta(), finish_reason=delta.finish_reason)
             chunks.append(self._chunk([end]))
         return chunks
 
     def usage(self, usage: Usage) -> ChatCompletionChunk:
-        """A chunk with `usage` alone."""
+        """A chunk with only `usage`."""
         chunk = self._chunk([])
         chunk.usage = usage
         return chunk
 
     def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
         return ChatCompletionChunk(
-            id=self.answer_id,
+            id=self.completion_id,
             object="chat.completion.chunk",
             created=self._created,
             model=self._model,
@@ -125,108 +127,106 @@ class ChatFormatter(ResponseFormatter):
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs:
         content = []
         for token in tokens:
-            assert token.logprob is not None  # a message never begins with its prompt
-            top = [self._scored(token_id, logprob) for token_id, logprob in token.logprob.top]
-            scored = self._scored(token.token_id, token.logprob.logprob)
-            content.append(
-                ChatTokenLogprob(token=scored.token, logprob=scored.logprob, bytes=scored.bytes, top_logprobs=top)
-            )
+            assert token.logprob is not None  # chats have no echo
+            top = [self._top_logprob(token_id, logprob) for token_id, logprob in token.logprob.top]
+            own = self._top_logprob(token.token_id, token.logprob.logprob)
+            content.append(ChatTokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top))
         return ChatLogprobs(content=content)
 
-    def _scored(self, token_id: int, logprob: float) -> TopLogprob:
+    def _top_logprob(self, token_id: int, logprob: float) -> TopLogprob:
         spelling = list(self._vocabulary.spelling(token_id))
-        return TopLogprob(token=self._spelled(token_id), logprob=max(logprob, _LEAST_LOGPROB), bytes=spelling)
+        return TopLogprob(token=self._token_text(token_id), logprob=max(logprob, _MIN_LOGPROB), bytes=spelling)
 
 
 class CompletionFormatter(ResponseFormatter):
-    """`text_completion`, the same for the whole and for chunks."""
+    """`text_completion`, the same for complete responses and for chunks."""
 
-    def complete(self, answers: Sequence[TextDelta], usage: Usage) -> Completion:
-        """One choice for each answer."""
-        completion = self._completion([self._choice(answer) for answer in answers])
-        completion.usage = usage
-        return completion
+    def complete(self, completions: Sequence[TextDelta], usage: Usage) -> Completion:
+        """A response with one choice for each completion."""
+        response = self._response([self._choice(completion) for completion in completions])
+        response.usage = usage
+        return response
 
-    def first_chunks(self, num_answers: int) -> list[BaseModel]:
-        """Nothing: a text has no role."""
+    def first_chunks(self, num_completions: int) -> list[BaseModel]:
+        """No chunks: a text has no role."""
         return []
 
-    def chunks(self, piece: TextDelta) -> list[BaseModel]:
+    def chunks(self, delta: TextDelta) -> list[BaseModel]:
         """One chunk with text, log-probabilities and finish_reason."""
-        return [self._completion([self._choice(piece)])]
+        return [self._response([self._choice(delta)])]
 
     def usage(self, usage: Usage) -> Completion:
-        """A completion with `usage` alone."""
+        """A chunk with only `usage`."""
         return self.complete([], usage)
 
-    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+    def _response(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
-            id=self.answer_id, object="text_completion", created=self._created, model=self._model, choices=choices
+            id=self.completion_id, object="text_completion", created=self._created, model=self._model, choices=choices
         )
 
-    def _choice(self, piece: TextDelta) -> CompletionChoice:
+    def _choice(self, delta: TextDelta) -> CompletionChoice:
         return CompletionChoice(
-            index=piece.index,
-            text=piece.text,
-            logprobs=self._logprobs(piece.tokens) if self._with_logprobs else None,
-            finish_reason=piece.finish_reason,
+            index=delta.index,
+            text=delta.text,
+            logprobs=self._logprobs(delta.tokens) if self._with_logprobs else None,
+            finish_reason=delta.finish_reason,
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs:
-        scored = [None if token.logprob is None else max(token.logprob.logprob, _LEAST_LOGPROB) for token in tokens]
+        logprobs = [None if token.logprob is None else max(token.logprob.logprob, _MIN_LOGPROB) for token in tokens]
         return CompletionLogprobs(
-            tokens=[self._spelled(token.token_id) for token in tokens],
-            token_logprobs=scored,
+            tokens=[self._token_text(token.token_id) for token in tokens],
+            token_logprobs=logprobs,
             top_logprobs=[self._top(token) for token in tokens],
             text_offset=[token.offset for token in tokens],
         )
 
     def _top(self, token: ScoredToken) -> dict[str, float] | None:
-        """The likeliest tokens and the token itself; of two that are spelled alike, the likelier."""
+        """The most likely tokens and the token itself; of two with the same text, the more likely one."""
         if token.logprob is None:
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*token.logprob.top, (token.token_id, token.logprob.logprob)):
-            top.setdefault(self._spelled(token_id), max(logprob, _LEAST_LOGPROB))
+            top.setdefault(self._token_text(token_id), max(logprob, _MIN_LOGPROB))
         return top
 
 
 async def sse_events(
-    shape: ResponseFormatter,
-    answers: Sequence[PromptOutput],
+    formatter: ResponseFormatter,
+    outputs: Sequence[PromptOutput],
     batches: AsyncGenerator[list[TextDelta], None],
     *,
     include_usage: bool,
 ) -> AsyncGenerator[str, None]:
-    """`answers` as server-sent events while `batches` makes them grow; what is ready together is one string.
+    """Format batches of text deltas, which `outputs` produced, as server-sent events: one string for each batch.
 
-    The first string comes with the first batch, and an error before that is raised. Later ones become an event.
+    An error before the first string is raised; a later one becomes an event.
     """
-    written = False
-    num_open = sum(prompt.generation.n for prompt in answers)
-    ready = _written(shape.first_chunks(num_open))
+    has_started = False
+    num_unfinished = sum(output.generation.n for output in outputs)
+    events = _to_events(formatter.first_chunks(num_unfinished))
     try:
-        async with aclosing(batches):  # a client that leaves here stops the replica at once
-            async for pieces in batches:
-                ready += _written(chunk for piece in pieces for chunk in shape.chunks(piece))
-                num_open -= sum(piece.finish_reason is not None for piece in pieces)
-                if not num_open:
+        async with aclosing(batches):  # when the client disconnects, generation stops at once
+            async for deltas in batches:
+                events += _to_events(chunk for delta in deltas for chunk in formatter.chunks(delta))
+                num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+                if not num_unfinished:
                     break
-                written = True
-                yield ready
-                ready = ""
+                has_started = True
+                yield events
+                events = ""
         if include_usage:
-            ready += _written([shape.usage(usage_of(answers))])
+            events += _to_events([formatter.usage(usage_of(outputs))])
     except Exception as error:
-        if not written:
+        if not has_started:
             raise
-        logger.exception("answer %s broke off", shape.answer_id)
-        ready = f"data: {error_response(error)[1].model_dump_json()}\n\n"
-    yield ready + "data: [DONE]\n\n"
+        logger.exception("response %s was aborted", formatter.completion_id)
+        events = f"data: {error_response(error)[1].model_dump_json()}\n\n"
+    yield events + "data: [DONE]\n\n"
 
 
 async def peek_first(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """The same stream when its first string is there; an error up to then is raised here, not by the stream."""
+    """Wait for the first string of a stream, and return the same stream; an error before it is raised here."""
     first = await anext(stream)
 
     async def resumed() -> AsyncGenerator[str, None]:
@@ -239,23 +239,23 @@ async def peek_first(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, N
 
 
 async def collect(
-    shape: ResponseFormatter, answers: Sequence[PromptOutput], batches: AsyncGenerator[list[TextDelta], None]
+    formatter: ResponseFormatter, outputs: Sequence[PromptOutput], batches: AsyncGenerator[list[TextDelta], None]
 ) -> str:
-    """`answers` as one JSON text, when `batches` has made them whole."""
+    """Format batches of text deltas, which `outputs` produced, as one JSON text once all have arrived."""
     async with aclosing(batches):
-        pieces = [piece async for batch in batches for piece in batch]
+        deltas = [delta async for batch in batches for delta in batch]
 
-    def write() -> str:
-        return shape.complete(merge_deltas(pieces), usage_of(answers)).model_dump_json()
+    def to_json() -> str:
+        return formatter.complete(merge_deltas(deltas), usage_of(outputs)).model_dump_json()
 
-    return await asyncio.to_thread(write)  # scores of a long text take a while
+    return await asyncio.to_thread(to_json)  # log-probabilities of a long text take a while
 
 
-def usage_of(answers: Sequence[PromptOutput]) -> Usage:
-    """Counts of one request so far: each prompt once, all of its answers."""
-    prompt_tokens = sum(len(prompt.generation.prompt_token_ids) for prompt in answers)
-    completion_tokens = sum(prompt.num_tokens for prompt in answers)
-    cached_tokens = sum(prompt.num_cached_tokens for prompt in answers)
+def usage_of(outputs: Sequence[PromptOutput]) -> Usage:
+    """Usage of one request so far; each prompt counts once, whatever `n` is."""
+    prompt_tokens = sum(len(output.generation.prompt_token_ids) for output in outputs)
+    completion_tokens = sum(output.num_tokens for output in outputs)
+    cached_tokens = sum(output.num_cached_tokens for output in outputs)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -264,5 +264,5 @@ def usage_of(answers: Sequence[PromptOutput]) -> Usage:
     )
 
 
-def _written(chunks: Iterable[BaseModel]) -> str:
+def _to_events(chunks: Iterable[BaseModel]) -> str:
     return "".join(f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n" for chunk in chunks)

@@ -1,6 +1,6 @@
-"""From token deltas to text deltas: a prompt's answers before they are formatted as OpenAI's responses.
+"""Token deltas -> text deltas: the completions of a prompt, before they are formatted as OpenAI's responses.
 
-A `PromptOutput` takes what a replica sends for one prompt. Knows nothing of HTTP, chats or adapters.
+A `PromptOutput` takes the token deltas that a replica sends for one prompt. Knows nothing of HTTP, chats or adapters.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from deployments.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token of a piece, where it begins in the answer's text (in characters), and its log-probability.
+    """A token, the character offset at which it begins in its completion, and its log-probability.
 
     `logprob` is None for the first token of an echoed prompt, which nothing predicts.
     """
@@ -30,9 +30,9 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What the answer `index` goes on with; `tokens` only where log-probabilities were asked for.
+    """Text that continues the completion `index`; `tokens` is empty unless log-probabilities were requested.
 
-    The last piece of an answer has a finish_reason.
+    The last delta of a completion has a finish_reason.
     """
 
     index: int
@@ -41,11 +41,11 @@ class TextDelta:
     finish_reason: FinishReason | None = None
 
 
-def merge_deltas(pieces: Iterable[TextDelta]) -> list[TextDelta]:
-    """One piece for each index, in order: of a whole stream of pieces, the whole answers."""
+def merge_deltas(deltas: Iterable[TextDelta]) -> list[TextDelta]:
+    """One delta for each index, in order of the index: all deltas of a stream become one per completion."""
     by_index: dict[int, list[TextDelta]] = {}
-    for piece in pieces:
-        by_index.setdefault(piece.index, []).append(piece)
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
     return [
         TextDelta(
             index,
@@ -60,7 +60,7 @@ def merge_deltas(pieces: Iterable[TextDelta]) -> list[TextDelta]:
 async def interleaved(
     streams: Sequence[AsyncGenerator[list[TextDelta], None]],
 ) -> AsyncGenerator[list[TextDelta], None]:
-    """Items of all streams as they come; an error in one of them, or closing this, closes them all."""
+    """Items of all streams as they arrive; an error in one stream, or closing this generator, closes all streams."""
     pending = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
         while pending:
@@ -80,18 +80,18 @@ async def interleaved(
 
 
 class PromptOutput:
-    """The `n` answers to one prompt, as they grow.
+    """The `n` completions of one prompt while they are generated.
 
     Args:
-        generation: what the replica was asked for; pieces have tokens where its sampling has logprobs.
+        generation: the request to the replica; text deltas have tokens if its sampling has logprobs.
         vocabulary: of the model's tokenizer.
-        stop: strings that end an answer where they begin.
-        first_index: index of the first answer's pieces.
-        continues_prompt: the text goes on in the middle of the prompt's; else it begins anew, as a message does.
-        echo: every answer begins with the prompt; then `generation` has prompt_logprobs if it has logprobs.
+        stop: strings that end a completion where they begin.
+        first_index: index of the first completion.
+        continues_prompt: a completion continues the prompt's text; otherwise it is a text of its own, as a message is.
+        echo: prepend the prompt to every completion; `generation` then has prompt_logprobs if it has logprobs.
 
     Attributes:
-        num_cached_tokens: tokens of the prompt whose keys and values were there already.
+        num_cached_tokens: prompt tokens that were in the prefix cache.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class PromptOutput:
         self._with_tokens = sampling.logprobs is not None
         self._prompt_text = _text_of(prompt_token_ids, vocabulary) if echo else None
         self._prompt_logprobs: Sequence[TokenLogprob | None] | None = None
-        self._early: list[Delta] = []
-        self._answers = [
+        self._held_back: list[Delta] = []
+        self._completions = [
             CompletionStream(
                 first_index + i,
                 Detokenizer(
@@ -127,42 +127,43 @@ class PromptOutput:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all answers so far."""
-        return sum(answer.detokenizer.num_tokens for answer in self._answers)
+        """Tokens of all completions so far."""
+        return sum(completion.detokenizer.num_tokens for completion in self._completions)
 
     @property
     def finished(self) -> bool:
-        """Every answer has its finish_reason: the replica may stop."""
-        return all(answer.finished for answer in self._answers)
+        """Whether every completion has its finish_reason, so that the replica may stop."""
+        return all(completion.finished for completion in self._completions)
 
     def add(self, deltas: Sequence[Delta]) -> list[TextDelta]:
-        """At most one piece for each answer; what comes after an answer's stop string is dropped.
+        """Turn token deltas into at most one text delta for each completion; tokens after a stop string are dropped.
 
         Raises:
-            EngineFault: the engine failed on an answer.
+            EngineFault: the engine failed on a completion.
         """
-        pieces = []
-        for delta in self._in_order(deltas):
+        text_deltas = []
+        for delta in self._after_prompt_logprobs(deltas):
             if delta.index == 0:
                 self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-            answer = self._answers[delta.index]
-            if answer.finished:
+            completion = self._completions[delta.index]
+            if completion.finished:
                 continue
-            if self._prompt_text is not None and not answer.begun:
-                pieces.append(TextDelta(answer.index, self._prompt_text.text, self._prompt_tokens(self._prompt_text)))
-            pieces.append(answer.add(delta))
-        return [piece for piece in merge_deltas(pieces) if piece.text or piece.tokens or piece.finish_reason]
+            if self._prompt_text is not None and not completion.started:
+                prompt_tokens = self._prompt_tokens(self._prompt_text)
+                text_deltas.append(TextDelta(completion.index, self._prompt_text.text, prompt_tokens))
+            text_deltas.append(completion.add(delta))
+        return [delta for delta in merge_deltas(text_deltas) if delta.text or delta.tokens or delta.finish_reason]
 
-    def _in_order(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
-        """Keep deltas back until the log-probabilities of an echoed prompt are there, which answer 0 brings."""
+    def _after_prompt_logprobs(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
+        """Hold deltas back until completion 0 has delivered the log-probabilities of an echoed prompt."""
         if self._prompt_text is None or not self._with_tokens or self._prompt_logprobs is not None:
             return deltas
-        self._early += deltas
-        found = (delta.prompt_logprobs for delta in self._early)
-        self._prompt_logprobs = next((logprobs for logprobs in found if logprobs is not None), None)
+        self._held_back += deltas
+        candidates = (delta.prompt_logprobs for delta in self._held_back)
+        self._prompt_logprobs = next((logprobs for logprobs in candidates if logprobs is not None), None)
         if self._prompt_logprobs is None:
             return []
-        ready, self._early = self._early, []
+        ready, self._held_back = self._held_back, []
         return ready
 
     def _prompt_tokens(self, prompt: SentText) -> list[ScoredToken]:
@@ -173,12 +174,12 @@ class PromptOutput:
 
 
 class CompletionStream:
-    """One of the answers. `offset` is where its text begins in the whole, in characters."""
+    """One completion. `offset` is where its generated text begins, in characters: after an echoed prompt."""
 
     def __init__(self, index: int, detokenizer: Detokenizer, offset: int) -> None:
         self.index = index
         self.detokenizer = detokenizer
-        self.begun = False
+        self.started = False
         self.finished = False
         self._offset = offset
         self._unsent: deque[TokenLogprob] = deque()
@@ -186,7 +187,7 @@ class CompletionStream:
     def add(self, delta: Delta) -> TextDelta:
         if delta.finish_reason == "error":
             raise EngineFault("the engine failed on this request: the replica's log has the cause")
-        self.begun = True
+        self.started = True
         self._unsent += delta.logprobs
         sent = self.detokenizer.push(delta.token_ids)
         text, tokens, finish_reason = sent.text, self._tokens(sent), delta.finish_reason

@@ -1,6 +1,6 @@
-"""From the body of a request to what a model replica gets: rendering, limits and sampling parameters.
+"""Request body -> `GenerationRequest` for a model replica: prompt rendering, length limits, sampling parameters.
 
-The ingress calls this with the adapter that the request's model means. Knows nothing of HTTP responses or Ray.
+Knows nothing of HTTP responses or Ray.
 """
 
 from fastapi.exceptions import RequestValidationError
@@ -24,9 +24,9 @@ from training.registry.manifest import AdapterManifest
 class RequestRenderer:
     """Renders requests for one base model and its adapters.
 
-    Every method raises RequestValidationError where a token id is not in the vocabulary, or a text holds what the model
-    has no token for; `chat` and `completion` raise ContextLengthExceeded where prompt and answer are longer than
-    `max_model_len` tokens.
+    Every method raises RequestValidationError if a token id is not in the vocabulary, or if a text has a character that
+    the model has no token for. `chat` and `completion` raise ContextLengthExceeded if prompt and completion are longer
+    than `max_model_len` tokens.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class RequestRenderer:
     def chat(
         self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str, tpm: int | None = None
     ) -> GenerationRequest:
-        """A dialog in the adapter's own chat format.
+        """Render messages in the adapter's chat format.
 
         Args:
-            tpm: the caller's limit of tokens a minute; an answer whose length was not asked for stays within it.
+            tpm: the caller's limit in tokens per minute; it caps completions without a requested length.
 
         Raises:
-            ChatFormatError: the dialog has no rendering.
+            ChatFormatError: the chat format does not accept the messages.
             ResponseFormatRefused: the schema is not supported.
         """
         grammar = grammar_of(body.response_format)
@@ -66,23 +66,23 @@ class RequestRenderer:
     def completion(
         self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str
     ) -> list[GenerationRequest]:
-        """Each prompt as it is."""
+        """Encode each prompt without a chat format."""
         chat_format = self._chat_format(adapter)
         generations: list[GenerationRequest] = []
-        for where, prompt in body.prompts():
-            prompt_token_ids = self._token_ids(where, prompt)
+        for param, prompt in body.prompts():
+            prompt_token_ids = self._token_ids(param, prompt)
             num_tokens = len(prompt_token_ids)
-            max_tokens = self._max_tokens(body, num_tokens, where, f"{where} takes {num_tokens}")
+            max_tokens = self._max_tokens(body, num_tokens, param, f"{param} takes {num_tokens}")
             sampling = self._sampling(body, max_tokens, chat_format)
-            part_id = f"{request_id}-{len(generations)}"
-            generations.append(GenerationRequest(part_id, prompt_token_ids, sampling, adapter, body.n))
+            generation_id = f"{request_id}-{len(generations)}"
+            generations.append(GenerationRequest(generation_id, prompt_token_ids, sampling, adapter, body.n))
         return generations
 
     def tokenize(self, body: TokenizeRequest, adapter: AdapterManifest | None) -> TokenizeResponse:
-        """The token ids that `chat` or `completion` would make of the same input, however many they are.
+        """The token ids that `chat` or `completion` would send for the same input, without a limit on their number.
 
         Raises:
-            ChatFormatError: the dialog has no rendering.
+            ChatFormatError: the chat format does not accept the messages.
         """
         if body.messages is not None:
             token_ids = self._chat_format(adapter).render_prompt(dialog(body.messages))
@@ -90,13 +90,13 @@ class RequestRenderer:
             token_ids = self._token_ids("prompt", body.prompt or "")
             if body.add_special_tokens is False:
                 token_ids = token_ids[len(self._text_encoder.prefix) :]
-        names = [self._vocabulary.name(token_id) for token_id in token_ids] if body.return_token_strs else None
+        token_strs = [self._vocabulary.name(token_id) for token_id in token_ids] if body.return_token_strs else None
         return TokenizeResponse(
-            count=len(token_ids), max_model_len=self._max_model_len, tokens=token_ids, token_strs=names
+            count=len(token_ids), max_model_len=self._max_model_len, tokens=token_ids, token_strs=token_strs
         )
 
     def detokenize(self, body: DetokenizeRequest) -> DetokenizeResponse:
-        """The text that token ids stand for."""
+        """Decode token ids."""
         return DetokenizeResponse(prompt=self._vocabulary.text(self._token_ids("tokens", body.tokens)))
 
     def _chat_format(self, adapter: AdapterManifest | None) -> ChatFormat:
@@ -106,30 +106,30 @@ class RequestRenderer:
             self._formats[adapter.chat_format] = load_chat_format(adapter.chat_format, self._base, self._tokenizer)
         return self._formats[adapter.chat_format]
 
-    def _token_ids(self, where: str, prompt: str | list[int]) -> list[int]:
+    def _token_ids(self, param: str, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
             for index, token_id in enumerate(prompt):
-                self._check_token_id(token_id, f"{where}.{index}")
+                self._check_token_id(token_id, f"{param}.{index}")
             return prompt
         try:
             return self._text_encoder.encode(prompt)
         except ValueError as error:
-            raise _refused(where, str(error)) from error
+            raise _validation_error(param, str(error)) from error
 
-    def _max_tokens(self, body: AnyCompletionRequest, num_prompt_tokens: int, where: str, taken: str) -> int:
-        """How long an answer may get: what was asked for, else the default or what there is room for."""
+    def _max_tokens(self, body: AnyCompletionRequest, num_prompt_tokens: int, param: str, prompt_size: str) -> int:
+        """The requested length of a completion, or else its default, capped by what fits the context."""
         room = self._max_model_len - num_prompt_tokens
-        asked = body.requested_max_tokens
-        needed = max(1 if asked is None else asked, body.min_tokens)
+        requested = body.requested_max_tokens
+        needed = max(1 if requested is None else requested, body.min_tokens)
         if room < needed:
-            wanted = f" and {needed} for the answer" if needed > 1 or asked else ""
+            completion_size = f" and the completion {needed}" if needed > 1 or requested else ""
             raise ContextLengthExceeded(
-                # clients know this error by OpenAI's words
-                f"this model's maximum context length is {self._max_model_len} tokens, and {taken}{wanted}: shorten it "
-                "or lower max_tokens",
-                where if room < 1 or asked is None else "max_tokens",
+                # clients recognize OpenAI's "maximum context length"
+                f"this model's maximum context length is {self._max_model_len} tokens, but {prompt_size}"
+                f"{completion_size}: shorten the prompt or lower max_tokens",
+                param if room < 1 or requested is None else "max_tokens",
             )
-        return min(room, body.max_tokens or room) if asked is None else asked
+        return min(room, body.max_tokens or room) if requested is None else requested
 
     def _sampling(self, body: AnyCompletionRequest, max_tokens: int, chat_format: ChatFormat) -> SamplingParams:
         for token_id in body.token_biases:
@@ -152,11 +152,12 @@ class RequestRenderer:
             prompt_logprobs=body.num_prompt_logprobs,
         )
 
-    def _check_token_id(self, token_id: int, where: str) -> None:
+    def _check_token_id(self, token_id: int, param: str) -> None:
         if token_id >= self._vocab_size:
-            raise _refused(where, f"{token_id} is no token id of this model: they are 0 to {self._vocab_size - 1}")
+            message = f"token id {token_id} is out of range for this model (0 to {self._vocab_size - 1})"
+            raise _validation_error(param, message)
 
 
-def _refused(where: str, message: str) -> RequestValidationError:
-    """What only the tokenizer can tell, refused as the fields' own types refuse."""
-    return RequestValidationError([{"type": "value_error", "loc": ("body", *where.split(".")), "msg": message}])
+def _validation_error(param: str, message: str) -> RequestValidationError:
+    """An error in a field that only the tokenizer can find, raised as those that the field's type finds."""
+    return RequestValidationError([{"type": "value_error", "loc": ("body", *param.split(".")), "msg": message}])

@@ -1,7 +1,4 @@
-"""Who sends a request, and how much they may ask for: what authentication tells the rest of the API.
-
-`auth.py` makes a Caller out of a request's key, `keys.py` keeps the keys, `ledger.py` holds callers to their limits.
-"""
+"""Callers and their limits: the result of authentication. Knows nothing of HTTP, or of how keys are stored."""
 
 import uuid
 from dataclasses import dataclass
@@ -14,13 +11,13 @@ _Limit = Annotated[int | None, Field(ge=1)]
 
 
 class KeyLimits(BaseModel):
-    """What one key may use, over all replicas of the API; None is no limit."""
+    """Limits of one key over all replicas of the API; None is unlimited."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rpm: _Limit = Field(None, description="requests a minute")
-    tpm: _Limit = Field(None, description="tokens a minute, of prompts and answers together")
-    streams: _Limit = Field(None, description="requests at the same time")
+    rpm: _Limit = Field(None, description="requests per minute")
+    tpm: _Limit = Field(None, description="tokens per minute, prompts and completions together")
+    streams: _Limit = Field(None, description="concurrent requests")
 
 
 NO_LIMITS = KeyLimits()
@@ -28,11 +25,11 @@ NO_LIMITS = KeyLimits()
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who a request comes from.
+    """The sender of a request.
 
     Attributes:
-        key_id: public id of the key, None where no keys exist and everybody on this machine may do everything.
-        name: what the key was called when it was made.
+        key_id: public id of the key, None on a server without keys.
+        name: of the key.
     """
 
     key_id: str | None
@@ -41,7 +38,7 @@ class Caller:
     limits: KeyLimits = NO_LIMITS
 
     def identity(self, user: str | None) -> str:
-        """Whom a canary takes or leaves: the request's user, else the key; what has neither is drawn for itself."""
+        """What a canary is assigned by: the request's user, else the key, else a random id."""
         if user is not None:
             return f"user {user}"
         return f"key {self.key_id}" if self.key_id is not None else f"request {uuid.uuid4().hex}"

@@ -1,7 +1,7 @@
-"""Who may call which route, as FastAPI dependencies: a route that names no caller needs no key.
+"""Authentication as FastAPI dependencies; a route without one of them needs no key.
 
-A key comes as `Authorization: Bearer KEY`. Where there are no keys, everybody on this machine may do everything, which
-only a server that listens on loopback allows; pages of websites, which run on this machine too, may not.
+A key is sent as `Authorization: Bearer KEY`. Without any keys, a server that listens on loopback allows every program
+on this machine to do everything. Web pages of other hosts, which a browser on this machine runs too, are refused.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from deployments.listen_address import frontend_host
 
 logger = logging.getLogger("ray.serve")
 
-_BEARER = HTTPBearer(auto_error=False, description="a key of `corral keys create`; none where the server has no keys")
+_BEARER = HTTPBearer(auto_error=False, description="a key from `corral keys create`; not needed if the server has none")
 
 
 @functools.cache
@@ -48,7 +48,7 @@ ChatCaller = Annotated[Caller, Depends(_chat_caller)]
 
 async def _admin_caller(caller: ChatCaller) -> Caller:
     if "admin" not in caller.scopes:
-        raise MissingScope(f"the API key {caller.name!r} has not the scope 'admin': ask for one that has it")
+        raise MissingScope(f"API key {caller.name!r} lacks the 'admin' scope: use a key that has it")
     return caller
 
 
@@ -57,7 +57,7 @@ AdminCaller = Annotated[Caller, Depends(_admin_caller)]
 
 @contextlib.contextmanager
 def unreadable_keys_logged() -> Iterator[None]:
-    """Tell the log what is wrong with the file of keys, and whoever asks only that something is."""
+    """Log why the key file cannot be read; the client learns only that it cannot."""
     try:
         yield
     except KeysUnreadable as error:
@@ -69,39 +69,39 @@ def bearer_key(headers: Headers) -> str:
     """The key in the one Authorization header.
 
     Raises:
-        InvalidKey: there is no such header, there are several, or it holds something else.
+        InvalidKey: the header is missing, repeated, or does not have this form.
     """
-    given = headers.getlist("authorization")
-    if not given:
-        raise InvalidKey("this server wants an API key: send it as 'Authorization: Bearer KEY'")
-    scheme, _, key = given[0].partition(" ")
-    if len(given) > 1 or scheme.lower() != "bearer" or not key.strip():
-        raise InvalidKey("the Authorization header is not understood: send it once, as 'Authorization: Bearer KEY'")
+    values = headers.getlist("authorization")
+    if not values:
+        raise InvalidKey("this server requires an API key: send it as 'Authorization: Bearer KEY'")
+    scheme, _, key = values[0].partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer" or not key.strip():
+        raise InvalidKey("the Authorization header is not valid: send it once, as 'Authorization: Bearer KEY'")
     return key.strip()
 
 
 async def anonymous(headers: Headers) -> Caller:
-    """Everybody, while there are no keys.
+    """The caller of any request to a server without keys.
 
     Raises:
         InvalidKey: other machines can reach this server.
-        OriginRefused: a page of another host sends this, or it asks for another name than this machine's own.
+        OriginRefused: a web page of another host sent the request, or its `Host` is not a name of this machine.
     """
     if not await asyncio.to_thread(_listens_on_loopback):
-        raise InvalidKey("other machines can reach this server, and it has no API keys: run 'corral keys create' on it")
+        raise InvalidKey("other machines can reach this server, which has no API keys: run 'corral keys create' on it")
     if is_foreign(headers):
-        raise OriginRefused("pages of other hosts may not use this server without a key: run 'corral keys create'")
+        raise OriginRefused("web pages of other hosts may not use a server without keys: run 'corral keys create'")
     hosts = headers.getlist("host")
     if len(hosts) != 1 or not names_loopback(hosts[0]):
         raise OriginRefused(
-            "without keys this server answers under 127.0.0.1 and localhost only: run 'corral keys create'"
+            "without keys, this server can be reached as 127.0.0.1 and localhost only: run 'corral keys create'"
         )
     return ANONYMOUS
 
 
 @functools.cache
 def _listens_on_loopback() -> bool:
-    """As HAProxy or Ray Serve was told; outside of them nothing listens yet."""
+    """By the configuration of HAProxy or of Ray Serve's proxy; outside a replica nothing listens yet."""
     if (host := frontend_host()) is not None:
         return is_loopback(host)
     from ray.serve.context import _get_global_client, _get_internal_replica_context

@@ -1,10 +1,10 @@
-"""The API keys of a server: `CORRAL_HOME/keys.json`, which holds what each may do and the hash of its secret.
+"""The API keys of a server, in `CORRAL_HOME/keys.json`: the permissions of each key and its hash.
 
-`corral keys` writes the file; `auth.py` and the chat page ask at every request who a key belongs to, so a new, revoked
-or expired key counts at once, on every replica that sees the file. Knows nothing of HTTP.
+Every lookup notices a changed file, so new, revoked and expired keys take effect with the next request, on every
+replica that sees the file. Knows nothing of HTTP.
 
-A key is `sk-corral-ID-SECRET`. The secret is 256 random bits, so there is nothing to guess, and a plain SHA-256
-protects it as well as a slow password hash would, at a microsecond a request.
+A key is `sk-corral-ID-SECRET`. The secret is 256 random bits and cannot be guessed, so a plain SHA-256 protects it as
+well as a slow password hash would, in a microsecond per request.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from training.home import corral_home, replace_private_file
 
 KEY_PREFIX = "sk-corral-"
 _SECRET_BYTES = 32
-_ID_BYTES = 5  # names a key, and is no secret
+_ID_BYTES = 5  # public
 _LOCK_TIMEOUT_S = 30
 
 KeyStatus = Literal["valid", "expired", "revoked"]
 
 
 class ApiKey(BaseModel):
-    """All that is kept of a key. It stays after the key was revoked: usage of last month still has a name."""
+    """What is stored of a key. Revoked keys stay in the file, so that their past usage keeps its name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,14 +47,14 @@ class ApiKey(BaseModel):
 
     @property
     def status(self) -> KeyStatus:
-        """Whether it is accepted now, and if not, why."""
+        """Whether the key is accepted now, and if not, why."""
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and self.expires <= datetime.now(UTC) else "valid"
 
     @property
     def caller(self) -> Caller:
-        """Who sends this key; `admin` includes `chat`."""
+        """The caller that this key identifies; the scope `admin` includes `chat`."""
         return Caller(self.id, self.name, frozenset({"chat", *self.scopes}), self.limits)
 
 
@@ -66,68 +66,68 @@ class _KeyFile(BaseModel):
 
 _Version = tuple[int, int, int]  # of a file: mtime in ns, size, inode
 
-# What an unknown id is compared with, so that it takes as long as a known one.
-_NOBODY = ApiKey(id="0" * 10, name="nobody", sha256="0" * 64, scopes=("chat",), created=datetime.now(UTC))
+# Compared with keys of unknown id, so that these take as long as keys of a known id.
+_DUMMY_KEY = ApiKey(id="0" * 10, name="nobody", sha256="0" * 64, scopes=("chat",), created=datetime.now(UTC))
 
 
 class KeyStore:
-    """The keys in one file, by default `CORRAL_HOME/keys.json`; read again whenever it has changed.
+    """The keys in one file, by default `CORRAL_HOME/keys.json`, which is read again whenever it has changed.
 
-    Every method raises KeysUnreadable if the file is there and cannot be read: a broken file lets nobody in.
+    Every method raises KeysUnreadable if the file exists and cannot be read: no request is accepted then.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or corral_home() / "keys.json"
-        self._known: tuple[_Version, dict[str, ApiKey] | str] | None = None
+        self._cache: tuple[_Version, dict[str, ApiKey] | str] | None = None
 
     def list(self) -> list[ApiKey]:
-        """Every key that was ever made, the oldest first."""
+        """All keys, including revoked and expired ones, oldest first."""
         return list(self._keys().values())
 
     @property
     def required(self) -> bool:
-        """Whether everybody needs a key: as soon as there was one, and also when none is valid any more."""
+        """Whether requests need a key: once a key was created, even if none is valid any more."""
         return bool(self._keys())
 
     @property
     def num_valid(self) -> int:
-        """How many keys are accepted now."""
+        """Number of keys that are accepted now."""
         return sum(key.status == "valid" for key in self._keys().values())
 
     def authenticate(self, key: str) -> Caller:
-        """Who `key` belongs to.
+        """The caller that `key` identifies.
 
         Raises:
-            InvalidKey: it is none of ours, or is revoked or expired.
+            InvalidKey: the key is unknown, revoked or expired.
         """
         key_id, _, _ = key.removeprefix(KEY_PREFIX).partition("-")
-        known = self._keys().get(key_id, _NOBODY)
-        if not hmac.compare_digest(_hash(key), known.sha256):
-            raise InvalidKey("the API key is not valid: ask whoever runs this server for one ('corral keys create')")
-        return _accepted(known)
+        api_key = self._keys().get(key_id, _DUMMY_KEY)
+        if not hmac.compare_digest(_hash(key), api_key.sha256):
+            raise InvalidKey("the API key is not valid: ask the operator of this server for one ('corral keys create')")
+        return _valid_caller(api_key)
 
     def caller(self, key_id: str) -> Caller:
-        """Who the key with this id belongs to, for a session that a whole key began.
+        """The caller of a session that was started with the key of this id.
 
         Raises:
-            InvalidKey: there is none, or it is revoked or expired.
+            InvalidKey: the key no longer exists, or is revoked or expired.
         """
-        known = self._keys().get(key_id)
-        if known is None:
-            raise InvalidKey("the key of this session is not there any more: log in with another")
-        return _accepted(known)
+        api_key = self._keys().get(key_id)
+        if api_key is None:
+            raise InvalidKey("the key of this session no longer exists: log in with another key")
+        return _valid_caller(api_key)
 
     def create(
         self, name: str, scopes: tuple[Scope, ...], limits: KeyLimits = NO_LIMITS, expires: datetime | None = None
     ) -> tuple[ApiKey, str]:
-        """Make a key; returns what is kept of it, and the key itself, which nobody can tell again.
+        """Create a key; returns what is stored of it, and the key itself, which cannot be recovered later.
 
         Raises:
-            pydantic.ValidationError: a name or time that the file cannot hold.
+            pydantic.ValidationError: the name or a time is not valid.
         """
         key_id = secrets.token_hex(_ID_BYTES)
         key = f"{KEY_PREFIX}{key_id}-{secrets.token_urlsafe(_SECRET_BYTES)}"
-        made = ApiKey(
+        api_key = ApiKey(
             id=key_id,
             name=name,
             sha256=_hash(key),
@@ -136,17 +136,17 @@ class KeyStore:
             created=datetime.now(UTC).replace(microsecond=0),
             expires=expires,
         )
-        with self._changing() as keys:
-            keys[key_id] = made
-        return made, key
+        with self._locked_keys() as keys:
+            keys[key_id] = api_key
+        return api_key, key
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Accept a key no more.
+        """Revoke a key; revoking it twice changes nothing.
 
         Raises:
             InvalidKey: no key has this id.
         """
-        with self._changing() as keys:
+        with self._locked_keys() as keys:
             if key_id not in keys:
                 raise InvalidKey(f"no key has the id {key_id!r}: 'corral keys list' shows the ids")
             if keys[key_id].revoked is None:
@@ -155,39 +155,39 @@ class KeyStore:
 
     def _keys(self) -> dict[str, ApiKey]:
         try:
-            status = os.stat(self.path)
+            stat = os.stat(self.path)
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise KeysUnreadable(self._unread(error)) from None
-        version = (status.st_mtime_ns, status.st_size, status.st_ino)
-        if self._known is None or self._known[0] != version:
-            self._known = (version, self._read())
-        keys = self._known[1]
+            raise KeysUnreadable(self._unreadable_message(error)) from None
+        version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if self._cache is None or self._cache[0] != version:
+            self._cache = (version, self._read())
+        keys = self._cache[1]
         if isinstance(keys, str):
             raise KeysUnreadable(keys)
         return keys
 
     def _read(self) -> dict[str, ApiKey] | str:
-        """The keys by id, or what is wrong with the file."""
-        mend = "nobody is let in until it is restored, or removed and new keys are made"
+        """The keys by id, or an error message about the file."""
+        remedy = "requests are refused until it is restored, or removed and new keys are created"
         try:
-            listed = _KeyFile.model_validate_json(self.path.read_bytes()).keys
+            keys = _KeyFile.model_validate_json(self.path.read_bytes()).keys
         except OSError as error:
-            return self._unread(error)
+            return self._unreadable_message(error)
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            return f"{self.path} is broken ({f'{place}: ' if place else ''}{first['msg']}): {mend}"
-        keys = {key.id: key for key in listed}
-        return keys if len(keys) == len(listed) else f"{self.path} is broken (two keys have the same id): {mend}"
+            field = ".".join(str(part) for part in first["loc"])
+            return f"{self.path} is broken ({f'{field}: ' if field else ''}{first['msg']}): {remedy}"
+        by_id = {key.id: key for key in keys}
+        return by_id if len(by_id) == len(keys) else f"{self.path} is broken (two keys have the same id): {remedy}"
 
-    def _unread(self, error: OSError) -> str:
-        return f"{self.path} cannot be read ({error.strerror}): nobody is let in until it can"
+    def _unreadable_message(self, error: OSError) -> str:
+        return f"{self.path} cannot be read ({error.strerror}): requests are refused until it can be read"
 
     @contextmanager
-    def _changing(self) -> Iterator[dict[str, ApiKey]]:
-        """The keys by id, to be changed within the block; written at its end, with other writers kept out."""
+    def _locked_keys(self) -> Iterator[dict[str, ApiKey]]:
+        """The keys by id, for changes within the block; written at its end, under a lock against other writers."""
         from filelock import FileLock, Timeout
 
         try:
@@ -206,9 +206,9 @@ def _hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
 
 
-def _accepted(key: ApiKey) -> Caller:
+def _valid_caller(key: ApiKey) -> Caller:
     if key.status == "expired":
-        raise InvalidKey(f"the API key {key.name!r} expired at {key.expires:%Y-%m-%d %H:%M} UTC: ask for a new one")
+        raise InvalidKey(f"API key {key.name!r} expired at {key.expires:%Y-%m-%d %H:%M} UTC: ask for a new one")
     if key.status == "revoked":
-        raise InvalidKey(f"the API key {key.name!r} was revoked: ask for a new one")
+        raise InvalidKey(f"API key {key.name!r} was revoked: ask for a new one")
     return key.caller

@@ -1,8 +1,8 @@
-"""Whether a browser may be behind a request, and of whose page: what `auth.py` and `ui_guard.py` both ask.
+"""Checks of `Origin` and `Host` against requests from web pages of other hosts.
 
-A page of any website can send requests to this machine. It cannot choose the `Origin` and `Host` that its browser
-writes: the first tells the page's own host, the second the name by which it reached us (which is the website's own
-name where that name was made to point here, so-called DNS rebinding).
+A page of any website can make the browser send requests to this machine, but it cannot choose these two headers:
+`Origin` is the page's own host, and `Host` the name by which the server was reached. In a DNS rebinding attack that is
+the website's own name, which was made to resolve to this machine.
 """
 
 import ipaddress
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
-    """Whether a page of another host sends this; a program that is no browser has no `Origin`."""
+    """Whether a web page of another host sent the request; programs other than browsers send no `Origin`."""
     origin = headers.get("origin")
     if origin is None:
         return False
@@ -22,7 +22,7 @@ def is_foreign(headers: Mapping[str, str]) -> bool:
 
 
 def names_loopback(host_header: str) -> bool:
-    """Whether `Host` is a name that only this machine has for itself, such as `localhost:8000` or `[::1]`."""
+    """Whether `Host` is a loopback name or address, such as `localhost:8000` or `[::1]`."""
     try:
         host = urlsplit(f"//{host_header}").hostname or ""
     except ValueError:
@@ -31,7 +31,7 @@ def names_loopback(host_header: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this very machine."""
+    """Whether a host name or address is a loopback one."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,48 +1,46 @@
-"""Wire types of the adapters API (`/v1/adapters`): pydantic only, shared by the ingress and its clients."""
+"""Wire types of the adapters API (`/v1/adapters`), shared by server and clients."""
 
 from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from deployments.protocol.base import Closed
+from deployments.protocol.base import StrictModel
 
 
-def _no_number(alias: str) -> str:
+def _not_a_number(alias: str) -> str:
     if alias.isdecimal():
         raise ValueError("a number names a version, not an alias")
     return alias
 
 
-# As the registry has it, whose module clients do not import.
+# Repeats the registry's pattern, so that clients need not import the registry.
 _Alias = Annotated[
-    str, Field(pattern="^[a-z0-9][a-z0-9._-]{0,62}$", description="which alias"), AfterValidator(_no_number)
+    str, Field(pattern="^[a-z0-9][a-z0-9._-]{0,62}$", description="name of the alias"), AfterValidator(_not_a_number)
 ]
 
 
 class Canary(BaseModel):
-    """A version that gets a share of what is asked of the champion."""
+    """A version that receives a share of the champion's traffic."""
 
     version: int
     percent: float
 
 
 class AdapterVersion(BaseModel):
-    """What there is to know of one version before it is promoted; its manifest has the rest."""
+    """Summary of one version, for deciding on its promotion; its manifest has the rest."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # metrics of a forced version may be NaN
 
-    model_id: str = Field(description="what a request names to get exactly this version")
+    model_id: str = Field(description="model id that requests exactly this version")
     version: int
     base_model: str
-    aliases: list[str] = Field(description="that point at it")
-    canary_percent: float | None = Field(
-        None, description="its share of the champion's traffic, where it is the canary"
-    )
+    aliases: list[str] = Field(description="aliases that point at this version")
+    canary_percent: float | None = Field(None, description="share of the champion's traffic, if it is the canary")
     created: datetime
     chat_format: str
-    method: str | None = Field(description="sft, dpo or kto, where it is known")
-    trained_from: str | None = Field(description="the version that training went on from")
+    method: str | None = Field(description="sft, dpo or kto, if known")
+    trained_from: str | None = Field(description="the version that training continued from")
     run_name: str | None
     metrics: dict[str, float]
     forced: bool = Field(description="registered although it failed a check")
@@ -50,7 +48,7 @@ class AdapterVersion(BaseModel):
 
 
 class Adapter(BaseModel):
-    """An adapter, and where its traffic goes."""
+    """An adapter, its versions, and where its traffic goes."""
 
     object: Literal["adapter"] = "adapter"
     name: str
@@ -60,28 +58,28 @@ class Adapter(BaseModel):
 
 
 class AdapterList(BaseModel):
-    """Answer of `GET /v1/adapters`."""
+    """Response of `GET /v1/adapters`."""
 
     object: Literal["list"] = "list"
     data: list[Adapter]
 
 
-class PromoteRequest(Closed):
+class PromoteRequest(StrictModel):
     """Body of `POST /v1/adapters/{name}/promote`."""
 
     version: int = Field(ge=1, lt=10**9)
-    percent: float = Field(100, gt=0, le=100, description="below 100: as a canary beside the champion, for this share")
+    percent: float = Field(100, gt=0, le=100, description="below 100: share of a canary beside the champion")
     alias: _Alias = "champion"
 
 
-class RollbackRequest(Closed):
-    """Body of `POST /v1/adapters/{name}/rollback`; it may be left out."""
+class RollbackRequest(StrictModel):
+    """Body of `POST /v1/adapters/{name}/rollback`; optional."""
 
     alias: _Alias = "champion"
 
 
 class AdapterChange(BaseModel):
-    """Where an alias' traffic goes after a promotion or rollback, and where it went before."""
+    """Where an alias's traffic goes after a promotion or rollback, and where it went before."""
 
     object: Literal["adapter.alias"] = "adapter.alias"
     name: str
@@ -89,12 +87,12 @@ class AdapterChange(BaseModel):
     alias: str
     version: int
     canary: Canary | None
-    previous_version: int | None = Field(description="null where the alias is new")
+    previous_version: int | None = Field(description="null if the alias is new")
     previous_canary: Canary | None
 
 
 class DeletedVersion(BaseModel):
-    """Answer of `DELETE /v1/adapters/{name}/versions/{version}`."""
+    """Response of `DELETE /v1/adapters/{name}/versions/{version}`."""
 
     object: Literal["adapter.version"] = "adapter.version"
     name: str

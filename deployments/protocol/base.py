@@ -1,15 +1,15 @@
-"""What every part of the API's wire format is built from: closed objects, usage, errors."""
+"""Base types of the API's wire format: strict request models, usage, errors."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 
-class Closed(BaseModel):
-    """A request type: unknown fields, other types than the field's, NaN and infinity are refused.
+class StrictModel(BaseModel):
+    """A request type that refuses unknown fields, values of another type than the field's, NaN and infinity.
 
-    An answer names one thing that is wrong. Looking for more of them in two megabytes of mistakes would hold up the
-    event loop for seconds: lists are FailFast, and of unknown fields one is looked at.
+    An error response names one mistake. Collecting all mistakes of a 2 MB body would block the event loop for seconds,
+    so lists are FailFast, and only the first unknown field is looked at.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -17,11 +17,11 @@ class Closed(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_unknown_field(cls, body: Any) -> Any:
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        if not isinstance(body, dict) or body.keys() <= known:
+        known_fields = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(body, dict) or body.keys() <= known_fields:
             return body
-        first = next(field for field in body if field not in known)
-        return {field: value for field, value in body.items() if field in known or field == first}
+        unknown_field = next(field for field in body if field not in known_fields)
+        return {field: value for field, value in body.items() if field in known_fields or field == unknown_field}
 
 
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
@@ -29,13 +29,13 @@ FinishReason = Literal["stop", "length"]
 
 
 class PromptTokensDetails(BaseModel):
-    """What the prompt's tokens cost."""
+    """Breakdown of the prompt tokens."""
 
-    cached_tokens: int = Field(0, description="tokens whose keys and values were there from earlier requests")
+    cached_tokens: int = Field(0, description="prompt tokens served from the prefix cache")
 
 
 class Usage(BaseModel):
-    """Exact token counts of one request: each prompt once, all of its answers."""
+    """Exact token counts of one request; each prompt counts once, whatever `n` is."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -44,7 +44,7 @@ class Usage(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, in OpenAI's shape."""
+    """OpenAI's error object."""
 
     message: str
     type: str
@@ -53,6 +53,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Body of every answer that is not a success."""
+    """Body of every error response."""
 
     error: ErrorDetail

@@ -1,31 +1,25 @@
-"""OpenAI's wire types as Corral speaks them: pydantic only, closed, shared by the ingress and its callers."""
+"""Wire types of `POST /v1/chat/completions`, shared by server and clients. Unknown request fields are refused."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from deployments.protocol.base import Closed, FinishReason, Usage
+from deployments.protocol.base import FinishReason, StrictModel, Usage
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.generation import MAX_LOGPROBS, GenerationFields
 from training.chat.messages import Message
 
 
-class TextPart(Closed):
+class TextPart(StrictModel):
     """One part of a message's content. Only text is accepted."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Closed):
-    """One message of a dialog. Which order of roles is accepted is the chat format's matter."""
+class ChatMessage(StrictModel):
+    """One message of a conversation. Which roles are accepted, and in which order, depends on the chat format."""
 
     role: str
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
@@ -37,28 +31,30 @@ class ChatMessage(Closed):
 
 
 def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages as the chat formats take them; roles are checked there."""
+    """Messages for a chat format, which checks their roles."""
     return [Message(message.role, message.text()) for message in messages]  # type: ignore[arg-type]
 
 
-class JsonSchemaFormat(Closed):
-    """`response_format.json_schema`: what the answer's JSON must be like."""
+class JsonSchemaFormat(StrictModel):
+    """`response_format.json_schema`: the schema that the completion must follow."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="accepted and not used")
-    description: str | None = Field(None, description="accepted and not used")
-    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema 2020-12; what is not supported is refused")
-    strict: bool | None = Field(None, description="true: every object must say additionalProperties: false")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="accepted but not used")
+    description: str | None = Field(None, description="accepted but not used")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema 2020-12; unsupported keywords are refused")
+    strict: bool | None = Field(None, description="true: every object must have additionalProperties: false")
 
 
-class ResponseFormat(Closed):
-    """`response_format`: any text, some JSON object, or JSON of a schema. Answers are held to it with or without
-    `strict`."""
+class ResponseFormat(StrictModel):
+    """`response_format`: any text, any JSON object, or JSON that follows a schema.
+
+    Completions are constrained to it, with or without `strict`.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = Field(None, description="for type json_schema, and only there")
+    json_schema: JsonSchemaFormat | None = Field(None, description="only with type json_schema, which requires it")
 
     @model_validator(mode="after")
-    def _schema_where_it_belongs(self) -> "ResponseFormat":
+    def _schema_only_for_its_type(self) -> "ResponseFormat":
         if (self.json_schema is not None) != (self.type == "json_schema"):
             raise ValueError(f"type {self.type} {'needs' if self.json_schema is None else 'does not take'} json_schema")
         return self
@@ -68,44 +64,46 @@ class ChatCompletionRequest(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1, description="default: as many as the context has room for")
+    max_tokens: int | None = Field(None, ge=1, description="default: what fits the context")
     max_completion_tokens: int | None = Field(None, ge=1, description="newer name of max_tokens")
-    min_tokens: int = Field(0, ge=0, description="the answer cannot end before so many")
+    min_tokens: int = Field(0, ge=0, description="a completion cannot end before so many tokens")
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description="likeliest tokens to report; needs logprobs: true")
+    top_logprobs: int = Field(
+        0, ge=0, le=MAX_LOGPROBS, description="most likely tokens to report; requires logprobs: true"
+    )
     response_format: ResponseFormat | None = Field(None, description="default: any text")
 
     @field_validator("max_completion_tokens")
     @classmethod
-    def _one_limit(cls, max_completion_tokens: int | None, info: ValidationInfo) -> int | None:
+    def _max_tokens_agree(cls, max_completion_tokens: int | None, info: ValidationInfo) -> int | None:
         if info.data.get("max_tokens") not in (None, max_completion_tokens):
-            raise ValueError("max_tokens and max_completion_tokens differ: give one")
+            raise ValueError("max_tokens and max_completion_tokens differ: set one of them")
         return max_completion_tokens
 
     @field_validator("top_logprobs")
     @classmethod
-    def _top_of_logprobs(cls, top_logprobs: int, info: ValidationInfo) -> int:
+    def _top_logprobs_require_logprobs(cls, top_logprobs: int, info: ValidationInfo) -> int:
         if not info.data.get("logprobs"):
-            raise ValueError("it needs logprobs: true")
+            raise ValueError("requires logprobs: true")
         return top_logprobs
 
     @property
     def requested_max_tokens(self) -> int | None:
-        """The length that was asked for, None for the default: what the context has room for."""
+        """The requested length, None for the default: what fits the context."""
         return self.max_tokens or self.max_completion_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to report at each place, None for no logprobs at all."""
+        """Number of most likely tokens to report at each position, None for no logprobs at all."""
         return self.top_logprobs if self.logprobs else None
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """The same for the places of the prompt."""
+        """The same for the positions of the prompt."""
         return None
 
     def dialog(self) -> list[Message]:
-        """The messages as the chat formats take them."""
+        """The messages for a chat format."""
         return dialog(self.messages)
 
 
@@ -113,9 +111,9 @@ AnyCompletionRequest = ChatCompletionRequest | CompletionRequest
 
 
 class TopLogprob(BaseModel):
-    """A token that could stand at a place, with its log-probability there (-9999 at the least).
+    """A candidate token at a position, with its log-probability (at least -9999).
 
-    A token that is no whole UTF-8 text is written like `bytes:\\xf0\\x9f`.
+    A token that is not valid UTF-8 by itself is written like `bytes:\\xf0\\x9f`.
     """
 
     token: str
@@ -124,26 +122,26 @@ class TopLogprob(BaseModel):
 
 
 class ChatTokenLogprob(TopLogprob):
-    """A token of an answer, and the likeliest at its place, likeliest first."""
+    """A generated token, and the most likely tokens at its position, most likely first."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The tokens of a message or of a chunk, those of a stop string left out."""
+    """The tokens of a message or of a chunk, without those of a stop string."""
 
     content: list[ChatTokenLogprob]
 
 
 class AssistantMessage(BaseModel):
-    """The answer."""
+    """The generated message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class Choice(BaseModel):
-    """One answer of a chat completion."""
+    """One of the `n` completions."""
 
     index: int = 0
     message: AssistantMessage
@@ -152,7 +150,7 @@ class Choice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Answer of `POST /v1/chat/completions` without streaming."""
+    """Response of `POST /v1/chat/completions` without streaming."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -163,7 +161,7 @@ class ChatCompletion(BaseModel):
 
 
 class ChoiceDelta(BaseModel):
-    """What one chunk adds."""
+    """What a chunk adds to its choice."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -179,7 +177,7 @@ class ChunkChoice(BaseModel):
 
 
 class ChatCompletionChunk(BaseModel):
-    """One server-sent event of a streamed answer; the usage chunk has no choices."""
+    """One server-sent event of a streamed response; the usage chunk has no choices."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"

@@ -1,33 +1,33 @@
-"""The fields that chat completions and completions share: how tokens are sampled and where an answer ends."""
+"""Request fields that chat completions and completions share: sampling, and where a completion ends."""
 
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from deployments.protocol.base import Closed
+from deployments.protocol.base import StrictModel
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIASES = 1024
-MAX_ANSWERS = 8
+MAX_N = 8
 MAX_LOGPROBS = 20
 
 
-class StreamOptions(Closed):
+class StreamOptions(StrictModel):
     """`stream_options` of a request."""
 
     include_usage: bool = False
 
 
 def _nullable(schema: dict[str, Any]) -> None:
-    """In the docs too, every field that has a default may be null."""
+    """Mark every field that has a default as nullable in the OpenAPI schema."""
     for name, field in schema["properties"].items():
         if name not in schema["required"] and {"type": "null"} not in field.get("anyOf", []):
-            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **about}
+            annotations = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **annotations}
 
 
-class GenerationFields(Closed):
-    """What both kinds of completion take. A field that is null has its default, as OpenAI has it.
+class GenerationFields(StrictModel):
+    """Fields of both kinds of request. A field that is null has its default, as in OpenAI's API.
 
     Names, defaults and ranges are OpenAI's; top_k, min_p, repetition_penalty, min_tokens and ignore_eos are vLLM's.
     """
@@ -43,14 +43,14 @@ class GenerationFields(Closed):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
-        {}, max_length=MAX_LOGIT_BIASES, description="token id -> what is added to its logit"
+        {}, max_length=MAX_LOGIT_BIASES, description="token id -> bias added to its logit"
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
-    n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="whose request it is: a canary takes all of a user's requests or none")
+    user: str | None = Field(None, description="id of the end user: a canary gets all of a user's requests or none")
     ignore_eos: bool = False
 
     @model_validator(mode="before")
@@ -62,10 +62,10 @@ class GenerationFields(Closed):
 
     @field_validator("logit_bias")
     @classmethod
-    def _biases_of_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
+    def _keys_are_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
         for key in logit_bias:
             if not (key.isascii() and key.isdecimal() and len(key) < 10):
-                raise ValueError(f'{key[:20]!r} is no token id: its keys are token ids, such as "42"')
+                raise ValueError(f'{key[:20]!r} is not a token id: keys must be token ids, such as "42"')
         return logit_bias
 
     @field_validator("stop")
@@ -73,14 +73,14 @@ class GenerationFields(Closed):
     def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
         strings = [stop] if isinstance(stop, str) else stop or []
         if len(strings) > MAX_STOP_STRINGS or any(not 0 < len(s) <= 256 for s in strings):
-            raise ValueError(f"give up to {MAX_STOP_STRINGS} stop strings of 1 to 256 characters")
+            raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings of 1 to 256 characters")
         return stop
 
     @field_validator("stream_options")
     @classmethod
-    def _options_of_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+    def _options_require_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if options is not None and not info.data.get("stream"):
-            raise ValueError("it needs stream: true")
+            raise ValueError("requires stream: true")
         return options
 
     @field_validator("min_tokens", check_fields=False)
@@ -89,7 +89,7 @@ class GenerationFields(Closed):
         for name in ("max_tokens", "max_completion_tokens"):
             limit = info.data.get(name)
             if limit is not None and min_tokens > limit:
-                raise ValueError(f"it may be from 0 to {name}, which is {limit}")
+                raise ValueError(f"must not exceed {name}, which is {limit}")
         return min_tokens
 
     @property

@@ -1,37 +1,37 @@
-"""Wire types of `/tokenize` and `/detokenize`, with vLLM's names."""
+"""Wire types of `/tokenize` and `/detokenize`, named as in vLLM."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
-from deployments.protocol.base import Closed, TokenIds
+from deployments.protocol.base import StrictModel, TokenIds
 from deployments.protocol.chat import ChatMessage
 
 
-class TokenizeRequest(Closed):
-    """Body of `POST /tokenize`: a text as `/v1/completions` takes it, or a dialog as `/v1/chat/completions` does."""
+class TokenizeRequest(StrictModel):
+    """Body of `POST /tokenize`: a text as `/v1/completions` takes it, or messages as `/v1/chat/completions` does."""
 
-    model: str | None = Field(None, description="default: the base; an adapter's dialogs are in its own chat format")
+    model: str | None = Field(None, description="default: the base model; adapters have their own chat formats")
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(
         None,
-        description="begin a prompt with the model's BOS token, if it has one (default: true); "
-        "a dialog has the tokens of its chat format, and no others",
+        description="prepend the model's BOS token to a prompt, if the model has one (default: true); "
+        "messages have the special tokens of their chat format, and no others",
     )
-    return_token_strs: bool = Field(False, description="the tokens' names in the vocabulary too")
+    return_token_strs: bool = Field(False, description="also return the tokens as they are named in the vocabulary")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> "TokenizeRequest":
+    def _prompt_or_messages(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         if self.messages is not None and self.add_special_tokens:
-            raise ValueError("add_special_tokens: the chat format of the messages has its own, leave it out")
+            raise ValueError("add_special_tokens: the chat format of the messages adds its own, leave it out")
         return self
 
 
 class TokenizeResponse(BaseModel):
-    """Token ids; a dialog's are exactly those that an answer to it would begin from."""
+    """Token ids; those of messages are exactly the prompt of a chat completion."""
 
     count: int
     max_model_len: int
@@ -39,14 +39,14 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(Closed):
+class DetokenizeRequest(StrictModel):
     """Body of `POST /detokenize`."""
 
-    model: str | None = Field(None, description="default: the base, whose vocabulary its adapters share")
+    model: str | None = Field(None, description="default: the base model, whose vocabulary its adapters share")
     tokens: TokenIds
 
 
 class DetokenizeResponse(BaseModel):
-    """The text, control tokens written out; bytes that are no UTF-8 are U+FFFD."""
+    """The text, including control tokens; invalid UTF-8 becomes U+FFFD."""
 
     prompt: str

@@ -171,7 +171,7 @@ def limited(**limits: int) -> Caller:
 
 def settled(api: Api) -> list[int]:
     """Tokens of each settlement; each is of another request, and of one that was admitted."""
-    settlements = api.ledger.called("settle")
+    settlements = api.ledger.called("release")
     admitted = [request_id for _, request_id, _, _ in api.ledger.called("admit")]
     assert len({request_id for _, request_id, _ in settlements}) == len(settlements)
     assert {request_id for _, request_id, _ in settlements} <= set(admitted)
@@ -349,7 +349,7 @@ def test_the_ui_is_held_to_the_same_limits_and_counted(run: Callable[..., None])
         body, caller = ChatCompletionRequest(**api.body()), limited(rpm=1)
         text = "".join([piece async for piece in api.ingress.chat(body, caller)])
         assert text
-        with pytest.raises(RateLimited, match="1 requests a minute"):
+        with pytest.raises(RateLimited, match="1 per minute"):
             [piece async for piece in api.ingress.chat(body, caller)]
         half = api.ingress.chat(body, ANONYMOUS)
         await anext(half)
@@ -376,7 +376,7 @@ def test_who_has_no_limits_waits_for_no_ledger(run: Callable[..., None]) -> None
         for caller in (ANONYMOUS, limited()):
             api.caller = caller
             assert (await api.post()).status_code == 200
-        assert (api.ledger.called("admit"), api.ledger.called("settle")) == ([], [])
+        assert (api.ledger.called("admit"), api.ledger.called("release")) == ([], [])
 
     run(scenario)
 

@@ -88,7 +88,7 @@ def test_a_request_a_minute_after_the_first_passes(clock: Clock, limiter: Limite
     clock.now += 20
     assert admit(limiter, limits).refusal is None
     refused = admit(limiter, limits)
-    assert refused.refusal == "this key has 2 requests a minute, and they are used up: try again in 41 s"
+    assert refused.refusal == "this key's request limit is used up (2 per minute): try again in 41 s"
     assert refused.headers["retry-after"] == "41"
     clock.now += 40
     assert admit(limiter, limits).refusal is None  # the first has left, not both
@@ -101,7 +101,7 @@ def test_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
     assert admit(limiter, limits, 80, "a").refusal is None
     refused = admit(limiter, limits, 30)
     assert refused.refusal is not None
-    assert "80 are used or reserved, and this request may take 30" in refused.refusal
+    assert "80 are used or reserved, and this request may use 30" in refused.refusal
     limiter.release("k1", "a", 70)
     assert admit(limiter, limits, 30, "b").refusal is None
     assert admit(limiter, limits, 1).refusal is not None
@@ -188,4 +188,4 @@ def test_a_busy_key_takes_little_memory_and_time(clock: Clock, limiter: Limiter)
             yield admit(limiter, limits).refusal is not None
 
     assert sum(refused()) > 1000
-    assert len(limiter._keys["k1"].taken) <= 600
+    assert len(limiter._keys["k1"].window) <= 600

@@ -109,9 +109,9 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
 
 
 def test_a_booking_tells_seconds_from_the_request_to_first_token_and_between_tokens() -> None:
-    trace = RequestTrace("/v1/completions", ANONYMOUS, "tiny", 200, num_answers=2, started_at=100.0)
+    trace = RequestTrace("/v1/completions", ANONYMOUS, "tiny", 200, num_completions=2, started_at=100.0)
     trace.usage = usage(7, 22)  # two answers of 11 tokens
-    trace.first_piece_at, trace.last_piece_at = 101.0, 103.0
+    trace.first_token_at, trace.last_token_at = 101.0, 103.0
     record = trace.record()
     assert (record.first_token_s, record.token_s, record.duration_s) == (1.0, 0.2, 3.0)
     assert (record.prompt_tokens, record.completion_tokens) == (7, 22)
@@ -119,7 +119,7 @@ def test_a_booking_tells_seconds_from_the_request_to_first_token_and_between_tok
 
 
 def test_a_booking_of_one_token_has_no_time_between_tokens_and_a_scored_text_no_first_token() -> None:
-    trace = RequestTrace(status=200, started_at=100.0, first_piece_at=101.0, last_piece_at=101.0, usage=usage(7, 1))
+    trace = RequestTrace(status=200, started_at=100.0, first_token_at=101.0, last_token_at=101.0, usage=usage(7, 1))
     assert (trace.record().first_token_s, trace.record().token_s) == (1.0, None)
     trace.usage = usage(7, 0)
     assert (trace.record().first_token_s, trace.record().duration_s) == (None, 1.0)

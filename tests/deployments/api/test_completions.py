@@ -216,7 +216,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("logprobs", {"logprobs": 21}, "logprobs", "less than or equal to 20"),
     ("n", {"n": 9}, "n", "less than or equal to 8"),
     ("suffix", {"suffix": "x"}, "suffix", "leave it out"),
-    ("best_of", {"best_of": 2}, "best_of", "n answers"),
+    ("best_of", {"best_of": 2}, "best_of", "n completions"),
     ("unknown", {"messages": []}, "messages", "not permitted"),
     ("bias id", {"logit_bias": {"49152": 1}}, "logit_bias", "0 to 49151"),
     ("lost character", {"prompt": "a\x04"}, "prompt", "U+0004"),

@@ -278,11 +278,11 @@ def json_schema(schema: Any, **fields: Any) -> dict[str, Any]:
 
 SCHEMA = "response_format.json_schema.schema"
 REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
-    ("B1 malformed", '{"model": ', 400, None, "not JSON"),
+    ("B1 malformed", '{"model": ', 400, None, "not valid JSON"),
     ("B1 wrong type", {"model": 1}, 400, "model", "string"),
     ("B1 unknown field", {"guided_json": {}}, 400, "guided_json", "not permitted"),
     ("B1 NaN", '{"model": "smollm2-135m", "messages": [], "temperature": NaN}', 400, "temperature", "finite"),
-    ("B1 nesting", "[" * 10_000, 400, None, "nests too deeply"),
+    ("B1 nesting", "[" * 10_000, 400, None, "nested too deeply"),
     ("B1 size", {"messages": [{"role": "user", "content": "x" * 3_000_000}]}, 413, None, "2097152"),
     ("B2 temperature", {"temperature": 2.1}, 400, "temperature", "less than or equal to 2"),
     ("B2 temperature", {"temperature": -0.1}, 400, "temperature", "greater than or equal to 0"),

@@ -141,7 +141,7 @@ def test_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, damage
         store.list,
         lambda: store.create("x", ("chat",)),
     ):
-        with pytest.raises(KeysUnreadable, match=r"keys.json is broken.*nobody is let in") as refused:
+        with pytest.raises(KeysUnreadable, match=r"keys.json is broken.*requests are refused") as refused:
             ask()
         assert only["sha256"] not in str(refused.value)
     assert store.path.read_text() == broken  # nothing is written over it
