@@ -1,7 +1,7 @@
-"""CorralClient: a Corral server from Python, over httpx.
+"""CorralClient: a Python client for a Corral server, over httpx.
 
-For programs that want no more than text in and text out; whoever needs the whole of OpenAI's API points the `openai`
-package at the same address. Importing this needs neither torch nor Ray.
+Text in, text out: for the rest of OpenAI's API, point the `openai` package at the same address. Importing this module
+needs neither torch nor Ray.
 """
 
 import json
@@ -25,16 +25,16 @@ from training.errors import CorralError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-_Answer = TypeVar("_Answer", bound=BaseModel)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ServerError(CorralError):
-    """The server refused a request, broke off an answer, or cannot be reached.
+    """The server refused a request, failed during an answer, or cannot be reached.
 
     Attributes:
-        status: the HTTP status, None where there was no answer or one that had begun.
+        status: the HTTP status; None if there was no response, or if a streamed answer failed after it began.
         code: the server's name for the error, such as `model_not_found`.
-        param: the field of the request that it is about.
+        param: the request field that the error is about.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ServerError(CorralError):
 
 
 class Sampling(TypedDict, total=False):
-    """How an answer is drawn; what is left out is the server's default. See `/docs` of the server for ranges."""
+    """Sampling parameters; omitted ones take the server's defaults. See the server's `/docs` for ranges."""
 
     max_tokens: int
     temperature: float
@@ -59,13 +59,13 @@ class Sampling(TypedDict, total=False):
 
 
 class CorralClient:
-    """One server. Usable as a context manager, which closes its connections.
+    """A client for one server. As a context manager, it closes its connections on exit.
 
     Args:
-        base_url: where the API is, with or without `/v1` at the end.
-        api_key: sent as bearer token, if the server or a proxy in front of it asks for one.
-        ca: for https: the certificates to trust instead of the public authorities', as PEM, such as the server's own.
-        timeout_s: the longest silence to bear between two bytes of an answer.
+        base_url: the server's address, with or without `/v1` at the end.
+        api_key: sent as a bearer token, if the server or a proxy in front of it requires one.
+        ca: for https: a PEM file of certificates to trust instead of the public authorities, such as the server's own.
+        timeout_s: the longest wait, in seconds, for the next bytes of a response.
 
     Every method raises ServerError.
     """
@@ -84,16 +84,16 @@ class CorralClient:
                 base_url=self.base_url,
                 headers={"authorization": f"Bearer {api_key}"} if api_key else {},
                 timeout=httpx.Timeout(timeout_s, connect=10.0),
-                verify=_trusting(ca) if ca else True,
-                trust_env=not is_loopback(self.base_url),  # a proxy of the environment does not reach our loopback
+                verify=_ssl_context(ca) if ca else True,
+                trust_env=not is_loopback(self.base_url),  # no proxy reaches this machine's loopback
             )
         except httpx.InvalidURL as error:
-            raise ServerError(f"{base_url!r} is no URL ({error}): write for example {DEFAULT_URL}") from error
+            raise ServerError(f"{base_url!r} is not a valid URL ({error}): use for example {DEFAULT_URL}") from error
 
     def chat(self, messages: str | Sequence[Message], *, model: str, **sampling: Unpack[Sampling]) -> str:
-        """The whole answer to a dialog, or to one user message given as text."""
+        """The complete answer to a dialog, or to a single user message given as text."""
         body = _body(messages, model, sampling)
-        with self._sending():
+        with _ServerErrors(self.base_url):
             response = self._http.post("/v1/chat/completions", content=body, headers=_JSON)
             _raise_for_status(response)
             return ChatCompletion.model_validate_json(response.content).choices[0].message.content
@@ -101,10 +101,10 @@ class CorralClient:
     def stream(
         self, messages: str | Sequence[Message], *, model: str, **sampling: Unpack[Sampling]
     ) -> Generator[str, None, None]:
-        """The answer piece by piece; closing the iterator stops the server's work on it."""
+        """Yield the answer as it is generated; closing the iterator cancels the request on the server."""
         body = _body(messages, model, sampling, stream=True)
         with (
-            self._sending(),
+            _ServerErrors(self.base_url),
             self._http.stream("POST", "/v1/chat/completions", content=body, headers=_JSON) as response,
         ):
             if response.status_code != 200:
@@ -122,41 +122,41 @@ class CorralClient:
                 for choice in chunk.choices:
                     if choice.delta.content:
                         yield choice.delta.content
-        raise ServerError(f"the answer of {self.base_url} broke off: send the request again")
+        raise ServerError(f"the answer from {self.base_url} ended early: send the request again")
 
     def models(self) -> list[Model]:
-        """What can be named as `model`: the base first, then every adapter version that it serves."""
-        with self._sending():
+        """Models that the server accepts: the base first, then every adapter version."""
+        with _ServerErrors(self.base_url):
             response = self._http.get("/v1/models")
             _raise_for_status(response)
             return ModelList.model_validate_json(response.content).data
 
     def adapters(self) -> list[Adapter]:
-        """Every adapter with its versions, and where its traffic goes; as all that follow, for keys of scope admin."""
+        """Every adapter with its versions and traffic. This and all methods below need the 'admin' scope."""
         return self._call("GET", "/v1/adapters", AdapterList).data
 
     def adapter(self, name: str) -> Adapter:
-        """One of them."""
+        """One adapter, by name."""
         return self._call("GET", _adapter_path(name), Adapter)
 
     def promote(self, name: str, version: int, alias: str, percent: float) -> AdapterChange:
-        """Point an alias at a version; below 100 percent as a canary beside the champion."""
+        """Point an alias at a version; below 100 percent, the version becomes a canary beside the champion."""
         body = {"version": version, "percent": percent, "alias": alias}
         return self._call("POST", f"{_adapter_path(name)}/promote", AdapterChange, body)
 
     def rollback(self, name: str, alias: str) -> AdapterChange:
-        """End the canary, or point an alias at what it pointed at before."""
+        """End the canary; if there is none, point the alias at its previous version."""
         return self._call("POST", f"{_adapter_path(name)}/rollback", AdapterChange, {"alias": alias})
 
     def delete_version(self, name: str, version: int) -> DeletedVersion:
-        """Remove a version for good."""
+        """Delete a version permanently."""
         return self._call("DELETE", f"{_adapter_path(name)}/versions/{version}", DeletedVersion)
 
-    def _call(self, method: str, path: str, answer: type[_Answer], body: dict[str, Any] | None = None) -> _Answer:
-        with self._sending():
+    def _call(self, method: str, path: str, model: type[_Model], body: dict[str, Any] | None = None) -> _Model:
+        with _ServerErrors(self.base_url):
             response = self._http.request(method, path, json=body)
             _raise_for_status(response)
-            return answer.model_validate_json(response.content)
+            return model.model_validate_json(response.content)
 
     def close(self) -> None:
         """Close the connections."""
@@ -170,12 +170,9 @@ class CorralClient:
     ) -> None:
         self.close()
 
-    def _sending(self) -> "_Sending":
-        return _Sending(self.base_url)
 
-
-class _Sending:
-    """Turns what goes wrong on the way to a server and back into ServerError."""
+class _ServerErrors:
+    """Context manager that raises connection errors and invalid responses as ServerError."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -188,8 +185,8 @@ class _Sending:
     ) -> None:
         if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise ServerError(
-                f"the certificate of {self._url} is not trusted ({str(error).partition('failed: ')[2]}): give the one "
-                "to trust with --ca FILE; 'corral certs show' on the server names its own"
+                f"the certificate of {self._url} is not trusted ({str(error).partition('failed: ')[2]}): pass its "
+                "certificate with --ca FILE; 'corral certs show' on the server prints the path"
             ) from error
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             raise ServerError(
@@ -197,14 +194,14 @@ class _Sending:
             ) from error
         if isinstance(error, httpx.UnsupportedProtocol):
             raise ServerError(
-                f"{self._url!r} is no http:// or https:// URL: write for example {DEFAULT_URL}"
+                f"{self._url!r} is not an http:// or https:// URL: use for example {DEFAULT_URL}"
             ) from error
         if isinstance(error, httpx.TimeoutException):
-            raise ServerError(f"{self._url} was silent for too long: try again, or ask for fewer tokens") from error
+            raise ServerError(f"{self._url} timed out: try again, or request fewer tokens") from error
         if isinstance(error, httpx.HTTPError):
-            raise ServerError(f"the connection to {self._url} broke ({error}): send the request again") from error
+            raise ServerError(f"the connection to {self._url} was lost ({error}): send the request again") from error
         if isinstance(error, ValidationError):
-            raise ServerError(f"{self._url} answers, but not as a Corral server does: check the URL") from error
+            raise ServerError(f"{self._url} answered, but not like a Corral server: check the URL") from error
 
 
 _JSON = {"content-type": "application/json"}
@@ -214,16 +211,16 @@ def _adapter_path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='')}"
 
 
-def _trusting(ca: str | Path) -> ssl.SSLContext:
+def _ssl_context(ca: str | Path) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca)
-    except OSError as error:  # ssl.SSLError is one
-        reason = "it holds no certificate in PEM" if isinstance(error, ssl.SSLError) else error.strerror
+    except OSError as error:  # includes ssl.SSLError
+        reason = "it contains no PEM certificate" if isinstance(error, ssl.SSLError) else error.strerror
         raise ServerError(f"--ca {str(ca)!r} cannot be used: {reason}") from error
 
 
 def is_loopback(url: str) -> bool:
-    """Whether `url` names this very machine."""
+    """Whether the host of `url` is a loopback address of this machine."""
     return is_loopback_host(httpx.URL(url).host)
 
 
@@ -235,7 +232,7 @@ def _body(messages: str | Sequence[Message], model: str, sampling: Sampling, *, 
         "stream": stream,
         **sampling,
     }
-    return json.dumps(body).encode()  # ASCII: what is no valid Unicode is the server's to refuse
+    return json.dumps(body).encode()  # escaped to ASCII: invalid Unicode is left for the server to refuse
 
 
 def _raise_for_status(response: httpx.Response) -> None:
@@ -244,7 +241,7 @@ def _raise_for_status(response: httpx.Response) -> None:
     if error := _error_in(response.text, response.status_code):
         raise error
     raise ServerError(
-        f"{response.request.url} answered {response.status_code} and no Corral error: check the URL",
+        f"{response.request.url} answered {response.status_code} without a Corral error: check the URL",
         status=response.status_code,
     )
 

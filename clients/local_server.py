@@ -1,4 +1,4 @@
-"""Starting a server for `corral serve` and `corral demo`: which YAML, which port, what to show, when to stop."""
+"""A Corral server on this machine for the commands that run one: its YAML and port, what to print, when to stop."""
 
 import contextlib
 import signal
@@ -19,26 +19,28 @@ if TYPE_CHECKING:
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 RAY_HOST = "0.0.0.0"  # Ray's default where a YAML names none
 WILDCARD_HOSTS = (RAY_HOST, "::")
+RUNNING_NOTICE = "The server keeps running in this terminal. Press Ctrl-C to stop it."
 
 
 def shipped_config(name: str) -> Path:
-    """A file under `configs/`: of this checkout, else of the installed distribution.
+    """The path of a file under `configs/`: in this checkout, else in the installed distribution.
 
     Raises:
-        ConfigError: it is in neither place.
+        ConfigError: it exists in neither.
     """
-    places = [Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "llama-corral"]
-    for place in places:
-        if (place / "configs" / name).is_file():
-            return place / "configs" / name
-    looked = " nor ".join(repr(str(place / "configs")) for place in places)
-    raise ConfigError(f"configs/{name} is neither in {looked}: name a file of your own")
+    roots = [Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "llama-corral"]
+    for root in roots:
+        if (root / "configs" / name).is_file():
+            return root / "configs" / name
+    searched = " or ".join(repr(str(root / "configs")) for root in roots)
+    raise ConfigError(f"configs/{name} was not found in {searched}: give a file of your own")
 
 
 def read_serve_config(path: Path | None, port: int | None = None, *, tls: bool = False) -> dict[str, Any]:
-    """The serve YAML at `path`, by default the quickstart's, checked, with another port if one is given.
+    """Load and check the serve YAML at `path` (default: the quickstart's); `port` overrides the YAML's.
 
-    With `tls` it serves HTTPS: with the YAML's certificate, else with the one under CORRAL_HOME, made now if need be.
+    With `tls`, the server uses HTTPS: with the YAML's certificate, else with the one under CORRAL_HOME, created if
+    missing.
     """
     from deployments.config import check_serve_config, load_serve_config
 
@@ -59,7 +61,7 @@ def read_serve_config(path: Path | None, port: int | None = None, *, tls: bool =
 
 
 def startup_warnings(content: dict[str, Any]) -> list[str]:
-    """What a person who serves this should know before strangers do."""
+    """Security warnings about a serve YAML: a certificate that needs attention, or plain HTTP beyond loopback."""
     from deployments.config import LOOPBACK_HOSTS
 
     options = content.get("http_options") or {}
@@ -71,7 +73,7 @@ def startup_warnings(content: dict[str, Any]) -> list[str]:
         return [f"{certificate.warning}: see 'corral certs'"] if certificate.warning else []
     if host in LOOPBACK_HOSTS:
         return []
-    return [f"keys and conversations travel in clear to {host}:{http_address(content)[1]}: add --tls"]
+    return [f"API keys and conversations are sent in cleartext to {host}:{http_address(content)[1]}: add --tls"]
 
 
 def http_address(content: dict[str, Any]) -> tuple[str, int]:
@@ -82,46 +84,46 @@ def http_address(content: dict[str, Any]) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def serve_in_background(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server"]:
-    """A server that answers for as long as the block lasts; says meanwhile what is being waited for."""
+    """Run a server until the block ends; its start and stop are shown on stderr."""
     names = [app["args"]["base_model"] for app in content["applications"] if "base_model" in (app.get("args") or {})]
-    with contextlib.ExitStack() as up:
-        with waiting(f"loading {', '.join(names) or 'the applications'} …"):
+    with contextlib.ExitStack() as stack:
+        with show_status(f"loading {', '.join(names) or 'the applications'} …"):
             from deployments.launch.local_server import serving
 
-            server = up.enter_context(serving(content, debug=debug))
+            server = stack.enter_context(serving(content, debug=debug))
         try:
             yield server
         finally:
-            with waiting("stopping …"):
-                up.close()
+            with show_status("stopping …"):
+                stack.close()
 
 
-def format_urls(server: "Server", *, stays: bool = True) -> str:
-    """Where a server answers, for the person who started it."""
+def format_urls(server: "Server") -> str:
+    """The addresses of a server, and whether requests need a key, one per line."""
     ui = [f"chat  {server.ui_url}"] if server.ui_url else []
-    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_who_needs_a_key()}"]
-    if server.certfile and Path(server.certfile).parent == corral_home() / "certs":  # no authority vouches for it
+    lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_key_summary()}"]
+    if server.certfile and Path(server.certfile).parent == corral_home() / "certs":  # self-signed
         lines.append(f"trust {server.certfile}  (corral chat --ca, curl --cacert, SSL_CERT_FILE)")
-    return "\n".join([*lines, *(["Ctrl-C stops it"] if stays else [])])
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def temporary_key(name: str) -> Iterator[str | None]:
-    """A key to the server that this command runs, valid as long as the block lasts; None where nobody needs one."""
+    """An API key for a server on this machine, revoked when the block ends; None if no key is required."""
     from deployments.auth.keys import KeyStore
 
     store = KeyStore()
     if not store.required:
         yield None
         return
-    made, key = store.create(name, ("chat",), expires=datetime.now(UTC) + timedelta(days=1))
+    record, key = store.create(name, ("chat",), expires=datetime.now(UTC) + timedelta(days=1))
     try:
         yield key
     finally:
-        store.revoke(made.id)
+        store.revoke(record.id)
 
 
-def _who_needs_a_key() -> str:
+def _key_summary() -> str:
     from deployments.auth.keys import KeyStore
 
     store = KeyStore()
@@ -131,8 +133,8 @@ def _who_needs_a_key() -> str:
 
 
 @contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Show on stderr that the block is at work: a moving line on a terminal, else a line now."""
+def show_status(text: str) -> Iterator[None]:
+    """Show `text` on stderr while the block runs: with a spinner on a terminal, else as one line."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, markup=False)
@@ -145,16 +147,16 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def wait_for_signal() -> None:
-    """Return at SIGINT (Ctrl-C) or SIGTERM."""
+    """Block until SIGINT (Ctrl-C) or SIGTERM."""
     stopped = threading.Event()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         stopped.set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not stopped.wait(0.5):  # a wait without limit would hold signals back on some platforms
+        while not stopped.wait(0.5):  # an unbounded wait delays signals on some platforms
             pass
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""Is a registered adapter served as it was trained? PEFT's answers beside those of Corral's own engine.
+"""Checks that a registered adapter is served as it was trained: PEFT's answers against those of Corral's engine.
 
-Both run in this process, in float32, one after the other: training and serving do not know each other, so they meet
-here (promises E2 and E4). `clients.cli.adapters` calls `verify`.
+Both run in this process, in float32, one after the other (promises E2 and E4). It is not part of training, because
+training does not import the engine.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ _PROMPTS = ("What is the capital of France?", "Write one sentence about rain.", 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt, run both ways.
+    """One prompt, answered by PEFT and by the engine.
 
     Attributes:
-        answer: the engine's.
+        answer: of the engine.
         num_tokens: tokens of prompt and answer whose log-probabilities were compared.
         same_tokens: whether the greedy answers, and what ended them, are equal.
         max_difference: the largest difference of two log-probabilities, in nats.
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether both gave the same."""
+        """Whether the tokens are equal and the log-probabilities agree within TOLERANCE."""
         return self.same_tokens and self.max_difference <= TOLERANCE
 
 
@@ -50,11 +50,11 @@ def verify(
     """Check the version's files against its manifest, then run the prompts with PEFT and with the engine.
 
     Args:
-        prompts: user messages; if there are none, those of the manifest's samples, else a few of our own.
+        prompts: user messages; if empty, the prompts of the manifest's samples, else built-in ones.
 
     Raises:
-        AdapterRefused: a file is not what the manifest says, or base or adapter cannot be loaded.
-        BaseModelError: the base is not here.
+        AdapterRefused: a file does not match the manifest, or base or adapter cannot be loaded.
+        BaseModelError: the base is not on this machine.
     """
     import torch
 
@@ -77,12 +77,14 @@ def verify(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     model = load_with_peft(directory, quantization, device)
-    expected = [continue_greedily(model, ids, max_tokens, stop_token_ids) for ids in rendered]
+    peft_answers = [continue_greedily(model, ids, max_tokens, stop_token_ids) for ids in rendered]
     del model
-    found = _engine_answers(directory, manifest, base, quantization, device.type, rendered, max_tokens, stop_token_ids)
+    engine_answers = _engine_answers(
+        directory, manifest, base, quantization, device.type, rendered, max_tokens, stop_token_ids
+    )
     return [
-        _compare(prompt, tokenizer.decode(ours.token_ids), theirs, ours)
-        for prompt, theirs, ours in zip(prompts, expected, found, strict=True)
+        _compare(prompt, tokenizer.decode(engine.token_ids), peft, engine)
+        for prompt, peft, engine in zip(prompts, peft_answers, engine_answers, strict=True)
     ]
 
 
@@ -96,7 +98,7 @@ def _engine_answers(
     max_tokens: int,
     stop_token_ids: tuple[int, ...],
 ) -> "list[Continuation]":
-    """All prompts in one batch, as a replica would run them."""
+    """Run all prompts in one batch, as a replica would."""
     from safetensors.torch import load_file
 
     from deployments.engine.engine import Engine
@@ -123,27 +125,27 @@ def _engine_answers(
         pass
     answers = []
     for deltas in received:
-        (whole,) = merged(deltas)
-        if whole.finish_reason == "error":
+        (answer,) = merged(deltas)
+        if answer.finish_reason == "error":
             from training.errors import AdapterRefused
 
-            raise AdapterRefused(f"adapter {key!r} failed in the engine, most likely with NaN: train it again")
-        prompt_logprobs = [token.logprob for token in whole.prompt_logprobs or () if token is not None]
-        logprobs = [token.logprob for token in whole.logprobs]
-        answers.append(Continuation(whole.token_ids, prompt_logprobs, logprobs, whole.finish_reason == "stop"))
+            raise AdapterRefused(f"adapter {key!r} failed in the engine, most likely with NaN outputs: train it again")
+        prompt_logprobs = [token.logprob for token in answer.prompt_logprobs or () if token is not None]
+        logprobs = [token.logprob for token in answer.logprobs]
+        answers.append(Continuation(answer.token_ids, prompt_logprobs, logprobs, answer.finish_reason == "stop"))
     return answers
 
 
-def _compare(prompt: str, answer: str, theirs: "Continuation", ours: "Continuation") -> Comparison:
-    pairs = list(zip(theirs.prompt_logprobs, ours.prompt_logprobs, strict=True))
-    for at, (theirs_id, ours_id) in enumerate(zip(theirs.token_ids, ours.token_ids, strict=False)):
-        if theirs_id != ours_id:
+def _compare(prompt: str, answer: str, peft: "Continuation", engine: "Continuation") -> Comparison:
+    pairs = list(zip(peft.prompt_logprobs, engine.prompt_logprobs, strict=True))
+    for index, (peft_id, engine_id) in enumerate(zip(peft.token_ids, engine.token_ids, strict=False)):
+        if peft_id != engine_id:
             break
-        pairs.append((theirs.logprobs[at], ours.logprobs[at]))
+        pairs.append((peft.logprobs[index], engine.logprobs[index]))
     return Comparison(
         prompt=prompt,
         answer=answer.strip(),
         num_tokens=len(pairs),
-        same_tokens=(theirs.token_ids, theirs.stopped) == (ours.token_ids, ours.stopped),
+        same_tokens=(peft.token_ids, peft.stopped) == (engine.token_ids, engine.stopped),
         max_difference=max(abs(a - b) for a, b in pairs),
     )

@@ -1,7 +1,6 @@
-"""How `corral bench` shows results: tables on stdout, a plot as PNG.
+"""Tables and plots of benchmark results: tables on stdout, a plot as PNG.
 
-Takes runs as pairs of a name and their results, and sets them side by side level by level. matplotlib is imported
-only to draw.
+Takes runs as (name, results) pairs and shows them side by side, level by level. matplotlib is imported only for plots.
 """
 
 import math
@@ -17,18 +16,18 @@ from rich.table import Table
 from clients.bench.results import Level, Percentiles, Results
 
 Run = tuple[str, Results]
-_WIDTH = 1000  # tables take what they need: a narrow terminal wraps their lines, but no digit is lost
+_WIDTH = 1000  # more than any table needs: a narrow terminal wraps lines, but no digit is lost
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 _DASHES: dict[str, Literal["-", "--", ":"]] = {"p50": "-", "p90": "--", "p99": ":"}
 
 
 def print_tables(runs: Sequence[Run]) -> None:
-    """Print what each run was, a row for every level of it, and one for every turn where there are several."""
+    """Print the settings of each run, a row per level and, where there are several turns, a row per turn."""
     console = Console(width=_WIDTH, highlight=False, markup=False)
     for name, results in runs:
-        asked = results.settings
-        what = f"{', '.join(asked.models)}, {asked.workload}, {asked.max_tokens} tokens"
-        console.print(f"{name}: {asked.url}, {what}, {results.started}")
+        settings = results.settings
+        workload = f"{', '.join(settings.models)}, {settings.workload}, {settings.max_tokens} tokens"
+        console.print(f"{name}: {settings.url}, {workload}, {results.started}")
     console.print(_level_table(runs))
     if any(len(level.turns) > 1 for _, results in runs for level in results.levels):
         console.print(_turn_table(runs))
@@ -49,8 +48,8 @@ def _level_table(runs: Sequence[Run]) -> Table:
                 *(str(level.load), name, f"{level.requests}{failed}{stopped}"),
                 *(f"{level.output_tokens_per_s:.1f}", f"{level.requests_per_s:.2f}"),
                 *(_tokens(level.prompt_tokens), _tokens(level.cached_tokens)),
-                *(*_three(level.ttft_s), *_three(level.tpot_s)),
-                *(_three(level.gap_s)[2], _three(level.latency_s)[0], _three(level.latency_s)[2]),
+                *(*_ms_cells(level.ttft_s), *_ms_cells(level.tpot_s)),
+                *(_ms_cells(level.gap_s)[2], _ms_cells(level.latency_s)[0], _ms_cells(level.latency_s)[2]),
             )
         )
     return _table(columns, rows)
@@ -64,21 +63,21 @@ def _turn_table(runs: Sequence[Run]) -> Table:
     rows = []
     for name, level in _side_by_side(runs):
         for turn in level.turns:
-            first, this = level.turns[0].ttft_s, turn.ttft_s
-            faster = f"{first.p50 / this.p50:.1f}" if first and this and turn.turn > 1 else ""
+            first_ttft, ttft = level.turns[0].ttft_s, turn.ttft_s
+            faster = f"{first_ttft.p50 / ttft.p50:.1f}" if first_ttft and ttft and turn.turn > 1 else ""
             counts = (str(turn.turn), str(turn.requests), _tokens(turn.prompt_tokens), _tokens(turn.cached_tokens))
-            rows.append((str(level.load), name, *counts, *_three(this), faster))
+            rows.append((str(level.load), name, *counts, *_ms_cells(ttft), faster))
     return _table(columns, rows)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Without the columns that are empty."""
+    """A table of `rows`, without columns that are empty."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-    for index in filled:
+    column_indices = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    for index in column_indices:
         table.add_column(columns[index], justify="left" if columns[index] in ("load", "run") else "right")
     for row in rows:
-        table.add_row(*(row[index] for index in filled))
+        table.add_row(*(row[index] for index in column_indices))
     return table
 
 
@@ -93,7 +92,7 @@ def _tokens(mean: float | None) -> str:
     return "" if mean is None else f"{mean:.0f}"
 
 
-def _three(seconds: Percentiles | None) -> tuple[str, str, str]:
+def _ms_cells(seconds: Percentiles | None) -> tuple[str, str, str]:
     """p50, p90 and p99 in milliseconds, with about three digits."""
 
     def ms(value: float) -> str:
@@ -114,9 +113,9 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         points.sort(key=lambda point: point[0])
         xs = [x for x, _ in points]
         throughput.plot(xs, [level.output_tokens_per_s for _, level in points], "o-", color=color, label=name)
-        for which, dashes in _DASHES.items():
-            ttft.plot(xs, [_ms(level.ttft_s, which) for _, level in points], dashes, marker=".", color=color)
-            tpot.plot(xs, [_ms(level.tpot_s, which) for _, level in points], dashes, marker=".", color=color)
+        for percentile, dashes in _DASHES.items():
+            ttft.plot(xs, [_ms(level.ttft_s, percentile) for _, level in points], dashes, marker=".", color=color)
+            tpot.plot(xs, [_ms(level.tpot_s, percentile) for _, level in points], dashes, marker=".", color=color)
     titles = ("output tokens/s", "time to first token, ms", "time per output token, ms")
     for axes, title in zip((throughput, ttft, tpot), titles, strict=True):
         axes.set(title=title, xlabel=x_label, ylim=(0, 1.1 * axes.get_ylim()[1]))
@@ -127,12 +126,12 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _ms(seconds: Percentiles | None, which: str) -> float:
-    return 1e3 * float(getattr(seconds, which)) if seconds else math.nan
+def _ms(seconds: Percentiles | None, percentile: str) -> float:
+    return 1e3 * float(getattr(seconds, percentile)) if seconds else math.nan
 
 
 def _lines(runs: Sequence[Run]) -> tuple[str, dict[str, list[tuple[float, Level]]]]:
-    """What x is, and by name the points of x and level to draw a line through."""
+    """The label of the x axis, and the points of each line by its name, as pairs of x and level."""
     loads = {level.load for _, results in runs for level in results.levels}
     by_size = len({(load.concurrency, load.rate) for load in loads}) == 1 and all(load.prompt_tokens for load in loads)
     lines: dict[str, list[tuple[float, Level]]] = {}

@@ -1,6 +1,6 @@
-"""What `corral bench` found: settings, requests, and the figures of each level, with their JSON form.
+"""The results of a benchmark: settings, requests, and the figures of each level, with their JSON form.
 
-Pure: takes finished requests and computes. Knows neither how they were sent nor how they are shown. Durations are in
+Pure computation on finished requests. Knows neither how they were sent nor how results are shown. Durations are in
 seconds.
 """
 
@@ -18,25 +18,25 @@ Workload = Literal["chat", "prompt-length", "shared-prefix"]
 
 
 class BenchError(CorralError):
-    """A run of which requests failed."""
+    """Some requests of a run failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What was asked for, as it was run.
+    """The options of a run, as it was carried out.
 
     Attributes:
         models: used in turn, one per conversation.
         concurrency: streams of each closed-loop level; empty in an open loop.
         rates: conversations per second of each open-loop level; empty in a closed loop.
-        num_requests: of each level; None: `turns`, at least 2, per stream, or ten seconds' worth of arrivals.
+        num_requests: per level; None: `turns`, at least 2, per stream, or ten seconds of arrivals.
         prompt_tokens: sizes of the prompts of `prompt-length`, in words of about one token.
         prefix_tokens: size of the system prompt of `shared-prefix`, likewise.
-        num_prefixes: how many different ones; None: each conversation has its own.
-        turns: questions of each conversation.
+        num_prefixes: number of different system prompts; None: one per conversation.
+        turns: questions per conversation.
         seed: of prompts, arrivals and, above temperature 0, sampling.
 
-    Raises ConfigError if options do not go together.
+    Raises ConfigError if options conflict.
     """
 
     url: str
@@ -57,7 +57,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.rates and self.concurrency:
-            raise ConfigError("--concurrency and --rate are two kinds of load: give one of them")
+            raise ConfigError("--concurrency and --rate cannot be combined: give one of them")
         if self.prompt_tokens and self.workload != "prompt-length":
             raise ConfigError(f"--prompt-tokens is for --workload prompt-length, not {self.workload!r}")
         if (self.prefix_tokens or self.num_prefixes or self.turns > 1) and self.workload != "shared-prefix":
@@ -68,7 +68,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one level puts on the server: so many streams, or so many arrivals per second."""
+    """The load of one level: a number of streams, or of arrivals per second."""
 
     concurrency: int | None
     rate: float | None
@@ -82,17 +82,17 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request that ended.
+    """One finished request.
 
     Attributes:
-        turn: 1 is the first of its conversation.
-        start_s: when it was sent, since its level began.
-        ttft_s: to the first text; None if there was none.
-        tpot_s: per output token after the first; None if there was but one, or one piece of text.
-        gaps_s: between one piece of text and the next.
-        completion_tokens: as the server counts; pieces of text where it sends no usage.
-        prompt_tokens, cached_tokens: as the server counts; None where it does not say.
-        error: why it failed; the figures are then empty.
+        turn: 1 for the first of its conversation.
+        start_s: send time, since the start of its level.
+        ttft_s: time to the first text; None if there was none.
+        tpot_s: time per output token after the first; None if there was only one token or one piece of text.
+        gaps_s: times between consecutive pieces of text.
+        completion_tokens: as reported by the server; the number of pieces of text if it sends no usage.
+        prompt_tokens, cached_tokens: as reported by the server; None if it does not report them.
+        error: why it failed; its figures are then empty.
     """
 
     model: str
@@ -110,7 +110,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of one measure over the requests of a level."""
+    """Percentiles of one measure over the requests of a level."""
 
     p50: float
     p90: float
@@ -130,12 +130,12 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The figures of one level. What failed counts in `requests`, `errors` and `elapsed_s` alone.
+    """The figures of one level. Failed requests count in `requests`, `errors` and `elapsed_s` only.
 
     Attributes:
         elapsed_s: from the start to the end of the last request.
-        client_cpu: cores that the load generator itself was busy on; near 1, it and not the server is measured.
-        interrupted: whether it was stopped before all requests had ended.
+        client_cpu: CPU cores used by the load generator; near 1, it is the bottleneck and not the server.
+        interrupted: whether it was stopped before all requests had finished.
     """
 
     load: Load
@@ -160,11 +160,11 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A whole run, or what there was of it when it was interrupted.
+    """A complete run, or the part of it before it was interrupted.
 
     Attributes:
         started: date and time in UTC, ISO 8601.
-        notes: what the figures depend on, for whoever reads them.
+        notes: caveats about the figures, for the reader.
     """
 
     settings: Settings
@@ -175,7 +175,7 @@ class Results:
     format: Literal["corral-bench/1"] = "corral-bench/1"
 
     def raise_for_errors(self) -> None:
-        """Raise BenchError if a request failed, with how many did and why the first."""
+        """Raise BenchError if any request failed, with the number of failures and the first error."""
         failed = sum(level.errors for level in self.levels)
         if failed:
             first = next(level.first_error for level in self.levels if level.errors)
@@ -194,14 +194,14 @@ Number = TypeVar("Number", int, float)
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    """The different numbers in `text`, such as "1,8,32", all above 0. Raises ConfigError, naming the option."""
+    """The distinct positive numbers in `text`, such as "1,8,32". Raises ConfigError, naming the option."""
     try:
-        found = tuple(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
+        values = tuple(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
     except ValueError:
-        found = ()
-    if text and (not found or not all(0 < number < math.inf for number in found)):
-        raise ConfigError(f"{option} {text!r} is no list of numbers above 0: write for example {option} 1,8,32")
-    return found
+        values = ()
+    if text and (not values or not all(0 < number < math.inf for number in values)):
+        raise ConfigError(f"{option} {text!r} is not a list of positive numbers: use for example {option} 1,8,32")
+    return values
 
 
 def read_results(path: Path) -> Results:
@@ -211,45 +211,47 @@ def read_results(path: Path) -> Results:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give a file that --json wrote") from error
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "its beginning"
-        raise ConfigError(f"{path} is no result of corral bench (at {where}): give a file that --json wrote") from error
+        location = ".".join(map(str, error.errors()[0]["loc"])) or "its beginning"
+        raise ConfigError(
+            f"{path} is not a result of corral bench (at {location}): give a file that --json wrote"
+        ) from error
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Of at least one value, interpolated linearly between the two nearest ranks."""
+    """A percentile of at least one value, interpolated linearly between the two nearest ranks."""
     ordered = sorted(values)
     rank = (len(ordered) - 1) * percent / 100
-    below = int(rank)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
+    lower = int(rank)
+    upper = min(lower + 1, len(ordered) - 1)
+    return ordered[lower] + (ordered[upper] - ordered[lower]) * (rank - lower)
 
 
 def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """None of no values."""
+    """p50, p90 and p99; None if there are no values."""
     return Percentiles(*(percentile(values, percent) for percent in (50, 90, 99))) if values else None
 
 
 def summarize(load: Load, records: Sequence[Request], *, client_cpu: float, interrupted: bool = False) -> Level:
-    """The figures of the requests of one level, in any order, at least one."""
-    good = [record for record in records if record.error is None]
+    """The figures of one level, from at least one request, in any order."""
+    successes = [record for record in records if record.error is None]
     elapsed_s = max(record.start_s + record.latency_s for record in records)
-    output_tokens = sum(record.completion_tokens for record in good)
+    output_tokens = sum(record.completion_tokens for record in successes)
     return Level(
         load=load,
         elapsed_s=elapsed_s,
         requests=len(records),
-        errors=len(records) - len(good),
+        errors=len(records) - len(successes),
         first_error=next((record.error for record in records if record.error is not None), None),
         output_tokens=output_tokens,
         output_tokens_per_s=output_tokens / elapsed_s,
-        requests_per_s=len(good) / elapsed_s,
-        prompt_tokens=_mean([record.prompt_tokens for record in good]),
-        cached_tokens=_mean([record.cached_tokens for record in good]),
-        ttft_s=percentiles([record.ttft_s for record in good if record.ttft_s is not None]),
-        tpot_s=percentiles([record.tpot_s for record in good if record.tpot_s is not None]),
-        gap_s=percentiles([gap for record in good for gap in record.gaps_s]),
-        latency_s=percentiles([record.latency_s for record in good]),
-        turns=tuple(_turn(turn, good) for turn in sorted({record.turn for record in good})),
+        requests_per_s=len(successes) / elapsed_s,
+        prompt_tokens=_mean([record.prompt_tokens for record in successes]),
+        cached_tokens=_mean([record.cached_tokens for record in successes]),
+        ttft_s=percentiles([record.ttft_s for record in successes if record.ttft_s is not None]),
+        tpot_s=percentiles([record.tpot_s for record in successes if record.tpot_s is not None]),
+        gap_s=percentiles([gap for record in successes for gap in record.gaps_s]),
+        latency_s=percentiles([record.latency_s for record in successes]),
+        turns=tuple(_turn(turn, successes) for turn in sorted({record.turn for record in successes})),
         client_cpu=client_cpu,
         interrupted=interrupted,
         records=tuple(records),
@@ -257,16 +259,16 @@ def summarize(load: Load, records: Sequence[Request], *, client_cpu: float, inte
 
 
 def _turn(turn: int, records: Sequence[Request]) -> Turn:
-    of_turn = [record for record in records if record.turn == turn]
+    turn_records = [record for record in records if record.turn == turn]
     return Turn(
         turn,
-        len(of_turn),
-        _mean([record.prompt_tokens for record in of_turn]),
-        _mean([record.cached_tokens for record in of_turn]),
-        percentiles([record.ttft_s for record in of_turn if record.ttft_s is not None]),
+        len(turn_records),
+        _mean([record.prompt_tokens for record in turn_records]),
+        _mean([record.cached_tokens for record in turn_records]),
+        percentiles([record.ttft_s for record in turn_records if record.ttft_s is not None]),
     )
 
 
 def _mean(values: Sequence[int | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    counts = [value for value in values if value is not None]
+    return sum(counts) / len(counts) if counts else None

@@ -1,7 +1,7 @@
-"""`corral bench`: puts load on any chat server that speaks OpenAI's API, and measures it from the client's side.
+"""`corral bench`: puts load on any OpenAI-compatible chat server and measures it from the client's side.
 
-Runs the levels one after another, each after its warm-up: a closed loop (so many streams, each with one request at a
-time) or an open one (arrivals at a rate, whatever is still running). The server need not be Corral.
+Runs the levels one after another, each after a warm-up: a closed loop (a number of streams, each with one request at a
+time) or an open loop (arrivals at a rate, however many requests are still running).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _TICK_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where results go, but for the table: a JSON file (`-`: stdout, and no table), a PNG; and what to show beside."""
+    """Outputs besides the table: a JSON file (`-`: stdout, without the table), a PNG; and results to compare with."""
 
     json: Path | None = None
     plot: Path | None = None
@@ -36,18 +36,18 @@ class Output:
 
 
 def run_bench(settings: Settings, server: ChatServer, output: Output) -> Results:
-    """Measure, show, and write; Ctrl-C ends the measuring only. No models in `settings` means the server's first.
+    """Measure, then print and write the results, also after Ctrl-C. Without models in `settings`: the server's first.
 
     Raises:
-        ConfigError: an output that cannot be written, or a file to compare with that cannot be read.
-        RequestFailed: there is no such server, or it refuses the first request.
+        ConfigError: an output cannot be written, or a file to compare with cannot be read.
+        RequestFailed: the server cannot be reached, or refuses the first request.
     """
-    earlier = [(path.stem, read_results(path)) for path in output.compare]
-    _check(output)
+    earlier_runs = [(path.stem, read_results(path)) for path in output.compare]
+    _check_output(output)
     results = asyncio.run(_measure(settings, server))
     for note in results.notes:
         print(f"note: {note}", file=sys.stderr)
-    runs = [(run.settings.label or name, run) for name, run in [*earlier, ("this run", results)]]
+    runs = [(run.settings.label or name, run) for name, run in [*earlier_runs, ("this run", results)]]
     if output.json == Path("-"):
         print(results.as_json(), end="")
     elif results.levels:
@@ -59,12 +59,12 @@ def run_bench(settings: Settings, server: ChatServer, output: Output) -> Results
     return results
 
 
-def _check(output: Output) -> None:
-    """What would otherwise fail after all is measured."""
+def _check_output(output: Output) -> None:
+    """Raise before measuring what would otherwise fail after it."""
     for path in filter(None, (output.json, output.plot)):
         folder = path.absolute().parent
         if path != Path("-") and (not folder.is_dir() or path.is_dir()):
-            raise ConfigError(f"{path} is no file that can be written: name one in a folder that exists")
+            raise ConfigError(f"{path} cannot be written: give a file in a folder that exists")
     if output.plot and output.plot.suffix != ".png":
         raise ConfigError(f"--plot writes PNG, not {output.plot.name!r}: give a name that ends in .png")
     if output.plot and importlib.util.find_spec("matplotlib") is None:
@@ -95,12 +95,12 @@ async def _measure(settings: Settings, server: ChatServer) -> Results:
 
 
 async def _probe(settings: Settings, server: ChatServer) -> bool:
-    """Ask each model for a few tokens, so that a wrong name shows at once and every adapter is loaded.
+    """Request a few tokens from each model, so that a wrong name fails at once and every adapter is loaded.
 
     Returns: False if the server answers only without `ignore_eos`, an extension of vLLM's.
     """
 
-    async def takes_ignore_eos(model: str) -> bool:
+    async def accepts_ignore_eos(model: str) -> bool:
         body = _body(settings, model, [{"role": "user", "content": "Say hello."}], settings.seed)
         body["max_tokens"] = min(settings.max_tokens, 16)
         try:
@@ -114,11 +114,11 @@ async def _probe(settings: Settings, server: ChatServer) -> bool:
                 raise
         return True
 
-    return all(await asyncio.gather(*map(takes_ignore_eos, dict.fromkeys(settings.models))))
+    return all(await asyncio.gather(*map(accepts_ignore_eos, dict.fromkeys(settings.models))))
 
 
 class _LevelRun:
-    """One level, while it runs."""
+    """A level while it is running."""
 
     def __init__(self, settings: Settings, load: Load, server: ChatServer) -> None:
         self._settings = settings
@@ -126,23 +126,23 @@ class _LevelRun:
         self._server = server
         self._conversations = conversations(settings, load)
         self._records: list[Request] = []
-        self._begun = 0.0
+        self._started_at = 0.0
 
     async def run(self) -> Level | None:
-        """The level's figures: so far if it is cancelled, None if nothing had ended by then."""
+        """The figures of the level. If it is cancelled, those so far, or None if no request had finished."""
         interrupted = False
         cpu_s = time.process_time()
         try:
             await self._converse(warm_up(self._settings, self._load))
             self._records.clear()
-            cpu_s, self._begun = time.process_time(), time.perf_counter()
-            async with _ticking(self._progress):
+            cpu_s, self._started_at = time.process_time(), time.perf_counter()
+            async with _live_progress(self._progress):
                 await (self._closed_loop() if self._load.rate is None else self._open_loop(self._load.rate))
         except asyncio.CancelledError:
             interrupted = True
-        if not self._records or not self._begun:
+        if not self._records or not self._started_at:
             return None
-        client_cpu = (time.process_time() - cpu_s) / (time.perf_counter() - self._begun)
+        client_cpu = (time.process_time() - cpu_s) / (time.perf_counter() - self._started_at)
         return summarize(self._load, self._records, client_cpu=client_cpu, interrupted=interrupted)
 
     async def _closed_loop(self) -> None:
@@ -158,18 +158,18 @@ class _LevelRun:
 
     async def _open_loop(self, rate: float) -> None:
         async with asyncio.TaskGroup() as running:
-            for at, conversation in zip(arrivals(rate, self._settings.seed), self._conversations, strict=False):
-                await asyncio.sleep(max(0.0, self._begun + at - time.perf_counter()))
+            for arrival_s, conversation in zip(arrivals(rate, self._settings.seed), self._conversations, strict=False):
+                await asyncio.sleep(max(0.0, self._started_at + arrival_s - time.perf_counter()))
                 running.create_task(self._converse(conversation))
 
     async def _converse(self, conversation: Conversation) -> None:
-        """Ask its questions one after another, up to the first that fails."""
+        """Send the questions one after another, up to the first that fails."""
         messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
         for turn, question in enumerate(conversation.questions, start=1):
             messages.append({"role": "user", "content": question})
             body = _body(self._settings, conversation.model, messages, conversation.seed)
             sent_at = time.perf_counter()
-            start_s = sent_at - self._begun
+            start_s = sent_at - self._started_at
             try:
                 answer = await self._server.answer(body, keep_text=turn < len(conversation.questions))
             except RequestFailed as error:
@@ -183,7 +183,7 @@ class _LevelRun:
         num_requests = len(self._conversations) * self._settings.turns
         tokens = sum(record.completion_tokens for record in self._records)
         errors = sum(record.error is not None for record in self._records)
-        elapsed_s = time.perf_counter() - self._begun
+        elapsed_s = time.perf_counter() - self._started_at
         failed = f", {errors} failed" if errors else ""
         return (
             f"{self._load}: {len(self._records)} of {num_requests} requests{failed}, "
@@ -225,33 +225,33 @@ def _request(model: str, turn: int, start_s: float, answer: Answer) -> Request:
 
 
 def _notes(settings: Settings, levels: Sequence[Level]) -> list[str]:
-    good = [record for level in levels for record in level.records if record.error is None]
-    short = sum(record.completion_tokens < settings.max_tokens for record in good)
-    busiest = max((level.client_cpu for level in levels), default=0.0)
+    successes = [record for level in levels for record in level.records if record.error is None]
+    num_short = sum(record.completion_tokens < settings.max_tokens for record in successes)
+    max_cpu = max((level.client_cpu for level in levels), default=0.0)
     notes = []
-    if any(record.prompt_tokens is None for record in good):
+    if any(record.prompt_tokens is None for record in successes):
         notes.append("the server sends no usage: pieces of text are counted as tokens")
-    if settings.ignore_eos and short:
-        notes.append(f"{short} of {len(good)} answers are shorter than --max-tokens {settings.max_tokens}")
-    if busiest > _BUSY_CLIENT:
-        notes.append(f"the load generator used {busiest:.2f} of a core: the server may be faster than it can tell")
+    if settings.ignore_eos and num_short:
+        notes.append(f"{num_short} of {len(successes)} answers are shorter than --max-tokens {settings.max_tokens}")
+    if max_cpu > _BUSY_CLIENT:
+        notes.append(f"the load generator used {max_cpu:.2f} of a core: the server may be faster than measured")
     return notes
 
 
 @contextlib.asynccontextmanager
-async def _ticking(line: Callable[[], str]) -> AsyncIterator[None]:
-    """Keep `line` on the terminal, up to date, and leave its last state; only that where stderr is no terminal."""
+async def _live_progress(line: Callable[[], str]) -> AsyncIterator[None]:
+    """Keep `line` up to date on the terminal, and leave its last state; without a terminal, print only that."""
 
     async def tick() -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             print(f"\r\x1b[K{line()}", end="", file=sys.stderr, flush=True)
 
-    live = sys.stderr.isatty()
-    ticks = asyncio.create_task(tick()) if live else None
+    is_terminal = sys.stderr.isatty()
+    ticks = asyncio.create_task(tick()) if is_terminal else None
     try:
         yield
     finally:
         if ticks:
             ticks.cancel()
-        print("\r\x1b[K" * live + line(), file=sys.stderr, flush=True)
+        print("\r\x1b[K" * is_terminal + line(), file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Streamed chat completions of any OpenAI-compatible server, with the time at which each piece of text came.
+"""Streamed chat completions of any OpenAI-compatible server, with the arrival time of each piece of text.
 
-The wire under `corral bench`. While an answer runs, its events are only searched and stamped; what is in them is read
-when it has ended. No proxies, no redirects. Knows neither workloads nor statistics.
+While an answer is streamed, its events are only searched and timestamped; they are parsed when it has ended. No
+proxies, no redirects. Knows neither workloads nor statistics.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 class RequestFailed(CorralError):
-    """A request that got no whole answer. `status`: of HTTP, 0 if none came, None if no server was reached."""
+    """A request without a complete answer. `status`: of HTTP, 0 if none arrived, None if no server was reached."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class RequestFailed(CorralError):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The token counts that a server gives; None is what it does not tell."""
+    """Token counts as the server reports them; None where it does not."""
 
     prompt_tokens: int | None
     completion_tokens: int | None
@@ -46,11 +46,11 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. Times are readings of `time.perf_counter`, in seconds.
+    """A complete answer. Times are readings of `time.perf_counter`, in seconds.
 
     Attributes:
-        text_at: when each piece of text arrived; pieces of one packet have one time.
-        text: what was said; empty unless it was asked for.
+        text_at: arrival time of each piece of text; the pieces of one packet have the same.
+        text: the text itself, if it was to be kept, else empty.
     """
 
     sent_at: float
@@ -61,26 +61,28 @@ class Answer:
 
 
 class ChatServer:
-    """An OpenAI-compatible server, with as many connections as there are requests at a time.
+    """An OpenAI-compatible server, with one connection per concurrent request.
 
     Args:
-        url: where the API is, with or without `/v1` at the end.
-        api_key: sent as bearer token.
-        verify: whether an https server's certificate is checked.
-        timeout_s: how long a request may take.
+        url: the server's address, with or without `/v1` at the end.
+        api_key: sent as a bearer token.
+        verify: whether to check an https server's certificate.
+        timeout_s: limit for a complete request, in seconds.
 
-    Raises ConfigError if the URL or the key cannot be sent.
+    Raises ConfigError if the URL or the key is not valid.
     """
 
     def __init__(self, url: str, api_key: str | None = None, *, verify: bool = True, timeout_s: float = 600.0) -> None:
         try:
             parsed = httpx.URL(url.rstrip("/").removesuffix("/v1"))
         except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r} is no URL ({error}): write for example {DEFAULT_URL}") from error
+            raise ConfigError(f"{url!r} is not a valid URL ({error}): use for example {DEFAULT_URL}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query:
-            raise ConfigError(f"{url!r} is no http:// or https:// URL of a server: write for example {DEFAULT_URL}")
+            raise ConfigError(f"{url!r} is not the http:// or https:// URL of a server: use for example {DEFAULT_URL}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ConfigError("the API key has characters that no header can hold: check --api-key or its variable")
+            raise ConfigError(
+                "the API key has characters that a header cannot hold: check --api-key or its environment variable"
+            )
         self.url = str(parsed).rstrip("/")
         self._timeout_s = timeout_s
         self._authorization = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -94,7 +96,7 @@ class ChatServer:
         self._idle: list[Connection] = []
 
     async def models(self) -> list[str]:
-        """The ids that the server lists, at least one. Raises RequestFailed."""
+        """The model ids that the server lists, at least one. Raises RequestFailed."""
         try:
             async with httpx.AsyncClient(verify=self._tls or True, trust_env=False, timeout=30) as client:
                 response = await client.get(f"{self.url}/v1/models", headers=self._authorization)
@@ -108,27 +110,27 @@ class ChatServer:
         raise RequestFailed(f"{response.url} lists no models: check the URL, or name one with --model")
 
     async def answer(self, body: Mapping[str, Any], *, keep_text: bool = False) -> Answer:
-        """Send a chat completion request with `stream` on, and wait for all of its answer.
+        """Send a streaming chat completion request, and wait for its complete answer.
 
         Raises:
-            RequestFailed: no connection, another status than 200, an error event, a broken or an empty answer.
+            RequestFailed: no connection, a status other than 200, an error event, or an incomplete or empty answer.
         """
         content = json.dumps(body).encode()
         request = f"{self._head}content-length: {len(content)}\r\n\r\n".encode() + content
         events = _Events(keep_text)
         sent_at = time.perf_counter()
-        connection = await self._connected()
+        connection = await self._connect()
         try:
             async with asyncio.timeout(self._timeout_s):
-                ended_at = await connection.exchange(request, events.take)
+                ended_at = await connection.exchange(request, events.feed)
             return events.answer(sent_at, ended_at)
         except TimeoutError as error:
             raise RequestFailed(
-                f"no whole answer within {self._timeout_s:g} s: ask for fewer tokens, or give a longer --timeout", 0
+                f"no complete answer within {self._timeout_s:g} s: request fewer tokens, or raise --timeout", 0
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(
-                f"the answer broke off, or is malformed ({type(error).__name__}: {error})", connection.status or 0
+                f"the answer is incomplete or malformed ({type(error).__name__}: {error})", connection.status or 0
             ) from error
         finally:
             if connection.reusable:
@@ -141,7 +143,7 @@ class ChatServer:
         while self._idle:
             self._idle.pop().close()
 
-    async def _connected(self) -> Connection:
+    async def _connect(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
             if connection.reusable and time.perf_counter() - connection.idle_since < _REUSE_WITHIN_S:
@@ -153,16 +155,16 @@ class ChatServer:
                 return (await loop.create_connection(Connection, *self._address, ssl=self._tls))[1]
         except ssl.SSLCertVerificationError as error:
             raise RequestFailed(
-                f"the certificate of {self.url} does not verify ({error.verify_message}): "
-                "if it is one of your own, give --insecure"
+                f"the certificate of {self.url} cannot be verified ({error.verify_message}): "
+                "if you trust this server, pass --insecure"
             ) from error
         except (OSError, TimeoutError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else "no answer in time"
-            raise RequestFailed(f"no server answers at {self.url} ({why}): start one, or give its URL") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else "no answer in time"
+            raise RequestFailed(f"no server answers at {self.url} ({reason}): start one, or give its URL") from error
 
 
 class _Events:
-    """What has come back for one request so far."""
+    """The events received so far for one request."""
 
     def __init__(self, keep_text: bool) -> None:
         self._keep_text = keep_text
@@ -171,16 +173,16 @@ class _Events:
         self._usage: bytes | None = None
         self._error: bytes | None = None
         self._status = 0
-        self._rest = b""  # a line whose end has not come; all of the body if this is no answer
+        self._buffer = b""  # an incomplete line; the complete body if the status is not 200
 
-    def take(self, status: int, body: bytes, now: float) -> None:
-        """Note the events in the next bytes of the body."""
+    def feed(self, status: int, body: bytes, now: float) -> None:
+        """Record the events in the next chunk of the body."""
         self._status = status
         if status != 200:
-            self._rest += body
+            self._buffer += body
             return
-        lines = (self._rest + body).split(b"\n")
-        self._rest = lines.pop()
+        lines = (self._buffer + body).split(b"\n")
+        self._buffer = lines.pop()
         for line in lines:
             if not line.startswith(b"data:"):
                 continue
@@ -194,9 +196,9 @@ class _Events:
                 self._usage = line
 
     def answer(self, sent_at: float, ended_at: float) -> Answer:
-        """All of it. Raises RequestFailed if it is none, ValueError, KeyError or TypeError if it is malformed."""
+        """The complete answer. Raises RequestFailed if it failed, ValueError, KeyError or TypeError if malformed."""
         if self._status not in (0, 200):
-            raise RequestFailed(f"{self._status}: {_message(self._rest)}", self._status)
+            raise RequestFailed(f"{self._status}: {_message(self._buffer)}", self._status)
         if self._error:
             raise RequestFailed(f"an error after the answer began: {_message(_data(self._error))}", 200)
         usage = _usage(json.loads(_data(self._usage))["usage"]) if self._usage else None
@@ -214,13 +216,13 @@ def _content(event: Any) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
 
 
-def _usage(given: Any) -> Usage:
-    details = given.get("prompt_tokens_details") or {}
-    return Usage(given.get("prompt_tokens"), given.get("completion_tokens"), details.get("cached_tokens"))
+def _usage(counts: Any) -> Usage:
+    details = counts.get("prompt_tokens_details") or {}
+    return Usage(counts.get("prompt_tokens"), counts.get("completion_tokens"), details.get("cached_tokens"))
 
 
 def _message(body: bytes) -> str:
-    """What an error's body says, in one line: OpenAI's form, FastAPI's, or its beginning."""
+    """The message of an error's body in one line: as OpenAI or FastAPI formats it, else the beginning of the body."""
     text = body.decode("utf-8", "replace")
     try:
         error = json.loads(text)

@@ -1,7 +1,7 @@
-"""The conversations that `corral bench` holds, and when an open loop begins each.
+"""The workloads of a benchmark: the conversations of each level, and their arrival times in an open loop.
 
-Pure: the same settings give the same prompts and arrivals. No two levels or warm-ups share a prompt that could sit in
-a server's prefix cache, but for `chat`, whose questions are too short for that to matter.
+Pure: the same settings give the same prompts and arrivals. No two levels or warm-ups share a prompt that a server could
+have in its prefix cache, except in `chat`, whose questions are too short for that to matter.
 """
 
 import itertools
@@ -50,7 +50,7 @@ _MIN_ARRIVALS = 8
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Questions that one user asks a model in turn, each with all that was said before."""
+    """Questions that one user asks a model one after another, each sent with the dialog before it."""
 
     model: str
     system: str | None
@@ -59,29 +59,29 @@ class Conversation:
 
 
 def loads(settings: Settings) -> list[Load]:
-    """The levels, in the order that they are run."""
+    """The levels, in the order in which they run."""
     sizes = settings.prompt_tokens or (None,)
     closed = [Load(streams, None, size) for size, streams in itertools.product(sizes, settings.concurrency)]
     return closed + [Load(None, rate, size) for size, rate in itertools.product(sizes, settings.rates)]
 
 
 def conversations(settings: Settings, load: Load) -> list[Conversation]:
-    """Those of one level, models in turn."""
+    """The conversations of one level, with the models in turn."""
     return [_conversation(settings, load, index) for index in range(_num_conversations(settings, load))]
 
 
 def warm_up(settings: Settings, load: Load) -> Conversation:
-    """What goes before a level and is not measured: one request."""
+    """The conversation before a level, which is not measured: one request."""
     return _conversation(settings, load, -1, turns=1)
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Seconds since a level began at which conversations begin: a Poisson process, the first at 0, without end."""
-    draw = random.Random(f"{seed}/arrivals")
-    at = 0.0
+    """Start times of conversations, in seconds since the level began: an endless Poisson process that starts at 0."""
+    rng = random.Random(f"{seed}/arrivals")
+    arrival_s = 0.0
     while True:
-        yield at
-        at += draw.expovariate(rate)
+        yield arrival_s
+        arrival_s += rng.expovariate(rate)
 
 
 def _num_conversations(settings: Settings, load: Load) -> int:
@@ -94,7 +94,7 @@ def _num_conversations(settings: Settings, load: Load) -> int:
 
 
 def _conversation(settings: Settings, load: Load, index: int, turns: int | None = None) -> Conversation:
-    """That of an index; negative ones have prompts of their own too."""
+    """The conversation of an index; negative indices have prompts of their own, too."""
     system, question = None, QUESTIONS[index % len(QUESTIONS)]
     if load.prompt_tokens is not None:
         question = f"{_words(load.prompt_tokens, settings, load, index)}. What is this about?"

@@ -1,4 +1,4 @@
-"""`corral adapters ...`: the registry from a terminal."""
+"""`corral adapters ...`: the adapter registry on the command line."""
 
 import json
 import os
@@ -17,28 +17,31 @@ if TYPE_CHECKING:
     from training.registry.registry import AdapterRegistry
 
 app = typer.Typer(
-    help="The registry: list, show, diff, verify, export, import, promote, roll back, delete.", no_args_is_help=True
+    help="The adapter registry: list, show, diff, verify, export, import, promote, roll back, delete.",
+    no_args_is_help=True,
 )
 
 _Registry = Annotated[
     str | None, typer.Option("--registry", metavar="PATH", help="any fsspec path; default: CORRAL_HOME/registry")
 ]
 _Url = Annotated[
-    str | None, typer.Option("--url", metavar="URL", help="of a server: its registry, with the key in CORRAL_API_KEY")
+    str | None,
+    typer.Option("--url", metavar="URL", help="use this server's registry, with the key in CORRAL_API_KEY"),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)]
-_GgufType = Literal["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"]  # training.export.gguf's, not imported for `--help`
+# As in training.export.gguf, which is too slow to import for `--help`.
+_GgufType = Literal["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"]
 _MergeBase = Literal["nf4", "original"]
 _Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 _Version = Annotated[int, typer.Argument(metavar="VERSION", show_default=False)]
-_Alias = Annotated[str, typer.Option("--alias", help="which alias")]
+_Alias = Annotated[str, typer.Option("--alias", help="alias to change")]
 
 
 @app.command("list")
 def list_(registry: _Registry = None, url: _Url = None, as_json: _Json = False) -> None:
-    """Every version of every adapter."""
-    if as_json and url is None:  # with all of their manifests
+    """List every version of every adapter."""
+    if as_json and url is None:  # with the complete manifests
         store = _open(registry)
         print(json.dumps([_record(store, manifest) for manifest in store.list()], indent=2))
         return
@@ -48,14 +51,14 @@ def list_(registry: _Registry = None, url: _Url = None, as_json: _Json = False) 
         versions = [{"name": a.name, **version.model_dump(mode="json")} for a in adapters for version in a.versions]
         print(json.dumps(versions, indent=2))
     elif not adapters:
-        print("no adapter is registered: train one with 'corral train configs/train/quickstart.yaml'")
+        print("no adapters are registered: train one with 'corral train configs/train/quickstart.yaml'")
     else:
         _print_table(adapters)
 
 
 @app.command()
 def show(name: _Reference, registry: _Registry = None, as_json: _Json = False) -> None:
-    """One version and where it comes from: the champion, else the newest, or the one that is named."""
+    """Show a version and its lineage; without VERSION or ALIAS, the champion, else the newest."""
     store = _open(registry)
     manifest = _resolve(store, name)
     record, ancestors = _record(store, manifest), store.ancestors(manifest)
@@ -70,7 +73,7 @@ def show(name: _Reference, registry: _Registry = None, as_json: _Json = False) -
 
 @app.command()
 def diff(a: _Reference, b: _Reference, registry: _Registry = None, as_json: _Json = False) -> None:
-    """What differs between two versions: configuration, data, figures, libraries and weights."""
+    """Show how two versions differ: configuration, data, metrics, libraries and weights."""
     from dataclasses import asdict
 
     from clients.cli.adapter_report import diff_report, print_report
@@ -84,8 +87,8 @@ def diff(a: _Reference, b: _Reference, registry: _Registry = None, as_json: _Jso
         weights = diff_weights(store.fetch(first), first.lora, store.fetch(second), second.lora)
     if as_json:
         fields = [asdict(change) for change in changes]
-        compared = None if weights is None else asdict(weights)
-        print(json.dumps({"a": first.model_id, "b": second.model_id, "fields": fields, "weights": compared}, indent=2))
+        record = {"a": first.model_id, "b": second.model_id, "fields": fields}
+        print(json.dumps({**record, "weights": None if weights is None else asdict(weights)}, indent=2))
     else:
         print_report(diff_report(first, second, changes, weights))
 
@@ -95,27 +98,27 @@ def verify(
     name: _Reference,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="again for more; default: the recorded samples, else a few of our own"),
+        typer.Option("--prompt", help="repeatable; default: the manifest's samples, else built-in prompts"),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="per answer")] = 32,
     registry: _Registry = None,
     as_json: _Json = False,
 ) -> int:
-    """Check a version's files, and that PEFT and Corral's engine answer alike with them (float32)."""
+    """Check a version's files, and that PEFT and Corral's engine give the same answers with them (float32)."""
     from dataclasses import asdict
 
     from clients.cli.adapter_report import print_report, verify_report
-    from clients.verify import verify as compare
+    from clients.verify import verify as run_verification
 
     store = _open(registry)
     manifest = _resolve(store, name)
-    compared = compare(store, manifest, prompts or [], max_tokens)
-    passed = all(one.passed for one in compared)
+    comparisons = run_verification(store, manifest, prompts or [], max_tokens)
+    passed = all(comparison.passed for comparison in comparisons)
     if as_json:
-        prompts_ = [{**asdict(one), "passed": one.passed} for one in compared]
-        print(json.dumps({"model_id": manifest.model_id, "passed": passed, "prompts": prompts_}, indent=2))
+        records = [{**asdict(comparison), "passed": comparison.passed} for comparison in comparisons]
+        print(json.dumps({"model_id": manifest.model_id, "passed": passed, "prompts": records}, indent=2))
     else:
-        print_report(verify_report(manifest, compared))
+        print_report(verify_report(manifest, comparisons))
     return 0 if passed else 1
 
 
@@ -123,28 +126,28 @@ def verify(
 def export(
     name: _Reference,
     merged: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="a folder of safetensors for transformers and vLLM")
+        Path | None, typer.Option(metavar="DIR", help="write safetensors for transformers and vLLM to this folder")
     ] = None,
-    gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="a file for llama.cpp")] = None,
-    gguf_type: Annotated[_GgufType, typer.Option(help="of its matrices")] = "F16",
+    gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="write this file for llama.cpp")] = None,
+    gguf_type: Annotated[_GgufType, typer.Option(help="data type of its matrices")] = "F16",
     onto: Annotated[
-        _MergeBase, typer.Option(help="merge into the 4-bit weights that it was trained on, or the original ones")
+        _MergeBase, typer.Option(help="merge into the 4-bit weights it was trained on, or into the original ones")
     ] = "nf4",
     eval_file: Annotated[
         Path | None,
-        typer.Option("--eval", metavar="FILE", help="measure on these rows or .txt; default: the run's held-out rows"),
+        typer.Option("--eval", metavar="FILE", help="rows or .txt to measure on; default: the run's held-out rows"),
     ] = None,
     registry: _Registry = None,
     as_json: _Json = False,
 ) -> None:
-    """Write a version as a model of its own, and measure what merging costs."""
+    """Export a version as a standalone model, and measure how merging changes its loss."""
     from dataclasses import asdict
 
     import torch
 
     from training.base_models.resolve import resolve_base_model
     from training.export.export import ExportPaths, describe_losses
-    from training.export.export import export as write
+    from training.export.export import export as write_model
     from training.export.losses import evaluation_rows
     from training.registry.manifest import check_base
 
@@ -157,13 +160,13 @@ def export(
     check_base(manifest, base)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = evaluation_rows(manifest, base, eval_file)
-    record = write(manifest, directory, base, targets, onto=onto, rows=rows, device=device)
+    record = write_model(manifest, directory, base, targets, onto=onto, rows=rows, device=device)
     if as_json:
         print(json.dumps(asdict(record), indent=2))
         return
     weights = "dequantized NF4" if onto == "nf4" else "original 16-bit"
-    written = " and ".join(str(path) for path in (merged, gguf) if path is not None)
-    print(f"{manifest.model_id} is merged into the {weights} weights of {base.source}: {written}")
+    paths = " and ".join(str(path) for path in (merged, gguf) if path is not None)
+    print(f"{manifest.model_id} is merged into the {weights} weights of {base.source}: {paths}")
     print("\n".join(describe_losses(record)))
 
 
@@ -175,7 +178,7 @@ def import_(
         str | None, typer.Option("--base", help="name, hub id or directory; default: the embedded model")
     ] = None,
     chat_format: Annotated[str, typer.Option(help="auto, llama-2, llama-3 or chatml")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="register it without held-out figures")] = False,
+    force: Annotated[bool, typer.Option("--force", help="register it without held-out metrics")] = False,
     registry: _Registry = None,
 ) -> None:
     """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl)."""
@@ -198,13 +201,13 @@ def promote(
     name: _Name,
     version: _Version,
     percent: Annotated[
-        float, typer.Option(min=0, max=100, help="below 100: as a canary, for this share of the champion's traffic")
+        float, typer.Option(min=0, max=100, help="below 100: a canary with this share of the champion's traffic")
     ] = 100,
     alias: _Alias = "champion",
     registry: _Registry = None,
     url: _Url = None,
 ) -> None:
-    """Point an alias at a version; requests that name no version get the champion."""
+    """Point an alias at a version; requests without a version get the champion."""
     with _admin(registry, url) as admin:
         change = admin.promote(name, version, alias, percent)
     print(f"{change.base_model}:{name}@{alias} is version {change.version}", end="")
@@ -213,17 +216,17 @@ def promote(
 
 @app.command()
 def rollback(name: _Name, alias: _Alias = "champion", registry: _Registry = None, url: _Url = None) -> None:
-    """End the canary; where there is none, point an alias at what it pointed at before."""
+    """End the canary; if there is none, point an alias at its previous version."""
     with _admin(registry, url) as admin:
         change = admin.rollback(name, alias)
-    ended = change.previous_canary
+    canary = change.previous_canary
     print(f"{change.base_model}:{name}@{alias} is version {change.version}", end="")
-    print(f" alone: its canary, version {ended.version}, has ended" if ended else "")
+    print(f" alone: its canary, version {canary.version}, has ended" if canary else "")
 
 
 @app.command()
 def delete(name: _Name, version: _Version, registry: _Registry = None, url: _Url = None) -> None:
-    """Remove a version for good; its number is not used again."""
+    """Delete a version permanently; its number is not reused."""
     with _admin(registry, url) as admin:
         admin.delete_version(name, version)
     print(f"{name}@{version} is deleted")
@@ -231,7 +234,7 @@ def delete(name: _Name, version: _Version, registry: _Registry = None, url: _Url
 
 @contextmanager
 def _admin(registry: str | None, url: str | None) -> "Iterator[AdapterAdmin | CorralClient]":
-    """A registry, or a server that has one: both list and change it in the same words."""
+    """The registry itself, or the server at `url`: both have the same methods to list and change it."""
     if url is None:
         from deployments.api.adapter_admin import AdapterAdmin
         from training.registry.audit import os_user
@@ -254,14 +257,14 @@ def _open(path: str | None) -> "AdapterRegistry":
 
 
 def _resolve(store: "AdapterRegistry", text: str) -> "AdapterManifest":
-    """Accept `ranch-hand`, `ranch-hand@2` and the whole model id."""
+    """The manifest for `ranch-hand`, `ranch-hand@2` or a complete model id."""
     from training.errors import AdapterNotFound
 
     base, colon, rest = text.rpartition(":")
     name, at, ref = rest.partition("@")
     manifest = store.resolve(name, ref if at else None)
     if colon and base != manifest.base.name:
-        raise AdapterNotFound(f"adapter {name!r} is not one of {base!r}: it was trained on {manifest.base.name!r}")
+        raise AdapterNotFound(f"adapter {name!r} does not belong to {base!r}: it was trained on {manifest.base.name!r}")
     return manifest
 
 

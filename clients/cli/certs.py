@@ -1,4 +1,4 @@
-"""`corral certs ...`: the certificate of `corral serve --tls` from a terminal."""
+"""`corral certs ...`: create and show the certificate of `corral serve --tls`."""
 
 import json
 import sys
@@ -19,12 +19,12 @@ _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 def create(
     host: Annotated[
         list[str] | None,
-        typer.Option("--host", metavar="NAME", help="what clients call this server, beside localhost; again for more"),
+        typer.Option("--host", metavar="NAME", help="host name that clients use, besides localhost; repeatable"),
     ] = None,
-    days: Annotated[int, typer.Option(help="how long it is valid, at most 825")] = 825,
+    days: Annotated[int, typer.Option(help="validity, at most 825")] = 825,
     as_json: _Json = False,
 ) -> None:
-    """Make a self-signed certificate and its key under CORRAL_HOME/certs; never overwrites one."""
+    """Create a self-signed certificate and its key under CORRAL_HOME/certs; existing ones are never overwritten."""
     from deployments.launch.certificates import create_certificate
 
     _print(create_certificate(host or [], days), as_json)
@@ -32,7 +32,7 @@ def create(
 
 @app.command()
 def show(as_json: _Json = False) -> None:
-    """Say what the certificate is valid for, until when, and its fingerprint."""
+    """Show the certificate's hosts, expiry and fingerprint."""
     from deployments.launch.certificates import certificate_files, read_certificate
 
     _print(read_certificate(certificate_files()[0]), as_json)
@@ -45,7 +45,7 @@ def _print(certificate: "Certificate", as_json: bool) -> None:
         print(f"certificate  {certificate.path}")
         print(f"subject      {certificate.subject}")
         print(f"hosts        {', '.join(certificate.hosts)}")
-        print(f"valid until  {certificate.not_after:%Y-%m-%d %H:%M} UTC, {certificate.days_left} days")
+        print(f"valid until  {certificate.not_after:%Y-%m-%d %H:%M} UTC, {certificate.days_left} days left")
         print(f"SHA-256      {certificate.fingerprint}")
         print(f"to trust it  corral chat --ca {certificate.path}, curl --cacert, SSL_CERT_FILE for openai")
     if certificate.warning:

@@ -1,4 +1,4 @@
-"""`corral data ...`: a dataset from a terminal, before anything is trained on it."""
+"""`corral data ...`: check a dataset before training on it."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training.config.train_config import TrainConfig
     from training.data.report import DataReport, RowNote, Segment
 
-app = typer.Typer(help="Look at a dataset before training on it.", no_args_is_help=True)
+app = typer.Typer(help="Check a dataset before training on it.", no_args_is_help=True)
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 _SHOWN_NOTES = 5
@@ -24,41 +24,44 @@ _SHOWN_CHARS = 600  # of a row
 _BAR_WIDTH = 40
 _BAR_PARTS = " ▏▎▍▌▋▊▉█"
 _STYLES = {"context": "dim", "trained": "bold green", "rejected": "red"}
-_MARKS = {"context": ("", ""), "trained": ("«", "»"), "rejected": ("[-", "-]")}  # where there are no colours
+_MARKS = {"context": ("", ""), "trained": ("«", "»"), "rejected": ("[-", "-]")}  # without colours
 
 _Method = Literal["sft", "dpo", "kto"]
 
 
 @app.callback()
 def _data() -> None:
-    """Keeps `check` a command of its own while it is the only one."""
+    """A callback: without one, typer drops the name of an only command."""
 
 
 @app.command()
 def check(
-    what: Annotated[
+    inputs: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[FILE ...] [KEY=VALUE ...]",
-            help="files, folders, globs or hub ids; and settings such as data.columns='{prompt: question}'",
+            help="files, folders, globs or hub ids, and settings such as data.columns='{prompt: question}'",
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="CONFIG", help="a training YAML: its data, base and max_length")
+        Path | None,
+        typer.Option("--config", metavar="CONFIG", help="use this training YAML's data, base and max_length"),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", metavar="M", help="whose tokens; default: the embedded")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="M", help="base model; default: the embedded one")
+    ] = None,
     chat_format: Annotated[str | None, typer.Option(help="auto, llama-2, llama-3 or chatml")] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="tokens that a row may have; default: 1024")] = None,
-    method: Annotated[_Method | None, typer.Option(help="which rows are wanted: sft, dpo or kto; default: sft")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="tokens per row; default: 1024")] = None,
+    method: Annotated[_Method | None, typer.Option(help="kind of rows: sft, dpo or kto; default: sft")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """What a training run would see: formats, lengths, bad rows, duplicates, the split, and what is trained."""
-    given = what or []
-    files = [text for text in given if Path(text).exists() or not _OVERRIDE.fullmatch(text)]
-    overrides = [text for text in given if text not in files]
-    named = {"base_model": base, "chat_format": chat_format, "max_length": max_length, "method": method}
-    overrides += [f"{key}={value}" for key, value in named.items() if value is not None]
-    report = _examine(_settings(config, files, overrides))
+    """Show what a run would see: formats, lengths, bad rows, duplicates, the split, and which tokens are trained."""
+    arguments = inputs or []
+    files = [text for text in arguments if Path(text).exists() or not _OVERRIDE.fullmatch(text)]
+    overrides = [text for text in arguments if text not in files]
+    options = {"base_model": base, "chat_format": chat_format, "max_length": max_length, "method": method}
+    overrides += [f"{key}={value}" for key, value in options.items() if value is not None]
+    report = _read_report(_settings(config, files, overrides))
     if as_json:
         print(report.model_dump_json(indent=2))
     else:
@@ -73,12 +76,12 @@ def _settings(path: Path | None, files: Sequence[str], overrides: Sequence[str])
     if files:
         values["data"] = {**(values.get("data") or {}), "path": [*files]}
     elif path is None and not any(override.startswith("data.path=") for override in overrides):
-        raise ConfigError("no data is named: give files, folders, globs or hub ids, or --config with a training YAML")
+        raise ConfigError("no data is given: pass files, folders, globs or hub ids, or --config with a training YAML")
     return build_config(values, overrides, str(path or "command line"))
 
 
-def _examine(config: "TrainConfig") -> "DataReport":
-    """Everything that is wrong is counted, nothing refused."""
+def _read_report(config: "TrainConfig") -> "DataReport":
+    """Read the data leniently: bad rows are counted, not refused."""
     from training.data.run_inputs import read_data
 
     too_long = "truncate" if config.data.on_too_long == "truncate" else "skip"
@@ -114,7 +117,7 @@ def _print(report: "DataReport") -> None:
 
 
 def _columns(console: "Console", rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns, the first aligned to the right; nothing is wrapped or padded, so that it can be copied."""
+    """Two columns, the first right-aligned; lines are neither wrapped nor padded, so that they can be copied."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"{name:>{width}}  {value}".rstrip(), soft_wrap=True, markup=False)
@@ -169,21 +172,21 @@ def _histogram(report: "DataReport") -> list[tuple[str, str]]:
     rows = []
     below = 0
     for bound, count in lengths.histogram:
-        over = " too long" if count and below >= report.max_length else ""
-        rows.append((f"{below + 1:,}-{bound:,}", f"{_bar(count / highest)} {count:,}{over}".lstrip()))
+        suffix = " too long" if count and below >= report.max_length else ""
+        rows.append((f"{below + 1:,}-{bound:,}", f"{_bar(count / highest)} {count:,}{suffix}".lstrip()))
         below = bound
     left_out = ", ".join(f"{n:,} ({count:,} rows)" for n, count in lengths.longer_than.items())
     return [
         *rows,
         ("", f"mean {lengths.mean:.0f}, p50 {lengths.p50:,}, p95 {lengths.p95:,}, max {lengths.max:,}"),
-        ("", f"a max_length leaves out: {left_out}"),
+        ("", f"left out by a max_length of: {left_out}"),
     ]
 
 
 def _bar(share: float) -> str:
     eighths = max(round(share * _BAR_WIDTH * 8), 1 if share else 0)
-    whole, part = divmod(eighths, 8)
-    return "█" * whole + (_BAR_PARTS[part] if part else "")
+    blocks, remainder = divmod(eighths, 8)
+    return "█" * blocks + (_BAR_PARTS[remainder] if remainder else "")
 
 
 def _print_notes(console: "Console", notes: Sequence["RowNote"], count: int) -> None:
@@ -191,7 +194,7 @@ def _print_notes(console: "Console", notes: Sequence["RowNote"], count: int) -> 
         text = f"  {note.source}: {note.reason}\n    the row starts with {note.excerpt!r}"
         console.print(text, soft_wrap=True, markup=False)
     if count > _SHOWN_NOTES:
-        console.print(f"  and {count - _SHOWN_NOTES:,} more; --json names the first thousand")
+        console.print(f"  and {count - _SHOWN_NOTES:,} more; --json lists the first thousand")
 
 
 def _legend(report: "DataReport", console: "Console") -> str:
@@ -214,12 +217,12 @@ def _coloured(row: Sequence["Segment"], console: "Console") -> "Text":
 
 
 def _shortened(row: Sequence["Segment"]) -> Iterator[tuple[str, str]]:
-    """At most so many characters of every segment that the row fits onto a screen."""
-    room = max(80, _SHOWN_CHARS // len(row))
+    """The use and text of each segment, truncated so that the row fits on a screen."""
+    limit = max(80, _SHOWN_CHARS // len(row))
     for segment in row:
-        half = room // 2
-        whole = len(segment.text) <= room
-        yield segment.role, segment.text if whole else f"{segment.text[:half]} [...] {segment.text[-half:]}"
+        half = limit // 2
+        fits = len(segment.text) <= limit
+        yield segment.role, segment.text if fits else f"{segment.text[:half]} [...] {segment.text[-half:]}"
 
 
 def _has_colours(console: "Console") -> bool:

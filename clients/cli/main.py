@@ -1,7 +1,7 @@
-"""`corral`: the command line. Each command is a few lines around the module that does the work.
+"""`corral`: the command line. Each command is a thin layer over the module that does the work.
 
 Exit codes are 0 ok, 1 failure, 2 usage; an error is one line on stderr, with a traceback only under `--debug`.
-Nothing heavy is imported before the command that needs it runs.
+Heavy modules are imported only by the commands that need them.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from clients.cli import adapters, bench, certs, data, keys, runs, serve, train, 
 
 
 class _Corral(TyperGroup):
-    """The group of all commands: takes `--debug` anywhere, and turns exceptions into one line and an exit code."""
+    """The root command: accepts `--debug` anywhere, and turns exceptions into a one-line error and an exit code."""
 
     def main(
         self,
@@ -29,12 +29,12 @@ class _Corral(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        given = list(sys.argv[1:] if args is None else args)
-        options = given[: given.index("--")] if "--" in given else given
+        arguments = list(sys.argv[1:] if args is None else args)
+        options = arguments[: arguments.index("--")] if "--" in arguments else arguments
         debug = "--debug" in options
         if debug:
-            given = ["--debug", *(o for o in options if o != "--debug"), *given[len(options) :]]
-        sys.exit(_run(lambda: super(_Corral, self).main(given, "corral", complete_var, False, **extra), debug))
+            arguments = ["--debug", *(o for o in options if o != "--debug"), *arguments[len(options) :]]
+        sys.exit(_run(lambda: super(_Corral, self).main(arguments, "corral", complete_var, False, **extra), debug))
 
 
 def _run(command: Callable[[], Any], debug: bool) -> int:
@@ -52,12 +52,13 @@ def _run(command: Callable[[], Any], debug: bool) -> int:
     except typer.Abort:
         return _fail("stopped", 1)
     except CorralError as error:
-        usage = isinstance(error, ConfigError) or type(error).__name__ == "ServeConfigError"  # not imported for a name
+        # ServeConfigError by its name: the module that defines it is not imported for every command.
+        usage = isinstance(error, ConfigError) or type(error).__name__ == "ServeConfigError"
         return fail(error, str(error), 2 if usage else 1)
     except Exception as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return fail(error, f"{what} (unexpected: run it again with --debug and report what it prints)", 1)
-    if code == 130:  # what typer makes of Ctrl-C
+        summary = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return fail(error, f"{summary} (unexpected: run again with --debug and report the output)", 1)
+    if code == 130:  # Ctrl-C in typer
         return _fail("stopped", 1)
     return code if isinstance(code, int) else 0
 
@@ -71,7 +72,7 @@ def _fail(message: str, code: int) -> int:
 app = typer.Typer(
     cls=_Corral,
     help="Fine-tune Llama chat models with QLoRA, and serve every adapter from one 4-bit base.",
-    epilog="--debug, anywhere on the line, shows tracebacks and Ray's own log.",
+    epilog="Add --debug anywhere on the command line to see tracebacks and Ray's own log.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -105,7 +106,7 @@ app.command()(usage.usage)
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> int:
-    """Check that this machine can train and serve, and say what to do where it cannot."""
+    """Check that this machine can train and serve, and suggest a fix for every problem."""
     from clients.doctor.check import report
     from clients.doctor.doctor import run_checks
 

@@ -1,4 +1,4 @@
-"""`corral runs ...`: training runs from a terminal, by their directories or, with `--address`, as jobs of a cluster."""
+"""`corral runs ...`: training runs by their directories or, with `--address`, the training jobs of a cluster."""
 
 import json
 import time
@@ -20,9 +20,10 @@ _POLL_S = 1.0
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 60
 
-_Name = Annotated[str, typer.Argument(metavar="RUN", help="its name", show_default=False)]
+_Name = Annotated[str, typer.Argument(metavar="RUN", help="name of a run", show_default=False)]
 _Address = Annotated[
-    str | None, typer.Option("--address", metavar="ADDRESS", help="a Ray cluster's dashboard, or auto: jobs there")
+    str | None,
+    typer.Option("--address", metavar="ADDRESS", help="jobs of the Ray cluster with this dashboard, or auto"),
 ]
 _Storage = Annotated[
     str | None, typer.Option("--storage", metavar="PATH", help="any fsspec path; default: CORRAL_HOME/runs")
@@ -32,7 +33,7 @@ _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @app.command("list")
 def list_(address: _Address = None, storage: _Storage = None, as_json: _Json = False) -> None:
-    """Every run: what it does or how it ended."""
+    """List all runs and their states."""
     if address:
         from clients.jobs.jobs import TrainingJobs
 
@@ -54,7 +55,7 @@ def list_(address: _Address = None, storage: _Storage = None, as_json: _Json = F
 
 @app.command()
 def show(name: _Name, address: _Address = None, storage: _Storage = None, as_json: _Json = False) -> None:
-    """One run: figures, the curve of its loss, its files, and the adapter version that it became."""
+    """Show a run: metrics, loss curve, files, and the adapter version registered from it."""
     if address:
         from clients.jobs.jobs import TrainingJobs
 
@@ -67,18 +68,18 @@ def show(name: _Name, address: _Address = None, storage: _Storage = None, as_jso
     from training.runs.status import read_run, run_files
 
     run = read_run(runs_address(storage), name)
-    # Of a sweep its best trial became a version.
-    became = [m.model_id for m in AdapterRegistry().list() if f"{m.run_name}/".startswith(f"{name}/")]
+    # A sweep's version is registered from its best trial.
+    versions = [m.model_id for m in AdapterRegistry().list() if f"{m.run_name}/".startswith(f"{name}/")]
     if as_json:
-        print(json.dumps({**run.to_record(), "registered_as": became}, indent=2))
+        print(json.dumps({**run.to_record(), "registered_as": versions}, indent=2))
     else:
         losses = [step["loss"] for step in read_metrics(run.run_dir).records]
-        print(_run_summary(run, losses, run_files(run), became))
+        print(_run_summary(run, losses, run_files(run), versions))
 
 
 @app.command()
 def stop(name: _Name, address: _Address = None, storage: _Storage = None) -> None:
-    """End a run in order; its name resumes it from its last checkpoint."""
+    """Stop a run cleanly; run_name=RUN resumes it from its last checkpoint."""
     if address:
         from clients.jobs.jobs import TrainingJobs
 
@@ -100,11 +101,11 @@ def stop(name: _Name, address: _Address = None, storage: _Storage = None) -> Non
 @app.command()
 def logs(
     name: _Name,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing until the run ends")] = False,
     address: _Address = None,
     storage: _Storage = None,
 ) -> None:
-    """A run's logged steps; with --address what its job printed."""
+    """Print a run's logged steps or, with --address, its job's output."""
     if not address:
         from training.runs.run_dir import runs_address
 
@@ -126,9 +127,9 @@ def _print_steps(address: str, name: str, follow: bool) -> None:
 
     last_step, last_phase = 0, ""
     while True:
-        run = read_run(address, name)  # before its steps: nothing is logged after a run has ended
+        run = read_run(address, name)  # read before its steps: nothing is logged after a run has ended
         steps = read_metrics(run.run_dir).records
-        if not steps and run.phase != last_phase:  # a sweep's steps are its trials'
+        if not steps and run.phase != last_phase:  # a sweep, which has no steps of its own
             last_phase = run.phase
             print(last_phase, flush=True)
         if steps and steps[-1]["step"] < last_step:  # resumed from an earlier checkpoint
@@ -144,9 +145,9 @@ def _print_steps(address: str, name: str, follow: bool) -> None:
 
 
 def _step_line(step: Mapping[str, Any]) -> str:
-    when = datetime.fromtimestamp(step["time"]).strftime("%H:%M:%S")
+    clock = datetime.fromtimestamp(step["time"]).strftime("%H:%M:%S")
     speed = f"  {step['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in step else ""
-    return f"{when}  step {step['step']}/{step['num_steps']}  loss {step['loss']:.3f}{speed}"
+    return f"{clock}  step {step['step']}/{step['num_steps']}  loss {step['loss']:.3f}{speed}"
 
 
 def _print_list(
@@ -155,7 +156,7 @@ def _print_list(
     row: Callable[[Any], list[str]],
 ) -> None:
     if not items:
-        print("no training run is there: start one with 'corral train configs/train/quickstart.yaml'")
+        print("there are no training runs: start one with 'corral train configs/train/quickstart.yaml'")
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -181,18 +182,18 @@ def _job_row(job: "TrainingJob") -> list[str]:
     return [job.run_name, job.submission_id, job.status, job.adapter, _date(job.started), took, job.entrypoint]
 
 
-def _run_summary(run: "RunStatus", losses: Sequence[float], files: Sequence[str], became: Sequence[str]) -> str:
+def _run_summary(run: "RunStatus", losses: Sequence[float], files: Sequence[str], versions: Sequence[str]) -> str:
     metrics = run.metrics
     lines = [f"{run.name}: {run.state}" + (f", {run.phase}" if run.state == "running" else "")]
     if run.failure:
         lines.append(f"  because        {run.failure}")
     lines.append(f"  adapter        {run.adapter} on {run.base_model}")
-    lines.append(f"  registered     {', '.join(became) or 'not yet'}")
+    lines.append(f"  registered     {', '.join(versions) or 'not yet'}")
     if run.started:
         lines.append(f"  started        {_date(run.started)}, took {_took(run.started, run.ended)}")
     if run.step:
-        left = "" if run.eta_s is None or run.state != "running" else f", {_duration(run.eta_s)} left"
-        lines.append(f"  step           {run.step}/{run.num_steps}{left}")
+        remaining = "" if run.eta_s is None or run.state != "running" else f", {_duration(run.eta_s)} left"
+        lines.append(f"  step           {run.step}/{run.num_steps}{remaining}")
     if losses:
         lines.append(f"  loss           {losses[0]:.3f} {sparkline(losses)} {losses[-1]:.3f}")
     if "eval_loss" in metrics and "base_eval_loss" in metrics:
@@ -223,7 +224,7 @@ def _stopped(job: "TrainingJob") -> str:
 
 
 def sparkline(values: Sequence[float], width: int = _SPARKLINE_WIDTH) -> str:
-    """`values` as a line of up to `width` bars, each the mean of its share of them; NaN and infinity are left out."""
+    """`values` as up to `width` bars, each the mean of an equal share of them; NaN and infinity are left out."""
     finite = [value for value in values if abs(value) < float("inf")]
     num_bars = min(width, len(finite))
     edges = [round(index * len(finite) / num_bars) for index in range(num_bars + 1)] if finite else []

@@ -10,18 +10,18 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_URL = "http://127.0.0.1:8000"  # clients.api has it too, but importing that takes long for `--help`
+DEFAULT_URL = "http://127.0.0.1:8000"  # as in clients.api, too slow to import for `--help`
 
 
 def demo(
     context: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="stop everything at the end")] = False,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: what the serve YAML says")] = None,
+    once: Annotated[bool, typer.Option("--once", help="stop the server at the end")] = False,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="default: the serve YAML's")] = None,
 ) -> None:
-    """Train, register, serve and ask: the whole main job on the embedded model."""
+    """Train an adapter of the embedded model, register it, serve it and query it; keeps serving until Ctrl-C."""
     from clients.demo import run_demo
 
-    with _stopped_by_signal(code=1):  # before its end: not done
+    with _exit_on_signal(code=1):  # interrupted before the demo was complete
         run_demo(once=once, port=port, debug=context.obj)
 
 
@@ -30,13 +30,14 @@ def serve(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help="a serve YAML; default: configs/serve/quickstart.yaml")
     ] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="instead of the YAML's")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="overrides the YAML's")] = None,
     tls: Annotated[
-        bool, typer.Option("--tls", help="HTTPS, with the certificate of 'corral certs'; made if there is none")
+        bool, typer.Option("--tls", help="serve HTTPS with the certificate of 'corral certs', created if missing")
     ] = False,
 ) -> None:
-    """Serve a base and its adapters here until Ctrl-C."""
+    """Serve a base and its adapters on this machine until Ctrl-C."""
     from clients.local_server import (
+        RUNNING_NOTICE,
         format_urls,
         read_serve_config,
         serve_in_background,
@@ -47,25 +48,25 @@ def serve(
     content = read_serve_config(config, port, tls=tls)
     for warning in startup_warnings(content):
         print(f"warning: {warning}", file=sys.stderr)
-    with _stopped_by_signal(code=0), serve_in_background(content, debug=context.obj) as server:
-        print(format_urls(server), flush=True)
+    with _exit_on_signal(code=0), serve_in_background(content, debug=context.obj) as server:
+        print(f"{format_urls(server)}\n{RUNNING_NOTICE}", flush=True)
         wait_for_signal()
 
 
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="without it: a conversation, or what is piped in")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="default: what is piped in, else a conversation")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="a model id; default: the server's base")] = None,
-    url: Annotated[str, typer.Option(help="where the server is")] = DEFAULT_URL,
+    url: Annotated[str, typer.Option(help="the server's address")] = DEFAULT_URL,
     ca: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", envvar="CORRAL_CA", help="certificate to trust, of a 'corral serve --tls'"),
+        typer.Option(metavar="FILE", envvar="CORRAL_CA", help="certificate to trust, such as the server's own"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="default: as many as fit")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    seed: Annotated[int | None, typer.Option(help="the same seed, the same answer")] = None,
+    seed: Annotated[int | None, typer.Option(help="makes sampling reproducible")] = None,
 ) -> None:
-    """Talk to a server: one question, or a conversation with /clear and /quit; CORRAL_API_KEY is its key."""
+    """Chat with a server: one question, or a conversation with /clear and /quit. CORRAL_API_KEY is sent as its key."""
     from clients.api import CorralClient, Sampling
     from clients.cli.terminal_chat import TerminalChat
 
@@ -85,8 +86,8 @@ def chat(
 
 
 @contextlib.contextmanager
-def _stopped_by_signal(code: int) -> Iterator[None]:
-    """Let SIGTERM unwind as Ctrl-C does, and exit with `code` after either."""
+def _exit_on_signal(code: int) -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C, and exit with `code` after either."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

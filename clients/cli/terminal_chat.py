@@ -1,4 +1,4 @@
-"""`corral chat`: a dialog in a terminal, streamed."""
+"""`corral chat`: a streamed dialog in a terminal."""
 
 import sys
 from contextlib import closing
@@ -15,14 +15,15 @@ class TerminalChat:
         self._client = client
         self._model = model
         self._sampling = sampling
-        self._opening = [Message("system", system)] if system else []
-        self._dialog = list(self._opening)
+        self._system = [Message("system", system)] if system else []
+        self._dialog = list(self._system)
 
     def ask(self, text: str) -> None:
-        """Print the answer to the next user message as it comes; Ctrl-C in a conversation keeps what has come.
+        """Print the answer to the next user message as it is generated; an interrupted one stays in the dialog.
 
         Raises:
-            ServerError: there is none; the message is then not part of the dialog.
+            ConfigError: the message is empty.
+            ServerError: the request failed; without any answer, the dialog stays as it was.
         """
         if not text.strip():
             raise ConfigError("the prompt is empty: give one as an argument or on standard input")
@@ -39,7 +40,7 @@ class TerminalChat:
                     print(flush=True)
 
     def loop(self) -> None:
-        """Ask what is typed, until /quit or the end of input."""
+        """Send what is typed, until /quit or the end of input."""
         print(f"{self._model}: /clear forgets the conversation, /quit ends it, Ctrl-C stops an answer")
         while True:
             try:
@@ -50,14 +51,14 @@ class TerminalChat:
             if text == "/quit":
                 return
             if text == "/clear":
-                self._dialog = list(self._opening)
+                self._dialog = list(self._system)
                 print("cleared")
             elif text.startswith("/") and " " not in text:
-                print(f"unknown command {text!r}: there are /clear and /quit", file=sys.stderr)
+                print(f"unknown command {text!r}: the commands are /clear and /quit", file=sys.stderr)
             elif text:
-                self._ask_and_go_on(text)
+                self._ask_or_print_error(text)
 
-    def _ask_and_go_on(self, text: str) -> None:
+    def _ask_or_print_error(self, text: str) -> None:
         try:
             self.ask(text)
         except ServerError as error:

@@ -1,4 +1,4 @@
-"""`corral train` and `corral sweep`, here or as a job of a Ray cluster."""
+"""`corral train` and `corral sweep`, on this machine or as a job of a Ray cluster."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,16 +7,17 @@ import typer
 
 _Submit = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="as a job of the Ray cluster with that dashboard: http://HOST:8265, or auto"),
+    typer.Option(metavar="ADDRESS", help="run on the Ray cluster with this dashboard: http://HOST:8265, or auto"),
 ]
 _SubmissionId = Annotated[
-    str | None, typer.Option(metavar="ID", help="with --submit: the job's, and the run's; the same is one run")
+    str | None,
+    typer.Option(metavar="ID", help="with --submit: id of job and run; the same id means the same run"),
 ]
 _Env = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY[=VALUE]", help="with --submit: a variable for the job; again for more"),
+    typer.Option(metavar="KEY[=VALUE]", help="with --submit: an environment variable for the job; repeatable"),
 ]
-_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="with --submit: show the job's output")]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="with --submit: print the job's output until it ends")]
 
 
 def train(
@@ -26,7 +27,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as lora.r=8 learning_rate=1e-4")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print configuration, rows, steps and memory, and stop")
+        bool, typer.Option("--dry-run", help="print configuration, rows, steps and memory, then exit")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print --dry-run as JSON")] = False,
     force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
@@ -35,13 +36,13 @@ def train(
     env: _Env = None,
     wait: _Wait = True,
 ) -> None:
-    """Train an adapter and register it, here or with --submit on a Ray cluster."""
+    """Train an adapter and register it, on this machine or, with --submit, on a Ray cluster."""
     from training.errors import ConfigError
     from training.sweep.config import SweepConfig, load_run_config
 
     settings = load_run_config(config, overrides or [])
     if isinstance(settings, SweepConfig):
-        raise ConfigError(f"{config} has search, it describes a sweep: 'corral sweep {config}' runs it")
+        raise ConfigError(f"{config} has a search section, so it is a sweep: run it with 'corral sweep {config}'")
     if dry_run:
         from training.planning import plan
 
@@ -60,7 +61,7 @@ def sweep(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="such as sweep.num_samples=8 max_steps=50")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials and stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the trials, then exit")] = False,
     force: Annotated[bool, typer.Option("--force", help="register even if the held-out loss is no better")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     submit: _Submit = None,
@@ -68,7 +69,7 @@ def sweep(
     env: _Env = None,
     wait: _Wait = True,
 ) -> int:
-    """Train once for each point of a search, and register the best, here or with --submit on a Ray cluster."""
+    """Train each point of a search and register the best, on this machine or, with --submit, on a Ray cluster."""
     from training.errors import ConfigError
     from training.sweep.config import load_sweep, plan
     from training.sweep.report import print_plan
@@ -78,7 +79,7 @@ def sweep(
         print_plan(plan(settings), json_=as_json)
         return 0
     if submit and as_json:
-        raise ConfigError("--json is not for a job: sweep.json in the sweep's directory has the same")
+        raise ConfigError("--json does not go with --submit: sweep.json in the sweep's directory has the same content")
     if _submitted(submit, config, overrides, submission_id=submission_id, env=env, force=force, wait=wait):
         return 0
     from training.__main__ import run_search
@@ -96,7 +97,7 @@ def _submitted(
     force: bool,
     wait: bool,
 ) -> bool:
-    """Send it as a job, if it is to be one."""
+    """Submit a job if `submit` is an address; returns whether it is."""
     from training.errors import ConfigError
 
     if submit:

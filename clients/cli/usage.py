@@ -1,4 +1,4 @@
-"""`corral usage`: who asked how much of which model, read from the ledger's file; no server needs to run."""
+"""`corral usage`: requests and tokens by key, model or day, read from the ledger's file; needs no running server."""
 
 import json
 import re
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def usage(
-    since: Annotated[str, typer.Option(metavar="DAYS|DATE", help="days such as 7d, or from a date on, in UTC")] = "7d",
-    by: Annotated[Literal["key", "model", "day"] | None, typer.Option(help="default: key and model")] = None,
+    since: Annotated[str, typer.Option(metavar="DAYS|DATE", help="days such as 7d, or a first date, in UTC")] = "7d",
+    by: Annotated[Literal["key", "model", "day"] | None, typer.Option(help="group by; default: key and model")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Requests and tokens of each key and model, whether a server runs or not."""
+    """Show requests and tokens by key, model or day; needs no running server."""
     from deployments.accounting.usage import read_usage, usage_path
 
     first_day = _first_day(since)
@@ -39,7 +39,9 @@ def _first_day(since: str) -> date:
     try:
         return date.fromisoformat(since)
     except ValueError:
-        raise ConfigError(f"--since {since}: give days, such as 7d, or a date, such as 2026-01-31") from None
+        raise ConfigError(
+            f"--since {since!r} is not valid: give days, such as 7d, or a date, such as 2026-01-31"
+        ) from None
 
 
 def _table(rows: "list[UsageRow]", first_day: date) -> str:

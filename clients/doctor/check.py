@@ -1,4 +1,4 @@
-"""One finding of `corral doctor`: what `doctor.py` and `doctor_security.py` both make."""
+"""The result of one check of `corral doctor`, and the report on all of them."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ Status = Literal["ok", "note", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at; `fix` says what to do where it is not ok."""
+    """The result of one check; `fix` says what to do if the status is not ok."""
 
     name: str
     status: Status
@@ -27,6 +27,6 @@ def report(checks: list[Check], *, as_json: bool = False) -> str:
         lines.append(f"{check.status:<7}{check.name:<{width}}  {check.found}")
         if check.fix:
             lines.append(" " * (width + 9) + f"-> {check.fix}")
-    broken = sum(check.status == "error" for check in checks)
-    lines.append(f"\n{broken} of {len(checks)} checks found something broken" if broken else "\nnothing is broken")
+    num_errors = sum(check.status == "error" for check in checks)
+    lines.append(f"\n{num_errors} of {len(checks)} checks failed" if num_errors else "\nno errors")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""A Ray cluster's dashboard, from the address that a user writes to Ray's own client with the right token.
+"""The dashboard of a Ray cluster: its address, its token, and Ray's own client for it.
 
-`clients.jobs.jobs` uses it. Knows nothing of training.
+Knows nothing about training.
 """
 
 import contextlib
@@ -19,42 +19,42 @@ if TYPE_CHECKING:
 
 _DASHBOARD = "http://127.0.0.1:8265"
 _TIMEOUT_S = 30.0
-_REFUSED = (401, 403)
+_UNAUTHORIZED = (401, 403)
 _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
 class JobError(CorralError):
-    """A cluster that cannot be reached or used, or a job that did not succeed."""
+    """A cluster cannot be reached or used, or a job did not succeed."""
 
 
 def dashboard_url(address: str) -> str:
-    """The address of a cluster's dashboard from what a user writes; `auto` is Ray's own variables, else this machine's.
+    """Normalize the address of a dashboard; `auto` means the one in Ray's own variables, else this machine's.
 
     Raises:
-        ConfigError: it is no HTTP address.
+        ConfigError: it is not an HTTP address.
     """
     if address == "auto":
         address = os.environ.get(_ADDRESS_VARIABLE) or os.environ.get("RAY_DASHBOARD_ADDRESS") or _DASHBOARD
     url = address if "://" in address else f"http://{address}"
     parts = httpx.URL(url)
     if parts.scheme not in ("http", "https") or not parts.host:
-        raise ConfigError(f"address {address!r} is no dashboard: write it as http://HOST:8265, or 'auto'")
+        raise ConfigError(f"{address!r} is not the address of a dashboard: use http://HOST:8265 or 'auto'")
     if "://" not in address and parts.port is None:
         parts = parts.copy_with(port=8265)
     return str(parts).rstrip("/")
 
 
 def _authorization(url: str) -> dict[str, str]:
-    """The header with Ray's token, where the cluster asks for one; makes sure that one answers."""
+    """The header with Ray's token, if the cluster requires one. Raises JobError if no dashboard answers."""
     status = _version_status(url, {})
-    if status not in _REFUSED:
+    if status not in _UNAUTHORIZED:
         return {}
     token, source = _token()
     if not token:
-        raise JobError(f"{url} asks for a token: set RAY_AUTH_TOKEN, or write the cluster's to ~/.ray/auth_token")
+        raise JobError(f"{url} requires a token: set RAY_AUTH_TOKEN, or write the cluster's token to ~/.ray/auth_token")
     headers = {"Authorization": f"Bearer {token}"}
-    if _version_status(url, headers) in _REFUSED:
-        raise JobError(f"{url} refuses the token of {source}: it is another cluster's, or an old one")
+    if _version_status(url, headers) in _UNAUTHORIZED:
+        raise JobError(f"{url} rejects the token from {source}: use the current token of this cluster")
     return headers
 
 
@@ -69,7 +69,7 @@ def _version_status(url: str, headers: dict[str, str]) -> int:
 
 
 def _token() -> tuple[str, str]:
-    """Ray's token and where it is from, in Ray's order."""
+    """Ray's token and its source, in Ray's own order of precedence."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token, "RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
@@ -80,17 +80,17 @@ def _token() -> tuple[str, str]:
 
 
 def connect(url: str) -> "JobSubmissionClient":
-    """Ray's client of the dashboard at `url`, with the token that it asks for.
+    """Ray's client for the dashboard at `url`, with its token if it requires one.
 
     Raises:
-        JobError: nothing answers there, it wants another token, or Ray is not installed here.
+        JobError: nothing answers there, the token is missing or rejected, or Ray is not installed.
     """
     headers = _authorization(url)
     try:
         from ray.job_submission import JobSubmissionClient
     except ImportError as error:
         raise JobError("submitting needs Ray on this machine: pip install 'llama-corral[platform]'") from error
-    for module in ("dashboard_sdk", "job.sdk"):  # their progress is ours to tell
+    for module in ("dashboard_sdk", "job.sdk"):  # Corral prints its own progress
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     with _address_variable(url):
         return JobSubmissionClient(url, headers=headers)
@@ -98,13 +98,13 @@ def connect(url: str) -> "JobSubmissionClient":
 
 @contextlib.contextmanager
 def _address_variable(url: str) -> Iterator[None]:
-    """Ray's client goes where its variable says, whatever it is told: have it say `url`."""
-    before = os.environ.get(_ADDRESS_VARIABLE)
+    """Set Ray's address variable to `url`: it takes precedence over the address that Ray's client is given."""
+    previous = os.environ.get(_ADDRESS_VARIABLE)
     os.environ[_ADDRESS_VARIABLE] = url
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ[_ADDRESS_VARIABLE]
         else:
-            os.environ[_ADDRESS_VARIABLE] = before
+            os.environ[_ADDRESS_VARIABLE] = previous

@@ -1,8 +1,7 @@
-"""Trainings and sweeps as jobs of a Ray cluster: submit, find, follow, stop, over Ray's `JobSubmissionClient`.
+"""Training runs and sweeps as jobs of a Ray cluster: submit, find, follow, stop, with Ray's `JobSubmissionClient`.
 
-`corral train --submit`, `corral sweep --submit` and `corral runs --address` use it. A job belongs to a run, by the run
-name in its metadata: a run that is queued, at work or done is not started again, one that failed or was stopped goes on
-in another job.
+A job belongs to a run, by the run name in its metadata. A run that is queued, running or finished is not started again;
+one that failed or was stopped is resumed by another job.
 """
 
 import asyncio
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clients.jobs.dashboard import JobError, connect, dashboard_url
-from clients.jobs.package import JobPackage, pack, readable
+from clients.jobs.package import JobPackage, format_size, pack
 from training.dotted_keys import flattened
 from training.errors import ConfigError, CorralError
 
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
     from training.config.train_config import TrainConfig
 
-_STOP_S = 30  # for a driver to end in order before Ray kills it; Ray's default is 3
+_STOP_S = 30  # for a driver to shut down cleanly before Ray kills it; Ray's default is 3
 _RECONNECT_S = 1.0
 _ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """A job that trains, once or in a sweep; `started` and `ended` are seconds since the epoch."""
+    """The job of a training run or a sweep; `started` and `ended` are in seconds since the epoch."""
 
     submission_id: str
     run_name: str
@@ -46,7 +45,7 @@ class TrainingJob:
     ended: float | None
     exit_code: int | None
     message: str
-    submitted_config: Mapping[str, Any]  # the configuration, flat, and the hash of the data sent
+    submitted_config: Mapping[str, Any]  # flat configuration, and the hash of the data sent
 
     @property
     def has_ended(self) -> bool:
@@ -58,8 +57,8 @@ class TrainingJobs:
     """The training jobs of the cluster at `address`: its dashboard, as http(s)://HOST:PORT or HOST:PORT, or `auto`.
 
     Raises:
-        ConfigError: `address` is of another form.
-        JobError: nothing answers there, or it wants another token. All methods raise it too.
+        ConfigError: `address` is not the address of a dashboard.
+        JobError: nothing answers there, or the token is missing or rejected. All methods raise it too.
     """
 
     def __init__(self, address: str) -> None:
@@ -68,26 +67,26 @@ class TrainingJobs:
             self._client = connect(self.url)
 
     def all(self) -> list[TrainingJob]:
-        """Every training job that the cluster remembers, the oldest first."""
+        """All training jobs that the cluster knows, the oldest first."""
         with self._guard():
             details = self._client.list_jobs()
         jobs = [_training_job(job) for job in details if (job.metadata or {}).get("corral") == "train"]
         return sorted(jobs, key=lambda job: job.started)
 
     def find(self, name: str) -> TrainingJob:
-        """The last job of the run with that name, else the job with that submission id.
+        """The latest job of the run `name`, else the job with that submission id.
 
-        The first job of a run often has its name as id; asked for by it, the one that resumed it is meant.
+        The first job of a run often has the run's name as its id; the name then means the job that resumed the run.
         """
         jobs = self.all()
-        named = [job for job in jobs if job.run_name == name] or [job for job in jobs if job.submission_id == name]
-        if not named:
-            known = ", ".join(dict.fromkeys(job.run_name for job in reversed(jobs))) or "none"
-            raise JobError(f"no training job or run {name!r} at {self.url}: there are {known:.300}")
-        return named[-1]
+        matches = [job for job in jobs if job.run_name == name] or [job for job in jobs if job.submission_id == name]
+        if not matches:
+            known_runs = ", ".join(dict.fromkeys(job.run_name for job in reversed(jobs))) or "none"
+            raise JobError(f"no training job or run {name!r} at {self.url}; its runs: {known_runs:.300}")
+        return matches[-1]
 
     def _refresh(self, submission_id: str) -> TrainingJob:
-        """That very job, as it is now."""
+        """The current state of a job."""
         for job in self.all():
             if job.submission_id == submission_id:
                 return job
@@ -96,31 +95,34 @@ class TrainingJobs:
     def submit(
         self, package: JobPackage, config: "TrainConfig", submission_id: str, *, env: Mapping[str, str], force: bool
     ) -> TrainingJob:
-        """Start a job for the run `config.run_name`, unless one is queued, at work or done: then that one.
+        """Start a job for the run `config.run_name`; if one is queued, running or finished, return that one instead.
 
         Raises:
-            ConfigError: that one was told something else.
+            ConfigError: that one has another configuration or other data.
         """
         run_name = str(config.run_name)
-        told = {**flattened(config.model_dump(mode="json")), "data sent (sha256)": package.data_sha256()[:16]}
+        submitted_config = {
+            **flattened(config.model_dump(mode="json")),
+            "data sent (sha256)": package.data_sha256()[:16],
+        }
         jobs = self.all()
-        earlier = [job for job in jobs if job.run_name == run_name]
-        if earlier and earlier[-1].status not in ("FAILED", "STOPPED"):
-            return _same(earlier[-1], told)
-        taken = {job.submission_id for job in jobs}
-        fresh_id, attempt = submission_id, 1
-        while fresh_id in taken:  # Ray takes an id once
+        run_jobs = [job for job in jobs if job.run_name == run_name]
+        if run_jobs and run_jobs[-1].status not in ("FAILED", "STOPPED"):
+            return _check_same_config(run_jobs[-1], submitted_config)
+        used_ids = {job.submission_id for job in jobs}
+        job_id, attempt = submission_id, 1
+        while job_id in used_ids:  # Ray accepts an id only once
             attempt += 1
-            fresh_id = f"{submission_id}.{attempt}"
+            job_id = f"{submission_id}.{attempt}"
         command = ["python", "-m", "training", "--config", package.config_name, *package.overrides]
         with tempfile.TemporaryDirectory(prefix="corral-") as folder, self._guard():
             archive = Path(folder) / "package.zip"
             size = package.write(archive)
-            print(f"sending {package.summary()}, {readable(size)} packed", file=sys.stderr)
+            print(f"sending {package.summary()}, {format_size(size)} compressed", file=sys.stderr)
             try:
                 self._client.submit_job(
                     entrypoint=shlex.join([*command, *(["--force"] if force else [])]),
-                    submission_id=fresh_id,
+                    submission_id=job_id,
                     runtime_env={
                         "working_dir": str(archive),
                         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S), **env},
@@ -129,40 +131,40 @@ class TrainingJobs:
                         "corral": "train",
                         "run_name": run_name,
                         "adapter": config.adapter,
-                        "told": json.dumps(told),
+                        "told": json.dumps(submitted_config),
                     },
                 )
             except RuntimeError:
-                # Somebody else may have submitted it meanwhile; one of two wins.
-                winner = next((job for job in self.all() if job.submission_id == fresh_id), None)
+                # Another client may have submitted the same id meanwhile: only one of them succeeds.
+                winner = next((job for job in self.all() if job.submission_id == job_id), None)
                 if winner is None:
                     raise
-                return _same(winner, told)
-        return self._refresh(fresh_id)
+                return _check_same_config(winner, submitted_config)
+        return self._refresh(job_id)
 
     def logs(self, job: TrainingJob) -> str:
-        """What the job has printed."""
+        """The job's output so far."""
         with self._guard():
             return str(self._client.get_job_logs(job.submission_id))
 
     def follow(self, job: TrainingJob, write: Callable[[str], object]) -> TrainingJob:
-        """Pass on what the job printed and prints until it ends, over lost connections too; returns it as it ended."""
-        unseen = LogCursor(write)
+        """Write the job's output until it ends, reconnecting if the connection is lost. Returns the ended job."""
+        cursor = LogCursor(write)
         while True:
-            with contextlib.suppress(RuntimeError, *_lost_connection()):
-                asyncio.run(self._tail(job.submission_id, unseen))
+            with contextlib.suppress(RuntimeError, *_connection_errors()):
+                asyncio.run(self._tail(job.submission_id, cursor))
             job = self._refresh(job.submission_id)
             if job.has_ended:
                 return job
             time.sleep(_RECONNECT_S)
 
-    async def _tail(self, submission_id: str, unseen: "LogCursor") -> None:
-        unseen.position = 0  # Ray tells a job's output from its beginning
+    async def _tail(self, submission_id: str, cursor: "LogCursor") -> None:
+        cursor.position = 0  # every connection gets the output from its beginning
         async for text in self._client.tail_job_logs(submission_id):
-            unseen(text)
+            cursor(text)
 
     def stop(self, job: TrainingJob) -> TrainingJob:
-        """Have the job's driver end in order, and wait until it has."""
+        """Let the job's driver shut down cleanly, and wait until it has."""
         with self._guard():
             self._client.stop_job(job.submission_id)
         deadline = time.monotonic() + 2 * _STOP_S
@@ -170,34 +172,34 @@ class TrainingJobs:
             time.sleep(0.3)
             job = self._refresh(job.submission_id)
         if not job.has_ended:
-            raise JobError(f"job {job.submission_id!r} is still {job.status}: look again with 'corral runs list'")
+            raise JobError(f"job {job.submission_id!r} is still {job.status}: check again with 'corral runs list'")
         return job
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """Turn what Ray's client raises into one line."""
+        """Raise the errors of Ray's client as JobError, in one line."""
         try:
             yield
         except CorralError:
             raise
-        except Exception as error:  # its own, requests' and aiohttp's
+        except Exception as error:  # Ray's own, requests' and aiohttp's
             reason = " ".join(str(error).split())[:300]
             raise JobError(f"{self.url}: {reason or type(error).__name__}") from error
 
 
 @dataclass(slots=True)
 class LogCursor:
-    """Passes on of a text that is told again from its beginning what it has not passed on yet."""
+    """Writes a text that is sent again from its beginning after each reconnection, every character once."""
 
     write: Callable[[str], object]
-    seen: int = 0  # characters
-    position: int = 0
+    num_written: int = 0  # characters
+    position: int = 0  # characters received on this connection
 
     def __call__(self, text: str) -> None:
-        if new := text[max(0, self.seen - self.position) :]:
+        if new := text[max(0, self.num_written - self.position) :]:
             self.write(new)
         self.position += len(text)
-        self.seen = max(self.seen, self.position)
+        self.num_written = max(self.num_written, self.position)
 
 
 def submit_training(
@@ -210,10 +212,10 @@ def submit_training(
     force: bool = False,
     wait: bool = True,
 ) -> None:
-    """Check the configuration of a training or a sweep here, send it as a job, and pass its output on until it ends.
+    """Check the configuration of a run or sweep here, submit it as a job, and print its output until it ends.
 
     Raises:
-        CorralError: configuration, data or cluster do not fit, or the job did not succeed.
+        CorralError: configuration, data or cluster cannot be used, or the job did not succeed.
     """
     from training.runs.resume import fresh_run_name
     from training.sweep.config import load_run_config
@@ -221,14 +223,14 @@ def submit_training(
     config = load_run_config(config_path, overrides)
     run_name = config.run_name or submission_id or fresh_run_name(config)
     env_vars = _env_vars(env or [])
-    others = [override for override in overrides if not override.startswith("run_name=")]
-    package = pack(config_path, [*others, f"run_name={run_name}"], config)
-    there = load_run_config(config_path, package.overrides)
+    other_overrides = [override for override in overrides if not override.startswith("run_name=")]
+    package = pack(config_path, [*other_overrides, f"run_name={run_name}"], config)
+    job_config = load_run_config(config_path, package.overrides)
     _check_data(config, package)
     jobs = TrainingJobs(address)
-    for path in package.elsewhere:
-        print(f"{path} is not on this machine and not sent: the cluster has to have it", file=sys.stderr)
-    job = jobs.submit(package, there, submission_id or run_name, env=env_vars, force=force)
+    for path in package.remote_paths:
+        print(f"{path} is not on this machine and not sent: it must exist on the cluster", file=sys.stderr)
+    job = jobs.submit(package, job_config, submission_id or run_name, env=env_vars, force=force)
     print(f"job {job.submission_id} of run {job.run_name} at {jobs.url}: {job.status}", file=sys.stderr)
     if wait:
         wait_for(jobs, job)
@@ -237,7 +239,7 @@ def submit_training(
 
 
 def wait_for(jobs: TrainingJobs, job: TrainingJob) -> None:
-    """Pass a job's output on until it ends; Ctrl-C leaves it alone.
+    """Print a job's output until it ends; Ctrl-C detaches, and the job keeps running.
 
     Raises:
         JobError: it failed or was stopped, or Ctrl-C came first.
@@ -246,11 +248,11 @@ def wait_for(jobs: TrainingJobs, job: TrainingJob) -> None:
         job = jobs.follow(job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(f"\n{_hints(jobs, job)}", file=sys.stderr)
-        raise JobError(f"detached from job {job.submission_id}, which goes on") from None
+        raise JobError(f"detached from job {job.submission_id}, which keeps running") from None
     if job.status == "STOPPED":
         raise JobError(f"job {job.submission_id} was stopped: submit it again to resume run {job.run_name}")
     if job.status == "FAILED":
-        reason = "its last lines say why" if job.exit_code else " ".join(job.message.split())[:300]
+        reason = "see the last lines of its output" if job.exit_code else " ".join(job.message.split())[:300]
         raise JobError(f"job {job.submission_id} failed: {reason}; submit it again to resume run {job.run_name}")
 
 
@@ -270,34 +272,34 @@ def _training_job(job: "JobDetails") -> TrainingJob:
     )
 
 
-def _same(job: TrainingJob, told: Mapping[str, Any]) -> TrainingJob:
-    """`job`, if it was told the same."""
-    for key in sorted(told.keys() | job.submitted_config.keys()):
-        if told.get(key) != job.submitted_config.get(key):
+def _check_same_config(job: TrainingJob, submitted_config: Mapping[str, Any]) -> TrainingJob:
+    """`job`, if it was submitted with the same configuration and data."""
+    for key in sorted(submitted_config.keys() | job.submitted_config.keys()):
+        if submitted_config.get(key) != job.submitted_config.get(key):
             raise ConfigError(
                 f"run {job.run_name!r} is job {job.submission_id} ({job.status}), which was submitted with "
-                f"{key}={job.submitted_config.get(key)!r}, now {key} is {told.get(key)!r}: set it back, or choose "
-                "another --submission-id"
+                f"{key}={job.submitted_config.get(key)!r}, now {key} is {submitted_config.get(key)!r}: set it back, or "
+                "choose another --submission-id"
             )
     return job
 
 
 def _check_data(config: "TrainConfig", package: JobPackage) -> None:
-    """Read the data as the job will, where it and the base's tokenizer are on this machine."""
+    """Read the data as the job will, if the data and the base's tokenizer are on this machine."""
     from training.base_models.embedded import EMBEDDED_MODEL
     from training.data.run_inputs import read_inputs
 
-    base_is_here = config.base_model == EMBEDDED_MODEL or Path(config.base_model).expanduser().is_dir()
+    base_is_local = config.base_model == EMBEDDED_MODEL or Path(config.base_model).expanduser().is_dir()
     num_sources = len(config.data.path) + len(config.data.held_out_path)
     num_local = sum(Path(s.path).expanduser().exists() for s in (*config.data.path, *config.data.held_out_path))
-    if base_is_here and num_local == num_sources and not package.elsewhere:
+    if base_is_local and num_local == num_sources and not package.remote_paths:
         print(read_inputs(config).report.summary(), file=sys.stderr)
 
 
-def _env_vars(given: list[str]) -> dict[str, str]:
-    """`KEY=VALUE`, or `KEY` for its value here."""
+def _env_vars(items: list[str]) -> dict[str, str]:
+    """Parse `KEY=VALUE`, or `KEY`, whose value is taken from this environment."""
     values = {}
-    for item in given:
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals and key not in os.environ:
             raise ConfigError(f"--env {item} has no value, and {key} is not set here: write --env {key}=VALUE")
@@ -306,11 +308,11 @@ def _env_vars(given: list[str]) -> dict[str, str]:
 
 
 def _hints(jobs: TrainingJobs, job: TrainingJob) -> str:
-    where = f"{job.run_name} --address {jobs.url}"
-    return f"look again  corral runs logs {where} --follow\nstop it     corral runs stop {where}"
+    arguments = f"{job.run_name} --address {jobs.url}"
+    return f"follow it  corral runs logs {arguments} --follow\nstop it    corral runs stop {arguments}"
 
 
-def _lost_connection() -> tuple[type[Exception], ...]:
-    import aiohttp  # Ray's client brings it
+def _connection_errors() -> tuple[type[Exception], ...]:
+    import aiohttp  # a dependency of Ray's client
 
     return (aiohttp.ClientError, OSError)

@@ -1,8 +1,7 @@
-"""What a training job is sent: one zip of the `training` package, the configuration and the data files it names.
+"""The upload of a training job: one zip of the `training` package, the configuration and the data files it names.
 
-`clients.jobs.jobs` uploads it. Inside, the configuration and the `training` folder are at the top, data lies under
-`data/`, and overrides name it there. `training` imports nothing else of Corral, which
-`tests/repository/test_imports.py` holds.
+The configuration and the `training` folder are at the top level; data is under `data/`, and overrides name it there.
+`training` imports nothing else of Corral, which `tests/repository/test_imports.py` enforces.
 """
 
 import hashlib
@@ -20,50 +19,50 @@ if TYPE_CHECKING:
     from training.config.data_config import DataSource
     from training.config.train_config import TrainConfig
 
-MAX_PACKAGE_BYTES = 100 * 2**20  # what Ray's dashboard takes in one request (DASHBOARD_CLIENT_MAX_SIZE)
+MAX_PACKAGE_BYTES = 100 * 2**20  # Ray's limit for one request to the dashboard (DASHBOARD_CLIENT_MAX_SIZE)
 _BLOCK = 1 << 20
 _NOT_SENT = ("__pycache__", ".pyc")
 
 
 @dataclass(frozen=True, slots=True)
 class JobPackage:
-    """The files of a job and how it is told to use them.
+    """The files of a job and the overrides that go with them.
 
     Attributes:
-        files: the name inside -> the file here.
-        config_name: the configuration's name inside.
-        overrides: the user's, and those that name data inside the package.
-        elsewhere: absolute paths that are not on this machine; the cluster is to have them.
+        files: path in the package -> local file.
+        config_name: the configuration's path in the package.
+        overrides: the user's, and those that name data in the package.
+        remote_paths: absolute paths that are not on this machine and must exist on the cluster.
     """
 
     files: dict[str, Path]
     config_name: str
     overrides: list[str]
-    elsewhere: list[str]
+    remote_paths: list[str]
 
     def summary(self) -> str:
-        """Kind, number and size of what is sent, one line."""
+        """Kind, number and size of the files, in one line."""
         kinds = {"code": "training/", "data": "data"}
         parts = []
         for kind, prefix in kinds.items():
             sizes = [file.stat().st_size for name, file in self.files.items() if name.startswith(prefix)]
-            parts.append(f"{len(sizes)} {kind} file{'' if len(sizes) == 1 else 's'} ({readable(sum(sizes))})")
+            parts.append(f"{len(sizes)} {kind} file{'' if len(sizes) == 1 else 's'} ({format_size(sum(sizes))})")
         return f"{self.config_name}, {', '.join(parts)}"
 
     def data_sha256(self) -> str:
         """One hash over names and contents of the data files."""
-        total = hashlib.sha256()
+        digest = hashlib.sha256()
         for name, file in sorted(self.files.items()):
             if name.startswith("data"):
                 with file.open("rb") as content:
-                    total.update(name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
-        return total.hexdigest()
+                    digest.update(name.encode() + b"\0" + hashlib.file_digest(content, "sha256").digest())
+        return digest.hexdigest()
 
     def write(self, target: Path) -> int:
-        """Write the zip, the same bytes for the same files, so that Ray uploads it once; returns its size in bytes.
+        """Write the zip and return its size in bytes. The same files give the same bytes, so Ray uploads them once.
 
         Raises:
-            ConfigError: it would be larger than Ray takes; names the largest file.
+            ConfigError: it exceeds Ray's limit; the message names the largest file.
         """
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, file in sorted(self.files.items()):
@@ -80,17 +79,17 @@ class JobPackage:
     def _too_large(self) -> ConfigError:
         largest = max(self.files.values(), key=lambda file: file.stat().st_size)
         return ConfigError(
-            f"what the job needs is more than the {readable(MAX_PACKAGE_BYTES)} that Ray takes, the largest file is "
-            f"{str(largest)!r} with {readable(largest.stat().st_size)}: put it where every node sees it, on a shared "
-            "disk or the hub, and name it there in data.path"
+            f"the job exceeds Ray's upload limit of {format_size(MAX_PACKAGE_BYTES)}; its largest file is "
+            f"{str(largest)!r} ({format_size(largest.stat().st_size)}): put it where every node can read it, on a "
+            "shared disk or the hub, and name it there in data.path"
         )
 
 
 def pack(config_path: Path, overrides: list[str], config: "TrainConfig") -> JobPackage:
-    """Collect what a job for `config`, which was read from `config_path` and `overrides`, has to be sent.
+    """Collect the files of a job for `config`, which was read from `config_path` and `overrides`.
 
     Raises:
-        CorralError: a path means something on this machine only, or names nothing.
+        CorralError: a path is valid on this machine only, or does not exist.
     """
     import training
 
@@ -99,18 +98,18 @@ def pack(config_path: Path, overrides: list[str], config: "TrainConfig") -> JobP
     code = [file for file in sorted(root.rglob("*")) if file.is_file() and not str(file).endswith(_NOT_SENT)]
     files = {f"training/{file.relative_to(root).as_posix()}": file for file in code}
     files[config_path.name] = config_path
-    elsewhere: list[str] = []
-    moved: dict[str, str] = {}
+    remote_paths: list[str] = []
+    data_overrides: dict[str, str] = {}
     for key, sources in (("data.path", config.data.path), ("data.held_out_path", config.data.held_out_path)):
-        inside = [_move(source, files, elsewhere) for source in sources]
-        if inside != sources:
-            moved[key] = f"{key}={_as_yaml(inside)}"
-    kept = [override for override in overrides if override.partition("=")[0].strip() not in moved]
-    return JobPackage(files, config_path.name, [*kept, *moved.values()], elsewhere)
+        packed_sources = [_add_source(source, files, remote_paths) for source in sources]
+        if packed_sources != sources:
+            data_overrides[key] = f"{key}={_as_yaml(packed_sources)}"
+    other_overrides = [text for text in overrides if text.partition("=")[0].strip() not in data_overrides]
+    return JobPackage(files, config_path.name, [*other_overrides, *data_overrides.values()], remote_paths)
 
 
-def readable(num_bytes: float) -> str:
-    """A size for people, such as 1.3 MiB."""
+def format_size(num_bytes: float) -> str:
+    """A human-readable size, such as 1.3 MiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
@@ -122,39 +121,39 @@ def _check_paths(config: "TrainConfig") -> None:
     base, storage = Path(config.base_model).expanduser(), config.storage_path
     if base.is_dir() and not base.is_absolute():
         raise ConfigError(
-            f"base_model is {config.base_model!r}, a folder of this machine, and weights are not sent: name a hub id, "
-            "or with its absolute path a folder that every node of the cluster sees"
+            f"base_model is {config.base_model!r}, a folder on this machine, and weights are not sent: give a hub id, "
+            "or the absolute path of a folder that every node of the cluster can read"
         )
     if storage and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise ConfigError(
-            f"storage_path is {storage!r}, which on the cluster would be in the job's own folder and go with it: "
-            "name an absolute path that every node sees, or an address such as s3://bucket/runs"
+            f"storage_path is {storage!r}, which on the cluster would be deleted with the job's working directory: "
+            "give an absolute path that every node can reach, or an address such as s3://bucket/runs"
         )
 
 
-def _move(source: "DataSource", files: dict[str, Path], elsewhere: list[str]) -> "DataSource":
-    """Add a source's files to the package; returns the source as it is named inside."""
+def _add_source(source: "DataSource", files: dict[str, Path], remote_paths: list[str]) -> "DataSource":
+    """Add a source's files to `files`; returns the source with its path in the package."""
     from training.config.data_config import GLOB_CHARS
     from training.data.sources import source_files
 
-    given = Path(source.path).expanduser()
-    if given.is_absolute() and not given.exists() and not GLOB_CHARS & set(source.path):
-        elsewhere.append(source.path)
+    path = Path(source.path).expanduser()
+    if path.is_absolute() and not path.exists() and not GLOB_CHARS & set(source.path):
+        remote_paths.append(source.path)
         return source
-    found = source_files(source.path)
-    if not found:  # a hub id
+    local_files = source_files(source.path)
+    if not local_files:  # a hub id
         return source
-    here = Path(os.path.abspath(given))
-    # A file or folder keeps its name, a glob what is from its first wildcard on.
-    folder = here.parent if here.exists() else Path(*takewhile(lambda part: not GLOB_CHARS & set(part), here.parts))
-    names = {file: Path(os.path.abspath(file)).relative_to(folder).as_posix() for file in found}
+    path = Path(os.path.abspath(path))
+    # A file or folder keeps its name, a glob its part from the first wildcard on.
+    folder = path.parent if path.exists() else Path(*takewhile(lambda part: not GLOB_CHARS & set(part), path.parts))
+    names = {file: Path(os.path.abspath(file)).relative_to(folder).as_posix() for file in local_files}
     top = next(
         top
         for top in chain(("data",), (f"data-{number}" for number in count(2)))
         if all(files.get(f"{top}/{name}", file) == file for file, name in names.items())
     )
     files.update({f"{top}/{name}": file for file, name in names.items()})
-    return source.model_copy(update={"path": f"{top}/{here.relative_to(folder).as_posix()}"})
+    return source.model_copy(update={"path": f"{top}/{path.relative_to(folder).as_posix()}"})
 
 
 def _as_yaml(sources: "list[DataSource]") -> str:

@@ -394,7 +394,7 @@ def test_results_are_read_back_and_shown_beside_a_new_run(server: ScriptedServer
         assert (opened.format, opened.width) == ("PNG", 1800)
 
     earlier.write_text('{"format": "corral-bench/1"}')
-    with pytest.raises(ConfigError, match="no result of corral bench"):
+    with pytest.raises(ConfigError, match="not a result of corral bench"):
         read_results(earlier)
 
 
@@ -473,9 +473,9 @@ def test_any_http_framing_in_any_pieces_is_read(framing: str) -> None:
     ("answer", "why"),
     [
         (b"", "closed the connection"),
-        (b"SMTP ready\r\n\r\n", "no HTTP/1.1"),
+        (b"SMTP ready\r\n\r\n", "not HTTP/1.1"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndat", "closed the connection"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "no HTTP/1.1"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not HTTP/1.1"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"choices": []}', "no text"),
         (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "502: no text"),
         (b"HTTP/1.1 500 Oh\r\n\r\n<html>\n  broken</html>", "500: <html> broken</html>"),
@@ -516,7 +516,7 @@ def test_a_certificate_of_ones_own_needs_insecure(tmp_path: Path) -> None:
     server.start()
     try:
         arguments = (f"https://127.0.0.1:{port}", "-m", "a", "--concurrency", "2", "--max-tokens", "2")
-        assert_one_line_error(bench(*arguments), 1, "does not verify", "--insecure")
+        assert_one_line_error(bench(*arguments), 1, "cannot be verified", "--insecure")
         assert bench(*arguments, "--insecure").exit_code == 0
     finally:
         server.stop()
@@ -537,4 +537,4 @@ def test_nothing_heavy_is_imported_to_measure() -> None:
     code = f"import sys, clients.cli, clients.bench.run; print(*sorted({heavy!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
-    assert "Put load on a chat server" in bench("--help").stdout
+    assert "Benchmark a chat server" in bench("--help").stdout

@@ -67,7 +67,7 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseCheckpoint) 
         assert words in shown
     tree = shown[shown.index(tiny_base.source) :]
     assert 0 < tree.index("ranch@1  sft, held-out loss") < tree.index("ranch@2  dpo, held-out DPO loss 1.2500")
-    assert "ranch@1 may know its held-out rows: its data.split_seed is 3" in tree
+    assert "ranch@1 may have been trained on this version's held-out rows: its data.split_seed is 3" in tree
     assert "1.2500 nats, the base's 2.5000, over 1,200 tokens" in adapters(lineage, "show", "ranch@1").stdout
     whole = json.loads(adapters(lineage, "show", "ranch@2", "--json").stdout)
     assert [(older["version"], older["method"]) for older in whole["ancestors"]] == [(1, "sft")]
@@ -93,7 +93,7 @@ def test_diff_names_what_differs(lineage: Path) -> None:
 def test_verify_exits_0_where_all_is_equal_and_1_where_not(lineage: Path) -> None:
     passed = adapters(lineage, "verify", "ranch@2", "--max-tokens", "4")
     assert passed.exit_code == 0, passed.stderr
-    assert "is served as PEFT answers" in passed.stdout
+    assert "the engine's answers match PEFT's" in passed.stdout
     as_json = json.loads(adapters(lineage, "verify", "ranch", "--prompt", "Hi", "--max-tokens", "4", "--json").stdout)
     assert as_json["passed"] is True
     assert [prompt["prompt"] for prompt in as_json["prompts"]] == ["Hi"]

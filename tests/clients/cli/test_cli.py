@@ -252,6 +252,6 @@ def test_doctor_says_what_is_broken_and_what_to_do(tmp_path: Path, monkeypatch: 
 
 
 def test_doctor_counts_what_is_broken() -> None:
-    checks = [Check("a", "ok", "fine"), Check("b", "error", "gone", "mend it")]
-    assert report(checks).endswith("1 of 2 checks found something broken")
-    assert report(checks[:1]).endswith("nothing is broken")
+    checks = [Check("a", "ok", "fine"), Check("b", "error", "gone", "fix it")]
+    assert report(checks).endswith("1 of 2 checks failed")
+    assert report(checks[:1]).endswith("no errors")

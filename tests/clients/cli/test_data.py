@@ -60,7 +60,7 @@ def test_check_shows_what_a_run_would_see(check: Any, csv_file: Path) -> None:
         "Duplicates: 1",
         f"{csv_file}:60: duplicates {csv_file}:9",
         "1 too long",
-        "a max_length leaves out: 100 (1 rows), 128 (1 rows)",
+        "left out by a max_length of: 100 (1 rows), 128 (1 rows)",
         " is by the barn.<|im_end|>»",
         "█",
     ):
@@ -128,7 +128,7 @@ def test_check_of_preferences_shows_both_answers(check: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ((), 2, "no data is named: give files, folders, globs or hub ids, or --config"),
+        ((), 2, "no data is given: pass files, folders, globs or hub ids, or --config"),
         (("nowhere.csv",), 1, "dataset 'nowhere.csv' is neither a file, folder or glob"),
         (("data.path=nowhere.csv",), 1, "dataset 'nowhere.csv' is neither a file"),
         (("x.jsonl", "data.colums={}"), 2, "unknown key 'data.colums' (value {}): did you mean 'data.columns'?"),

@@ -81,21 +81,21 @@ def test_revoke_says_when_nobody_is_left() -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     with pytest.raises(InvalidKey, match="revoked"):
         KeyStore().authenticate(key)
-    assert "nobody gets in" in corral("revoke", second.id).stderr
+    assert "every request is refused" in corral("revoke", second.id).stderr
 
 
 @pytest.mark.promise("C2")
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        (["create", "--name", "x", "--expires", "90x"], 2, "'90x' is no time"),
-        (["create", "--name", "x", "--expires", "2020-01-31"], 2, "has passed"),
-        (["create", "--name", "x", "--expires", "0d"], 2, "has passed"),
-        (["create", "--name", "x", "--expires", "999999w"], 2, "is no time"),
+        (["create", "--name", "x", "--expires", "90x"], 2, "'90x' is not a valid time"),
+        (["create", "--name", "x", "--expires", "2020-01-31"], 2, "is in the past"),
+        (["create", "--name", "x", "--expires", "0d"], 2, "is in the past"),
+        (["create", "--name", "x", "--expires", "999999w"], 2, "is not a valid time"),
         (["create", "--name", "x", "--rpm", "0"], 2, "--rpm"),
         (["create", "--name", "x", "--tpm", "many"], 2, "--tpm"),
         (["create", "--name", "x", "--scope", "root"], 2, "root"),
-        (["create", "--name", "a\nb"], 2, "no name of a key"),
+        (["create", "--name", "a\nb"], 2, "not a valid key name"),
         (["create"], 2, "--name"),
         (["revoke"], 2, "ID"),
         (["revoke", "nobody"], 1, "corral keys list"),

@@ -132,7 +132,7 @@ def test_programs_of_others_are_none_of_rays() -> None:
 def test_http_beyond_this_machine_without_tls_says_that_keys_travel_in_clear(name: str) -> None:
     with process_named(name, "0.0.0.0") as (_, port):
         check = security.open_ports()
-    assert re.search(rf"in clear to port [\d, ]*\b{port}\b.*corral serve --tls", check.fix)
+    assert re.search(rf"in cleartext to port [\d, ]*\b{port}\b.*corral serve --tls", check.fix)
 
 
 def test_a_tls_server_is_told_from_a_plain_one() -> None:

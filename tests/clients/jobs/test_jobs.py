@@ -143,7 +143,7 @@ def test_runs_lists_shows_and_logs_jobs(cluster: Cluster, trained: subprocess.Co
     assert (stopped.returncode, stopped.stdout) == (0, "job nightly has ended already: SUCCEEDED\n")
     unknown = cluster.corral("runs", "show", "nightli", *where)
     assert unknown.returncode == 1
-    assert "there are nightly" in unknown.stderr
+    assert "its runs: nightly" in unknown.stderr
 
 
 def test_what_fails_there_fails_here(cluster: Cluster) -> None:
@@ -181,7 +181,7 @@ def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster:
     _, stderr = client.communicate(timeout=60)
     assert client.returncode == 1
     assert f"corral runs stop stopped --address {cluster.address}" in stderr
-    assert stderr.splitlines()[-1] == "error: detached from job stopped, which goes on"
+    assert stderr.splitlines()[-1] == "error: detached from job stopped, which keeps running"
     assert status_of(cluster, "stopped") == "RUNNING"
     assert training_processes("run_name=stopped")
 
@@ -211,7 +211,7 @@ def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(clus
     client.send_signal(signal.SIGINT)
     _, stderr = client.communicate(timeout=60)
     assert client.returncode == 1
-    assert stderr.splitlines()[-1] == "error: detached from job search, which goes on"
+    assert stderr.splitlines()[-1] == "error: detached from job search, which keeps running"
     assert read_run(runs_of(), "search").state == "running"
     assert read_run(runs_of(), "search/trials/000").state == "finished"
     assert read_run(runs_of(), "search/trials/001").state == "running"
@@ -251,10 +251,10 @@ def test_a_wrong_or_missing_token_is_one_clear_line(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    with pytest.raises(JobError, match=r"asks for a token: set RAY_AUTH_TOKEN"):
+    with pytest.raises(JobError, match=r"requires a token: set RAY_AUTH_TOKEN"):
         TrainingJobs(cluster.address)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-another-cluster")
-    with pytest.raises(JobError, match="refuses the token of RAY_AUTH_TOKEN"):
+    with pytest.raises(JobError, match="rejects the token from RAY_AUTH_TOKEN"):
         TrainingJobs(cluster.address)
 
 
@@ -279,11 +279,11 @@ def test_nothing_at_an_address_is_one_clear_line() -> None:
 
 def test_output_told_again_after_a_lost_connection_is_shown_once() -> None:
     shown: list[str] = []
-    unseen = jobs.LogCursor(shown.append)
-    unseen("one\ntwo\n")
-    unseen.position = 0
+    cursor = jobs.LogCursor(shown.append)
+    cursor("one\ntwo\n")
+    cursor.position = 0
     for text in ("one\n", "two\nthr", "ee\n"):
-        unseen(text)
+        cursor(text)
     assert "".join(shown) == "one\ntwo\nthree\n"
 
 

@@ -106,7 +106,7 @@ def test_two_files_of_one_name_and_weights_stay_apart(here: Path) -> None:
 
 def test_what_is_not_here_is_left_to_the_cluster_or_refused(here: Path) -> None:
     package = packed("data.path=/shared/rows.jsonl")
-    assert package.elsewhere == ["/shared/rows.jsonl"]
+    assert package.remote_paths == ["/shared/rows.jsonl"]
     assert not data_of(package)
     with pytest.raises(DatasetError, match=r"rows/none\.jsonl"):
         packed("data.path=rows/none.jsonl")
@@ -120,7 +120,7 @@ def test_what_is_not_here_is_left_to_the_cluster_or_refused(here: Path) -> None:
 def test_a_package_over_rays_limit_is_refused_before_it_is_sent(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "rows/a.jsonl").write_bytes(os.urandom(3 * 2**20))
     monkeypatch.setattr(job_package, "MAX_PACKAGE_BYTES", 2 * 2**20)
-    with pytest.raises(ConfigError, match=r"more than the 2\.0 MiB .*rows/a\.jsonl' with 3\.0 MiB.*shared"):
+    with pytest.raises(ConfigError, match=r"limit of 2\.0 MiB.*rows/a\.jsonl' \(3\.0 MiB\).*shared"):
         packed().write(here / "package.zip")
 
 
