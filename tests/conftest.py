@@ -73,7 +73,7 @@ def pytest_unconfigure() -> None:
         return
     if _training is not None and _training.poll() is None:
         os.killpg(_training.pid, signal.SIGTERM)
-        _training.wait(timeout=60)
+        _training.wait(timeout=300)
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
@@ -110,7 +110,7 @@ def free_port() -> int:
 def is_up(url: str, headers: dict[str, str] | None = None) -> bool:
     """Whether a GET is answered with 200."""
     try:
-        return httpx.get(url, headers=headers, timeout=30).status_code == 200
+        return httpx.get(url, headers=headers, timeout=120).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -153,11 +153,11 @@ def ray_head(env: dict[str, str], num_cpus: int = 4) -> Iterator[str]:
             head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             address = f"http://127.0.0.1:{port}"
-            wait_until_up(f"{address}/api/version", 90, {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"})
+            wait_until_up(f"{address}/api/version", 300, {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"})
             yield address
         finally:
             os.killpg(head.pid, signal.SIGKILL)  # on SIGTERM it would drain the node for half a minute
-            head.wait(timeout=60)
+            head.wait(timeout=300)
 
 
 def wait_until_up(url: str, seconds: float, headers: dict[str, str] | None = None) -> None:
@@ -251,7 +251,7 @@ def start_server(
     prefix = content["applications"][0]["route_prefix"].rstrip("/")
     url = f"http://127.0.0.1:{content['http_options']['port']}"
     ui_url = url + content["applications"][1]["route_prefix"] + "/"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
             server = RunningServer(
@@ -266,7 +266,7 @@ def start_server(
 def stop_server(process: subprocess.Popen[bytes]) -> int:
     """End it as a service manager would; returns its exit code."""
     process.send_signal(signal.SIGTERM)
-    return process.wait(timeout=90)
+    return process.wait(timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ def kill(workers: list[psutil.Process]) -> None:
         worker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D13")
 def test_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config: TrainConfig, s3: str) -> None:
     with private_ray(2):
@@ -110,6 +111,7 @@ mount -o remount,size=100m "$1" || exit 92
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: TrainConfig, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -119,7 +121,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: 
     recipe.write_text(yaml.safe_dump(told))
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", _FILL_AND_RESUME, "sh"]
     done = subprocess.run(
-        [*command, str(disk), sys.executable, str(recipe)], capture_output=True, text=True, timeout=280, check=False
+        [*command, str(disk), sys.executable, str(recipe)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
