@@ -17,8 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 from deployments.auth.origin import is_loopback as is_loopback_host
 from deployments.protocol.adapters import Adapter, AdapterChange, AdapterList, DeletedVersion
-from deployments.protocol.chat import ChatCompletion, ChatCompletionChunk, ErrorResponse, Model, ModelList
-from training.chat.chat_format import Message
+from deployments.protocol.base import ErrorResponse
+from deployments.protocol.chat import ChatCompletion, ChatCompletionChunk
+from deployments.protocol.models import Model, ModelList
+from training.chat.messages import Message
 from training.errors import CorralError
 
 DEFAULT_URL = "http://127.0.0.1:8000"

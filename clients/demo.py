@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clients.local_server import (
+    format_urls,
     http_address,
-    own_key,
     read_serve_config,
-    running,
+    serve_in_background,
     shipped_config,
-    urls,
+    temporary_key,
     wait_for_signal,
     waiting,
 )
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from openai import OpenAI
 
-    from training.registry.registry import AdapterManifest
+    from training.registry.manifest import AdapterManifest
 
 ADAPTER = "ranch-hand"
 NUM_SHOWN = 3
@@ -70,9 +70,9 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
     check_port(*http_address(content))
     questions = load_questions()
     manifest = trained_adapter(debug)
-    with running(content, debug=debug) as server:
+    with serve_in_background(content, debug=debug) as server:
         base, adapter = manifest.base.name, manifest.model_id
-        with own_key("corral demo") as key, openai_client(server.url, key) as client:
+        with temporary_key("corral demo") as key, openai_client(server.url, key) as client:
             with waiting("asking both models …"):
                 shown = questions[:NUM_SHOWN]
                 answers = [(q.question, ask(client, base, q.question), ask(client, adapter, q.question)) for q in shown]
@@ -80,7 +80,7 @@ def run_demo(*, once: bool, port: int | None = None, debug: bool = False) -> Non
             with waiting(f"asking both models {len(questions)} questions …"):
                 found = [taught_facts(client, model, questions) for model in (base, adapter)]
         print(figures(manifest, found[0], found[1], len(questions)))
-        print(urls(server, stays=not once), flush=True)
+        print(format_urls(server, stays=not once), flush=True)
         if not once:
             wait_for_signal()
 

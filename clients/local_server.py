@@ -58,7 +58,7 @@ def read_serve_config(path: Path | None, port: int | None = None, *, tls: bool =
     return content
 
 
-def warnings(content: dict[str, Any]) -> list[str]:
+def startup_warnings(content: dict[str, Any]) -> list[str]:
     """What a person who serves this should know before strangers do."""
     from deployments.config import LOOPBACK_HOSTS
 
@@ -81,7 +81,7 @@ def http_address(content: dict[str, Any]) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def running(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server"]:
+def serve_in_background(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server"]:
     """A server that answers for as long as the block lasts; says meanwhile what is being waited for."""
     names = [app["args"]["base_model"] for app in content["applications"] if "base_model" in (app.get("args") or {})]
     with contextlib.ExitStack() as up:
@@ -96,7 +96,7 @@ def running(content: dict[str, Any], *, debug: bool = False) -> Iterator["Server
                 up.close()
 
 
-def urls(server: "Server", *, stays: bool = True) -> str:
+def format_urls(server: "Server", *, stays: bool = True) -> str:
     """Where a server answers, for the person who started it."""
     ui = [f"chat  {server.ui_url}"] if server.ui_url else []
     lines = [f"API   {server.url}/v1", *ui, f"docs  {server.docs_url}", f"keys  {_who_needs_a_key()}"]
@@ -106,7 +106,7 @@ def urls(server: "Server", *, stays: bool = True) -> str:
 
 
 @contextlib.contextmanager
-def own_key(name: str) -> Iterator[str | None]:
+def temporary_key(name: str) -> Iterator[str | None]:
     """A key to the server that this command runs, valid as long as the block lasts; None where nobody needs one."""
     from deployments.auth.keys import KeyStore
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from training.base_models.resolve import BaseModel, Quantization
+    from training.base_models.nf4 import Quantization
+    from training.base_models.resolve import BaseCheckpoint
     from training.export.peft_reference import Continuation
-    from training.registry.registry import AdapterManifest, AdapterRegistry
+    from training.registry.manifest import AdapterManifest
+    from training.registry.registry import AdapterRegistry
 
 TOLERANCE = 1e-3  # of a log-probability, in nats
 _PROMPTS = ("What is the capital of France?", "Write one sentence about rain.", "Name three colours.")
@@ -56,10 +58,12 @@ def verify(
     """
     import torch
 
-    from training.base_models.resolve import load_tokenizer, resolve_base_model
-    from training.chat.chat_format import Message, load_chat_format
+    from training.base_models.resolve import resolve_base_model
+    from training.base_models.tokenizer import load_tokenizer
+    from training.chat.detect import load_chat_format
+    from training.chat.messages import Message
     from training.export.peft_reference import continue_greedily, load_with_peft
-    from training.registry.registry import check_base
+    from training.registry.manifest import check_base
 
     directory = registry.fetch(manifest)
     base = resolve_base_model(manifest.base.source, manifest.base.revision)
@@ -85,7 +89,7 @@ def verify(
 def _engine_answers(
     directory: "Path",
     manifest: "AdapterManifest",
-    base: "BaseModel",
+    base: "BaseCheckpoint",
     quantization: "Quantization",
     device: str,
     prompts: Sequence[list[int]],
@@ -97,7 +101,7 @@ def _engine_answers(
 
     from deployments.engine.engine import Engine
     from deployments.engine.request import Delta, EngineRequest, SamplingParams, merged
-    from training.base_models.resolve import load_quantized
+    from training.base_models.nf4 import load_quantized
     from training.export.peft_reference import Continuation
 
     engine = Engine(

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deployments.auth.keys import KeyStore
 from deployments.errors import ServeConfigError
 from deployments.launch.tls import check_tls_files
-from training.base_models.resolve import EMBEDDED_MODEL, Quantization
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.nf4 import Quantization
 
 
 class _Closed(BaseModel):

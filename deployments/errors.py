@@ -23,7 +23,7 @@ CorralError                        (training.errors; each message is written for
 
 from typing import Any
 
-from deployments.protocol.chat import ErrorDetail, ErrorResponse
+from deployments.protocol.base import ErrorDetail, ErrorResponse
 from training.errors import (
     AdapterNotFound,
     AdapterRefused,

@@ -26,8 +26,12 @@ import psutil
 import pytest
 import yaml
 
-from training.base_models.resolve import EMBEDDED_MODEL, BaseModel, resolve_base_model
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, import_adapter
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.resolve import BaseCheckpoint, resolve_base_model
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher, import_adapter
+from training.registry.registry import AdapterRegistry
 
 pytest_plugins = ("tests.tiers", "tests.workers")
 
@@ -212,13 +216,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def embedded_base() -> BaseModel:
+def embedded_base() -> BaseCheckpoint:
     """The embedded model, converted into this session's CORRAL_HOME."""
     return resolve_base_model(EMBEDDED_MODEL)
 
 
 @pytest.fixture(scope="session")
-def quickstart(embedded_base: BaseModel) -> AdapterManifest:
+def quickstart(embedded_base: BaseCheckpoint) -> AdapterManifest:
     """The quickstart recipe, trained and registered by `python -m training`."""
     status, deadline = _SCRATCH / "training.status", time.monotonic() + 1800
     while not (status.exists() and status.read_text()):
@@ -278,7 +282,7 @@ def server(quickstart: AdapterManifest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseCheckpoint:
     """A random Llama of 2 layers with the embedded model's tokenizer: for logic, not for answers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -306,7 +310,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-def tiny_adapter(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_adapter(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What PEFT's `save_pretrained` writes for LoRA r 4 on all linear layers of `tiny_base`, B not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -325,13 +329,15 @@ def tiny_adapter(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
-def register_three(registry: AdapterRegistry, base: BaseModel, adapter: Path) -> None:
+def register_three(registry: AdapterRegistry, base: BaseCheckpoint, adapter: Path) -> None:
     """Three versions of `ranch`, the second of them the champion, after the first."""
     metrics = {"eval_loss": 1.0, "base_eval_loss": 2.0}
     for _ in range(3):
-        registry.register(adapter, AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=metrics))
-    registry.promote("ranch", 1)
-    registry.promote("ranch", 2)
+        AdapterPublisher(registry).register(
+            adapter, AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=metrics)
+        )
+    AdapterPromoter(registry).promote("ranch", 1)
+    AdapterPromoter(registry).promote("ranch", 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +345,7 @@ class InProcessApi:
     """`tests.deployments.in_process.serving` on the tiny model. `model` is the object behind the replica."""
 
     url: str
-    base: BaseModel
+    base: BaseCheckpoint
     adapter: str
     model: Any
     args: Any
@@ -347,7 +353,7 @@ class InProcessApi:
 
 @pytest.fixture(scope="session")
 def tiny_api(
-    tiny_base: BaseModel, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[InProcessApi]:
     """The API over the tiny model with an adapter and 128 tokens of context, on HTTP in this process."""
     import torch

@@ -13,10 +13,11 @@ from training.config.train_config import TrainConfig
 from training.errors import ConfigError, CorralError, RunStopped
 from training.local_ray.signals import sigterm_interrupts
 from training.planning.plan import dry_run
-from training.ray_train.fit import FitResult, fit
-from training.registry.registry import AdapterManifest
+from training.ray_train.fit import fit
+from training.registry.manifest import AdapterManifest
 from training.runs.register import register
 from training.runs.report import REPORT_FILE, write_report
+from training.runs.result import RunResult
 from training.runs.run_dir import RunDir
 from training.sweep.config import SweepConfig, load_run_config, plan
 from training.sweep.report import print_plan, print_result
@@ -60,7 +61,7 @@ def run_search(config: SweepConfig, *, force: bool = False, as_json: bool = Fals
     return 0 if result.manifest else 1
 
 
-def summary(manifest: AdapterManifest, result: FitResult) -> str:
+def summary(manifest: AdapterManifest, result: RunResult) -> str:
     """A few lines for the person who waited: what was learned, and which model id to ask."""
     metrics = result.metrics
     lines = [f"\n{manifest.model_id} is registered" + (" (forced)" if manifest.forced else "")]

@@ -17,7 +17,7 @@ from rich.tree import Tree
 if TYPE_CHECKING:
     from clients.verify import Comparison
     from training.registry.diff import FieldChange, WeightChange, WeightsDiff
-    from training.registry.registry import AdapterManifest
+    from training.registry.manifest import AdapterManifest
 
 _TOP_MODULES = 8
 _WIDTH = 160  # where the output is no terminal

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from clients.api import CorralClient
     from deployments.api.adapter_admin import AdapterAdmin
     from deployments.protocol.adapters import Adapter, AdapterVersion
-    from training.registry.registry import AdapterManifest, AdapterRegistry
+    from training.registry.manifest import AdapterManifest
+    from training.registry.registry import AdapterRegistry
 
 app = typer.Typer(
     help="The registry: list, show, diff, verify, export, import, promote, roll back, delete.", no_args_is_help=True
@@ -28,7 +29,7 @@ _Url = Annotated[
 _Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 _Reference = Annotated[str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", show_default=False)]
 _GgufType = Literal["F16", "BF16", "Q8_0", "Q4_1", "Q4_0"]  # training.export.gguf's, not imported for `--help`
-_Onto = Literal["nf4", "original"]
+_MergeBase = Literal["nf4", "original"]
 _Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 _Version = Annotated[int, typer.Argument(metavar="VERSION", show_default=False)]
 _Alias = Annotated[str, typer.Option("--alias", help="which alias")]
@@ -127,7 +128,7 @@ def export(
     gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="a file for llama.cpp")] = None,
     gguf_type: Annotated[_GgufType, typer.Option(help="of its matrices")] = "F16",
     onto: Annotated[
-        _Onto, typer.Option(help="merge into the 4-bit weights that it was trained on, or the original ones")
+        _MergeBase, typer.Option(help="merge into the 4-bit weights that it was trained on, or the original ones")
     ] = "nf4",
     eval_file: Annotated[
         Path | None,
@@ -142,12 +143,12 @@ def export(
     import torch
 
     from training.base_models.resolve import resolve_base_model
-    from training.export.export import Targets, describe_losses
+    from training.export.export import ExportPaths, describe_losses
     from training.export.export import export as write
     from training.export.losses import evaluation_rows
-    from training.registry.registry import check_base
+    from training.registry.manifest import check_base
 
-    targets = Targets(merged, gguf, gguf_type)
+    targets = ExportPaths(merged, gguf, gguf_type)
     targets.check()
     store = _open(registry)
     manifest = _resolve(store, name)
@@ -178,10 +179,11 @@ def import_(
     registry: _Registry = None,
 ) -> None:
     """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl)."""
-    from training.base_models.resolve import EMBEDDED_MODEL, resolve_base_model
-    from training.chat.chat_format import load_chat_format
+    from training.base_models.embedded import EMBEDDED_MODEL
+    from training.base_models.resolve import resolve_base_model
+    from training.chat.detect import load_chat_format
     from training.registry.audit import audited, os_user
-    from training.registry.registry import import_adapter
+    from training.registry.publish import import_adapter
 
     model = resolve_base_model(base or EMBEDDED_MODEL)
     format_name = load_chat_format(chat_format, model).name

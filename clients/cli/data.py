@@ -66,7 +66,7 @@ def check(
 
 
 def _settings(path: Path | None, files: Sequence[str], overrides: Sequence[str]) -> "TrainConfig":
-    from training.config.train_config import build_config, read_yaml
+    from training.config.load import build_config, read_yaml
     from training.errors import ConfigError
 
     values: dict[str, Any] = read_yaml(path) if path else {"adapter": "unnamed", "data": {}}

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from clients.jobs.jobs import TrainingJob
-    from training.runs.status import Run
+    from training.runs.status import RunStatus
 
 app = typer.Typer(help="List, inspect, follow and stop training runs.", no_args_is_help=True)
 
@@ -138,7 +138,7 @@ def _step_line(step: dict[str, Any]) -> str:
 
 
 def _print_list(
-    items: "Sequence[Run] | Sequence[TrainingJob]",
+    items: "Sequence[RunStatus] | Sequence[TrainingJob]",
     as_json: bool,
     columns: Sequence[str],
     row: Callable[[Any], list[str]],
@@ -162,7 +162,7 @@ def _print_list(
     console.print(table)
 
 
-def _run_row(run: "Run") -> list[str]:
+def _run_row(run: "RunStatus") -> list[str]:
     step = f"{run.step}/{run.num_steps}" if run.step else run.phase
     loss = "-" if run.loss is None else f"{run.loss:.3f}"
     return [run.name, run.state, run.adapter, step, loss, _date(run.started), _took(run.started, run.ended)]
@@ -173,7 +173,7 @@ def _job_row(job: "TrainingJob") -> list[str]:
     return [job.run_name, job.submission_id, job.status, job.adapter, _date(job.started), took, job.entrypoint]
 
 
-def _run_summary(run: "Run", losses: Sequence[float], files: Sequence[str], became: Sequence[str]) -> str:
+def _run_summary(run: "RunStatus", losses: Sequence[float], files: Sequence[str], became: Sequence[str]) -> str:
     metrics = run.metrics
     lines = [f"{run.name}: {run.state}" + (f", {run.phase}" if run.state == "running" else "")]
     if run.failure:

@@ -4,7 +4,7 @@ import sys
 from contextlib import closing
 
 from clients.api import CorralClient, Sampling, ServerError
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.errors import ConfigError
 
 

@@ -4,30 +4,32 @@ import json
 import re
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
 
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deployments.accounting.usage import By, UsageRow
+    from deployments.accounting.usage import UsageRow
 
 
-def usage(since: str, by: "By | None", *, as_json: bool) -> str:
-    """What `corral usage` prints.
-
-    Raises:
-        ConfigError: `since` is no time.
-        CorralError: the file cannot be read.
-    """
+def usage(
+    since: Annotated[str, typer.Option(metavar="DAYS|DATE", help="days such as 7d, or from a date on, in UTC")] = "7d",
+    by: Annotated[Literal["key", "model", "day"] | None, typer.Option(help="default: key and model")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Requests and tokens of each key and model, whether a server runs or not."""
     from deployments.accounting.usage import read_usage, usage_path
 
     first_day = _first_day(since)
     rows = read_usage(usage_path(), first_day, by)
     if as_json:
-        return json.dumps([{k: v for k, v in asdict(row).items() if v is not None} for row in rows], indent=2)
-    if not rows:
-        return f"no requests since {first_day} (UTC) in {usage_path()}"
-    return _table(rows, first_day)
+        print(json.dumps([{k: v for k, v in asdict(row).items() if v is not None} for row in rows], indent=2))
+    elif not rows:
+        print(f"no requests since {first_day} (UTC) in {usage_path()}")
+    else:
+        print(_table(rows, first_day))
 
 
 def _first_day(since: str) -> date:

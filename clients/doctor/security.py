@@ -37,7 +37,7 @@ def secret_files() -> Check:
     if open_ones := [path for path, mode in modes.items() if mode & 0o077]:
         found = ", ".join(f"{path}, mode {modes[path]:04o}" for path in open_ones)
         fix = f"chmod go-rwx {' '.join(map(str, open_ones))}"
-        return Check("secret files", "broken", f"others can read {found}", fix)
+        return Check("secret files", "error", f"others can read {found}", fix)
     return Check("secret files", "ok", ", ".join(str(path.relative_to(home)) for path in modes) or "none yet")
 
 
@@ -46,7 +46,7 @@ def ray_token() -> Check:
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if token.exists() and _mode(token) & 0o077:
         found = f"{token}, mode {_mode(token):04o}: others can read it"
-        return Check("Ray's token", "broken", found, f"chmod 600 {token}")
+        return Check("Ray's token", "error", found, f"chmod 600 {token}")
     chosen = os.environ.get("RAY_AUTH_MODE")
     if chosen is not None and chosen.lower() != "token":
         found = (
@@ -64,7 +64,7 @@ def clusters() -> Check:
     without = [process.pid for process in heads if _environment(process).get("RAY_AUTH_MODE", "").lower() != "token"]
     if without:
         found = f"a head without token authentication, pid {', '.join(map(str, without))}: who reaches it runs code"
-        return Check("Ray clusters", "broken", found, f"ray get-auth-token --generate, ray stop, {_START}")
+        return Check("Ray clusters", "error", found, f"ray get-auth-token --generate, ray stop, {_START}")
     return Check("Ray clusters", "ok", f"{len(heads)} running, all ask for a token" if heads else "none running")
 
 
@@ -98,7 +98,7 @@ def certificate() -> Check:
 
     told = read_certificate(file)
     if told.warning:
-        status: Any = "broken" if told.days_left < 0 else "note"
+        status: Any = "error" if told.days_left < 0 else "note"
         fix = f"move cert.pem and key.pem out of {file.parent}, then: corral certs create"
         return Check("certificate", status, told.warning, fix)
     return Check("certificate", "ok", f"{file}, until {told.not_after:%Y-%m-%d}, for {', '.join(told.hosts)}")

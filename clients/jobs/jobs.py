@@ -45,7 +45,7 @@ class TrainingJob:
     ended: float | None
     exit_code: int | None
     message: str
-    told: Mapping[str, Any]  # the configuration, flat, and the hash of the data sent
+    submitted_config: Mapping[str, Any]  # the configuration, flat, and the hash of the data sent
 
     @property
     def has_ended(self) -> bool:
@@ -85,7 +85,7 @@ class TrainingJobs:
             raise JobError(f"no training job or run {name!r} at {self.url}: there are {known:.300}")
         return named[-1]
 
-    def _again(self, submission_id: str) -> TrainingJob:
+    def _refresh(self, submission_id: str) -> TrainingJob:
         """That very job, as it is now."""
         for job in self.all():
             if job.submission_id == submission_id:
@@ -137,7 +137,7 @@ class TrainingJobs:
                 if winner is None:
                     raise
                 return _same(winner, told)
-        return self._again(fresh_id)
+        return self._refresh(fresh_id)
 
     def logs(self, job: TrainingJob) -> str:
         """What the job has printed."""
@@ -146,16 +146,16 @@ class TrainingJobs:
 
     def follow(self, job: TrainingJob, write: Callable[[str], object]) -> TrainingJob:
         """Pass on what the job printed and prints until it ends, over lost connections too; returns it as it ended."""
-        unseen = _Unseen(write)
+        unseen = LogCursor(write)
         while True:
             with contextlib.suppress(RuntimeError, *_lost_connection()):
                 asyncio.run(self._tail(job.submission_id, unseen))
-            job = self._again(job.submission_id)
+            job = self._refresh(job.submission_id)
             if job.has_ended:
                 return job
             time.sleep(_RECONNECT_S)
 
-    async def _tail(self, submission_id: str, unseen: "_Unseen") -> None:
+    async def _tail(self, submission_id: str, unseen: "LogCursor") -> None:
         unseen.position = 0  # Ray tells a job's output from its beginning
         async for text in self._client.tail_job_logs(submission_id):
             unseen(text)
@@ -167,7 +167,7 @@ class TrainingJobs:
         deadline = time.monotonic() + 2 * _STOP_S
         while not job.has_ended and time.monotonic() < deadline:
             time.sleep(0.3)
-            job = self._again(job.submission_id)
+            job = self._refresh(job.submission_id)
         if not job.has_ended:
             raise JobError(f"job {job.submission_id!r} is still {job.status}: look again with 'corral runs list'")
         return job
@@ -185,7 +185,7 @@ class TrainingJobs:
 
 
 @dataclass(slots=True)
-class _Unseen:
+class LogCursor:
     """Passes on of a text that is told again from its beginning what it has not passed on yet."""
 
     write: Callable[[str], object]
@@ -214,7 +214,7 @@ def submit_training(
     Raises:
         CorralError: configuration, data or cluster do not fit, or the job did not succeed.
     """
-    from training.ray_train.fit import fresh_run_name
+    from training.runs.resume import fresh_run_name
     from training.sweep.config import load_run_config
 
     config = load_run_config(config_path, overrides)
@@ -265,18 +265,18 @@ def _training_job(job: "JobDetails") -> TrainingJob:
         ended=job.end_time / 1000 if job.end_time else None,
         exit_code=job.driver_exit_code,
         message=job.message or "",
-        told=json.loads(metadata["told"]),
+        submitted_config=json.loads(metadata["told"]),
     )
 
 
 def _same(job: TrainingJob, told: Mapping[str, Any]) -> TrainingJob:
     """`job`, if it was told the same."""
-    for key in sorted(told.keys() | job.told.keys()):
-        if told.get(key) != job.told.get(key):
+    for key in sorted(told.keys() | job.submitted_config.keys()):
+        if told.get(key) != job.submitted_config.get(key):
             raise ConfigError(
                 f"run {job.run_name!r} is job {job.submission_id} ({job.status}), which was submitted with "
-                f"{key}={job.told.get(key)!r}, now {key} is {told.get(key)!r}: set it back, or choose another "
-                "--submission-id"
+                f"{key}={job.submitted_config.get(key)!r}, now {key} is {told.get(key)!r}: set it back, or choose "
+                "another --submission-id"
             )
     return job
 
@@ -291,14 +291,14 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_data(config: "TrainConfig", package: JobPackage) -> None:
     """Read the data as the job will, where it and the base's tokenizer are on this machine."""
-    from training.base_models.resolve import EMBEDDED_MODEL
+    from training.base_models.embedded import EMBEDDED_MODEL
     from training.data.run_inputs import read_inputs
 
     base_is_here = config.base_model == EMBEDDED_MODEL or Path(config.base_model).expanduser().is_dir()
     num_sources = len(config.data.path) + len(config.data.held_out_path)
     num_local = sum(Path(s.path).expanduser().exists() for s in (*config.data.path, *config.data.held_out_path))
     if base_is_here and num_local == num_sources and not package.elsewhere:
-        print(read_inputs(config).report.short(), file=sys.stderr)
+        print(read_inputs(config).report.summary(), file=sys.stderr)
 
 
 def _env_vars(given: list[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ray import serve
 
-from deployments.accounting.limits import Limiter, Verdict
+from deployments.accounting.limits import Admission, Limiter
 from deployments.accounting.metrics import RequestMetrics
 from deployments.accounting.request_record import RequestRecord
 from deployments.accounting.usage import UsageStore, usage_path
@@ -34,13 +34,13 @@ class Ledger:
         self._usage = UsageStore(usage_path())
         self._counting = asyncio.Lock()
 
-    async def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Verdict:
+    async def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Admission:
         """Whether a request that uses up to `num_tokens` may run now."""
         return self._limiter.admit(key_id, request_id, limits, num_tokens)
 
-    async def settle(self, key_id: str, request_id: str, num_tokens: int) -> None:
+    async def release(self, key_id: str, request_id: str, num_tokens: int) -> None:
         """An admitted request has ended, and used so many tokens."""
-        self._limiter.settle(key_id, request_id, num_tokens)
+        self._limiter.release(key_id, request_id, num_tokens)
 
     async def report(
         self, reporter: str, number: int, records: Sequence[RequestRecord], running: Mapping[str, Collection[str]]

@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, cast
 
-from deployments.accounting.limits import Verdict
-from deployments.accounting.request_record import CLIENT_LEFT, Booking, RequestRecord
+from deployments.accounting.limits import Admission
+from deployments.accounting.request_record import CLIENT_LEFT, RequestRecord, RequestTrace
 from deployments.auth.caller import NO_LIMITS, Caller
 from deployments.errors import NotReady, RateLimited, error_response
 
@@ -46,23 +46,23 @@ class LedgerClient:
         self._tasks: set[asyncio.Task[Any]] = set()  # the event loop keeps none alive
 
     @contextmanager
-    def booked(self, booking: Booking) -> Iterator[Booking]:
+    def recorded(self, trace: RequestTrace) -> Iterator[RequestTrace]:
         """Count the request when the block ends, however it ends."""
         try:
-            yield booking
+            yield trace
         except (asyncio.CancelledError, GeneratorExit):
-            booking.status = booking.status or CLIENT_LEFT
+            trace.status = trace.status or CLIENT_LEFT
             raise
         except Exception as error:
-            booking.status = booking.status or error_response(error)[0]
+            trace.status = trace.status or error_response(error)[0]
             raise
         finally:
-            self._unreported.append(booking.record())
+            self._unreported.append(trace.record())
             self._report_soon()
 
     @asynccontextmanager
-    async def admitted(self, caller: Caller, num_tokens: int, booking: Booking) -> AsyncIterator[None]:
-        """Hold a place within the caller's limits for as long as the block lasts; what `booking` used then is settled.
+    async def admitted(self, caller: Caller, num_tokens: int, trace: RequestTrace) -> AsyncIterator[None]:
+        """Hold a place within the caller's limits for as long as the block lasts; what `trace` used then is settled.
 
         Args:
             num_tokens: the most that the request can use.
@@ -76,7 +76,7 @@ class LedgerClient:
             return
         request_id = uuid.uuid4().hex
         verdict = await self._admit(caller, caller.key_id, request_id, num_tokens)
-        booking.headers = verdict.headers
+        trace.headers = verdict.headers
         if verdict.refusal is not None:
             raise RateLimited(verdict.refusal, verdict.headers)
         self._running.setdefault(caller.key_id, set()).add(request_id)
@@ -85,7 +85,7 @@ class LedgerClient:
             yield
         finally:
             self._forget(caller.key_id, request_id)
-            settling = self._spawn(self._settle(caller.key_id, request_id, booking.used.total_tokens))
+            settling = self._spawn(self._release(caller.key_id, request_id, trace.used.total_tokens))
             # Before the last byte of the answer, so that the caller's next request finds its place free. A caller who
             # has left cancels this wait, not the settling.
             await asyncio.wait({settling}, timeout=_SETTLE_S)
@@ -107,20 +107,20 @@ class LedgerClient:
         with suppress(Exception):  # it may have ended before
             await self._send_report()
 
-    async def _admit(self, caller: Caller, key_id: str, request_id: str, num_tokens: int) -> Verdict:
+    async def _admit(self, caller: Caller, key_id: str, request_id: str, num_tokens: int) -> Admission:
         try:
             asked = self._ledger.admit.remote(key_id, request_id, caller.limits, num_tokens)
-            return cast(Verdict, await asyncio.wait_for(asked, _ADMIT_S))
+            return cast(Admission, await asyncio.wait_for(asked, _ADMIT_S))
         except BaseException as error:
-            self._spawn(self._settle(key_id, request_id, 0))  # in case it was admitted and nobody heard of it
+            self._spawn(self._release(key_id, request_id, 0))  # in case it was admitted and nobody heard of it
             if not isinstance(error, Exception):
                 raise
             logger.warning("the ledger does not answer: %r", error)
             raise NotReady("the limits of this key cannot be checked for a moment: try again") from error
 
-    async def _settle(self, key_id: str, request_id: str, num_tokens: int) -> None:
+    async def _release(self, key_id: str, request_id: str, num_tokens: int) -> None:
         with suppress(Exception):  # a ledger that died has forgotten the request, one that is cut off forgets its lease
-            await asyncio.wait_for(self._ledger.settle.remote(key_id, request_id, num_tokens), _REPORT_S)
+            await asyncio.wait_for(self._ledger.release.remote(key_id, request_id, num_tokens), _REPORT_S)
 
     def _forget(self, key_id: str, request_id: str) -> None:
         running = self._running[key_id]

@@ -20,7 +20,7 @@ _STREAM_RETRY_S = 1  # nobody knows when an answer ends
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Admission:
     """Whether a request may run.
 
     Attributes:
@@ -43,7 +43,7 @@ class Limiter:
         self._clock = clock
         self._keys: dict[str, _Key] = {}
 
-    def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Verdict:
+    def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Admission:
         """Let a request run if its key's limits have room for it; a refused one takes nothing.
 
         Args:
@@ -56,19 +56,19 @@ class Limiter:
         if limits.tpm is not None and num_tokens > limits.tpm:
             why = f"the request may take {num_tokens} tokens, and this key has {limits.tpm} a minute"
             headers = key.headers(limits, now) | {"x-should-retry": "false"}  # the openai client asks for this one
-            return Verdict(headers, f"{why}: shorten the prompt or lower max_tokens")
+            return Admission(headers, f"{why}: shorten the prompt or lower max_tokens")
         waits = key.waits(limits, num_tokens, now)
         if waits:
             wait, why = max(waits)
             headers = key.headers(limits, now) | {"retry-after": str(wait)}
-            return Verdict(headers, f"{why}: try again in {wait} s")
+            return Admission(headers, f"{why}: try again in {wait} s")
         key.take(request_id, num_tokens, now, runs=limits.streams is not None)
-        return Verdict(key.headers(limits, now))
+        return Admission(key.headers(limits, now))
 
-    def settle(self, key_id: str, request_id: str, num_tokens: int) -> None:
+    def release(self, key_id: str, request_id: str, num_tokens: int) -> None:
         """The request has ended, and used so many tokens; unknown ones are ignored."""
         if (key := self._keys.get(key_id)) is not None:
-            key.settle(request_id, num_tokens)
+            key.release(request_id, num_tokens)
 
     def renew(self, running: Mapping[str, Collection[str]]) -> None:
         """These requests of these keys still run, also where this limiter is younger than they are."""
@@ -125,7 +125,7 @@ class _Key:
         if runs:
             self.running[request_id] = now + LEASE_S
 
-    def settle(self, request_id: str, num_tokens: int) -> None:
+    def release(self, request_id: str, num_tokens: int) -> None:
         self.running.pop(request_id, None)
         if (taken := self.taken.get(request_id)) is not None:
             self.num_tokens += num_tokens - taken.num_tokens

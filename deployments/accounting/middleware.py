@@ -1,7 +1,7 @@
-"""Every HTTP request of the API is booked, also those that no route sees: a wrong key, a broken body, an unknown path.
+"""Every HTTP request is recorded, including those that reach no route: a wrong key, a broken body, an unknown path.
 
-BookingMiddleware opens a Booking and closes it when the answer is whole or the client has left; routes that know more
-of the request take it as `CurrentBooking` and fill it in.
+`RequestTraceMiddleware` opens a `RequestTrace` and closes it when the answer is complete or the client has left; routes
+that know more about the request take it as `CurrentTrace` and fill it in.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.accounting.ledger_client import LedgerClient
-from deployments.accounting.request_record import CLIENT_LEFT, Booking
+from deployments.accounting.request_record import CLIENT_LEFT, RequestTrace
 from deployments.auth.dependencies import ChatCaller
 
-_KEY = "corral.booking"  # in the scope, which belongs to one request
+_KEY = "corral.trace"  # in the scope, which belongs to one request
 
 
-class BookingMiddleware:
+class RequestTraceMiddleware:
     """The outermost, so that it sees what the others refuse.
 
     Args:
@@ -32,31 +32,31 @@ class BookingMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        booking = scope[_KEY] = Booking()
+        trace = scope[_KEY] = RequestTrace()
         whole = False
 
         async def watch(message: Message) -> None:
             nonlocal whole
             if message["type"] == "http.response.start":
-                booking.status = message["status"]
+                trace.status = message["status"]
             elif message["type"] == "http.response.body":
                 whole = not message.get("more_body", False)
             await send(message)
 
-        with self._ledger().booked(booking):
+        with self._ledger().recorded(trace):
             try:
                 await self._app(scope, receive, watch)
             finally:
                 if (route := scope.get("route")) is not None:
-                    booking.route = route.path
-                if booking.status and not whole:
-                    booking.status = CLIENT_LEFT
+                    trace.route = route.path
+                if trace.status and not whole:
+                    trace.status = CLIENT_LEFT
 
 
-async def _current_booking(request: Request, caller: ChatCaller) -> Booking:
-    booking = cast(Booking, request.scope[_KEY])
-    booking.caller = caller
-    return booking
+async def _current_trace(request: Request, caller: ChatCaller) -> RequestTrace:
+    trace = cast(RequestTrace, request.scope[_KEY])
+    trace.caller = caller
+    return trace
 
 
-CurrentBooking = Annotated[Booking, Depends(_current_booking)]
+CurrentTrace = Annotated[RequestTrace, Depends(_current_trace)]

@@ -1,14 +1,14 @@
 """What one request turned out to be: who asked, which model, how it ended, how many tokens and seconds it took.
 
-A Booking is open while the request is served, and what is known of it is filled in on the way; the RequestRecord made
-of it at the end is what the ledger counts. Knows nothing of Ray or HTTP.
+A `RequestTrace` is open while the request is served and filled in on the way; the ledger counts the `RequestRecord`
+made from it at the end. Knows nothing of Ray or HTTP.
 """
 
 import time
 from dataclasses import dataclass, field
 
 from deployments.auth.caller import Caller
-from deployments.protocol.chat import Usage
+from deployments.protocol.base import Usage
 
 CLIENT_LEFT = 499  # nginx's word for a client that closed the connection before its answer was whole
 _NOTHING = Usage(prompt_tokens=0, completion_tokens=0, total_tokens=0)
@@ -49,7 +49,7 @@ class RequestRecord:
 
 
 @dataclass(slots=True)
-class Booking:
+class RequestTrace:
     """A request while it is served; times are `time.monotonic()`.
 
     Attributes:
@@ -70,7 +70,7 @@ class Booking:
     first_piece_at: float | None = None
     last_piece_at: float | None = None
 
-    def heard(self) -> None:
+    def mark_token(self) -> None:
         """A piece of an answer came from the replica."""
         self.last_piece_at = time.monotonic()
         if self.first_piece_at is None:

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from deployments.protocol.adapters import Adapter, AdapterChange, AdapterVersion, Canary, DeletedVersion
+from training.registry.aliases import Change, Traffic
 from training.registry.audit import audited
-from training.registry.registry import AdapterManifest, AdapterRegistry, Change, Traffic
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.registry import AdapterRegistry
 
 
 class AdapterAdmin:
@@ -25,6 +28,7 @@ class AdapterAdmin:
 
     def __init__(self, registry: AdapterRegistry, actor: Mapping[str, Any]) -> None:
         self._registry = registry
+        self._promoter = AdapterPromoter(registry)
         self._actor = actor
 
     def adapters(self) -> list[Adapter]:
@@ -41,21 +45,21 @@ class AdapterAdmin:
     def promote(self, name: str, version: int, alias: str, percent: float) -> AdapterChange:
         """Point an alias at a version; below 100 percent as a canary beside the champion."""
         with audited(self._actor, "promote", name, alias=alias, version=version, percent=percent) as record:
-            change = self._registry.promote(name, version, alias, percent)
+            change = self._promoter.promote(name, version, alias, percent)
             record |= {"before": change.before.record(), "after": change.after.record()}
         return _wire_change(change)
 
     def rollback(self, name: str, alias: str) -> AdapterChange:
         """End the canary, or point an alias at what it pointed at before."""
         with audited(self._actor, "rollback", name, alias=alias) as record:
-            change = self._registry.rollback(name, alias)
+            change = self._promoter.rollback(name, alias)
             record |= {"before": change.before.record(), "after": change.after.record()}
         return _wire_change(change)
 
     def delete_version(self, name: str, version: int) -> DeletedVersion:
         """Remove a version for good. Answers that replicas are making with it end as they would have."""
         with audited(self._actor, "delete", f"{name}@{version}"):
-            self._registry.delete(name, version)
+            self._promoter.delete(name, version)
         return DeletedVersion(name=name, version=version)
 
     def _adapter(self, name: str, manifests: list[AdapterManifest]) -> Adapter:

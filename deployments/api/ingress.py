@@ -6,9 +6,7 @@ byte of an answer. The UI calls `chat` and `models` by handle and gets the same 
 """
 
 import asyncio
-import difflib
 import sys
-import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -23,43 +21,46 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.accounting.ledger_client import LedgerClient
 from deployments.accounting.metrics import CONTENT_TYPE, engine_metrics
-from deployments.accounting.middleware import BookingMiddleware, CurrentBooking
-from deployments.accounting.request_record import Booking
-from deployments.api.adapter_admin import AdapterAdmin, canary_of
+from deployments.accounting.middleware import CurrentTrace, RequestTraceMiddleware
+from deployments.accounting.request_record import RequestTrace
+from deployments.api.adapter_admin import AdapterAdmin
 from deployments.api.http_app import RequestId, create_api
-from deployments.api.openai_responses import ChatShape, CompletionShape, Shape, begun, events, usage_of, whole
-from deployments.api.outputs import Answers, Piece, interleaved
+from deployments.api.model_catalog import ModelCatalog
+from deployments.api.openai_responses import (
+    ChatFormatter,
+    CompletionFormatter,
+    ResponseFormatter,
+    collect,
+    peek_first,
+    sse_events,
+    usage_of,
+)
+from deployments.api.outputs import PromptOutput, TextDelta, interleaved
 from deployments.api.rendering import RequestRenderer
 from deployments.auth.caller import Caller
 from deployments.auth.dependencies import AdminCaller, ChatCaller
 from deployments.config import ServeArgs
 from deployments.engine.stats import EngineStats
-from deployments.errors import EngineFault, ModelNotFound, NotReady, error_response
+from deployments.errors import EngineFault, NotReady, error_response
 from deployments.protocol.adapters import (
     Adapter,
     AdapterChange,
     AdapterList,
-    Canary,
     DeletedVersion,
     PromoteRequest,
     RollbackRequest,
 )
-from deployments.protocol.chat import (
-    AnyCompletionRequest,
-    ChatCompletion,
-    ChatCompletionRequest,
-    Completion,
-    CompletionRequest,
-    ErrorResponse,
-    Model,
-    ModelList,
-)
+from deployments.protocol.base import ErrorResponse
+from deployments.protocol.chat import AnyCompletionRequest, ChatCompletion, ChatCompletionRequest
+from deployments.protocol.completions import Completion, CompletionRequest
+from deployments.protocol.models import Model, ModelList
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from deployments.structured_outputs.grammars import GrammarCompiler
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import load_tokenizer, resolve_base_model
-from training.errors import AdapterNotFound, RegistryError
-from training.registry.registry import AdapterManifest, AdapterRegistry, parse_model_id
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
+from training.registry.manifest import AdapterManifest
+from training.registry.registry import AdapterRegistry
 
 _READY_TIMEOUT_S = 10.0
 _STATS_TIMEOUT_S = 2.0
@@ -89,7 +90,7 @@ def _ledger() -> LedgerClient:
 
 
 api = create_api()  # whole before the class: Ray Serve takes a copy of it when it decorates
-api.add_middleware(BookingMiddleware, ledger=_ledger)
+api.add_middleware(RequestTraceMiddleware, ledger=_ledger)
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
@@ -103,63 +104,58 @@ class ChatIngress:
         self.ledger = LedgerClient(ledger)
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
-        self._max_model_len = args.engine.max_model_len or self._base.context_length
+        max_model_len = args.engine.max_model_len or self._base.context_length
+        self._catalog = ModelCatalog(self._base, self._registry, max_model_len)
         tokenizer = load_tokenizer(self._base)
         self._vocabulary = Vocabulary(tokenizer)
-        self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, self._max_model_len)
+        self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, max_model_len)
         self._grammars = GrammarCompiler(self._base, tokenizer, self._vocabulary)
-        self._started = int(time.time())
 
     async def __del__(self) -> None:
         """Ray Serve calls this before the replica ends."""
         await self.ledger.flush()
 
     @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ANSWERS)
-    async def chat_completions(
-        self, body: ChatCompletionRequest, caller: ChatCaller, booking: CurrentBooking
-    ) -> Response:
+    async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Answer a dialog with the base or an adapter, at once or as server-sent events."""
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        manifest = await self._resolve(body.model, caller.identity(body.user))
-        booking.model = self._model_id(manifest)
+        manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
+        trace.model = self._catalog.model_id(manifest)
         answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
-        shape = ChatShape(answer_id, booking.model, self._vocabulary, with_logprobs=body.logprobs)
-        return await self._respond(shape, [answers], body, caller, booking)
+        shape = ChatFormatter(answer_id, trace.model, self._vocabulary, with_logprobs=body.logprobs)
+        return await self._respond(shape, [answers], body, caller, trace)
 
     @api.post("/v1/completions", response_model=Completion, responses=_ANSWERS)
-    async def completions(self, body: CompletionRequest, caller: ChatCaller, booking: CurrentBooking) -> Response:
+    async def completions(self, body: CompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Continue or score texts with the base or an adapter, at once or as server-sent events."""
         answer_id = f"cmpl-{uuid.uuid4().hex}"
-        manifest = await self._resolve(body.model, caller.identity(body.user))
-        booking.model = self._model_id(manifest)
+        manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
+        trace.model = self._catalog.model_id(manifest)
         answers = await asyncio.to_thread(self._text_answers, body, manifest, answer_id)
         with_logprobs = body.logprobs is not None
-        shape = CompletionShape(answer_id, booking.model, self._vocabulary, with_logprobs=with_logprobs)
-        return await self._respond(shape, answers, body, caller, booking)
+        shape = CompletionFormatter(answer_id, trace.model, self._vocabulary, with_logprobs=with_logprobs)
+        return await self._respond(shape, answers, body, caller, trace)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
     async def list_models(self, caller: ChatCaller) -> ModelList:
         """The base and every adapter version that it can serve."""
-        return ModelList(data=await self.models())
+        return ModelList(data=await self._catalog.models())
 
     @api.get("/v1/models/{model_id:path}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
     async def retrieve_model(self, model_id: str, caller: ChatCaller) -> Model:
         """One model, by any id that a request could use."""
-        manifest = await self._resolve(model_id)
-        if manifest is None:
-            return self._base_card()
-        return self._adapter_card(manifest, *await asyncio.to_thread(self._pointing_at, manifest.name))
+        return await self._catalog.model(model_id)
 
     @api.post("/tokenize", responses=_TOKENS)
     async def tokenize(self, body: TokenizeRequest, caller: ChatCaller) -> TokenizeResponse:
         """The token ids of a text or a dialog, as an answer to it would begin from."""
-        manifest = await self._resolve(body.model or self._base.name)
+        manifest = await self._catalog.resolve(body.model or self._base.name)
         return await asyncio.to_thread(self._renderer.tokenize, body, manifest)
 
     @api.post("/detokenize", responses=_TOKENS)
     async def detokenize(self, body: DetokenizeRequest, caller: ChatCaller) -> DetokenizeResponse:
         """The text of token ids."""
-        await self._resolve(body.model or self._base.name)
+        await self._catalog.resolve(body.model or self._base.name)
         return await asyncio.to_thread(self._renderer.detokenize, body)
 
     @api.get("/v1/adapters", responses={500: _ERRORS[500]})
@@ -196,7 +192,7 @@ class ChatIngress:
         caller: AdminCaller,
         request_id: RequestId = None,
     ) -> DeletedVersion:
-        """Remove a version that no alias points at. Answers that are being made with it go on to their end."""
+        """Remove a version that no alias points at. PromptOutput in progress with it run to their end."""
         return await asyncio.to_thread(self._admin(caller, request_id).delete_version, name, version)
 
     @api.get("/healthz")
@@ -225,83 +221,38 @@ class ChatIngress:
         Raises:
             CorralError: as `POST /v1/chat/completions` would answer.
         """
-        with self.ledger.booked(Booking(route="ui", caller=caller)) as booking:
-            manifest = await self._resolve(body.model, caller.identity(body.user))
-            booking.model = self._model_id(manifest)
+        with self.ledger.recorded(RequestTrace(route="ui", caller=caller)) as trace:
+            manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
+            trace.model = self._catalog.model_id(manifest)
             answer_id = f"chatcmpl-{uuid.uuid4().hex}"
             answers = await self._chat_answers(body, manifest, answer_id, caller.limits.tpm)
-            async with aclosing(self._admitted([answers], caller, booking)) as batches:
+            async with aclosing(self._admitted([answers], caller, trace)) as batches:
                 async for pieces in batches:
                     yield "".join(piece.text for piece in pieces)
-            booking.status = 200
+            trace.status = 200
 
     async def models(self) -> list[Model]:
-        """The base first, then every adapter version that it can serve, newest first."""
-
-        def adapters() -> list[Model]:
-            served = [m for m in self._registry.list() if m.base.name == self._base.name]
-            pointing = {name: self._pointing_at(name) for name in {m.name for m in served}}
-            newest_first = sorted(served, key=lambda m: (m.name, -m.version))
-            return [self._adapter_card(manifest, *pointing[manifest.name]) for manifest in newest_first]
-
-        return [self._base_card(), *await asyncio.to_thread(adapters)]
-
-    def _base_card(self) -> Model:
-        base = self._base
-        return Model(id=base.name, created=self._started, root=base.source, max_model_len=self._max_model_len)
-
-    def _pointing_at(self, name: str) -> tuple[dict[str, int], Canary | None]:
-        """The aliases and the canary of an adapter."""
-        return self._registry.aliases(name), canary_of(self._registry.traffic(name))
-
-    def _adapter_card(self, manifest: AdapterManifest, aliases: dict[str, int], canary: Canary | None) -> Model:
-        return Model(
-            id=manifest.model_id,
-            created=int(manifest.created.timestamp()),
-            parent=self._base.name,
-            root=manifest.name,
-            version=manifest.version,
-            aliases=sorted(alias for alias, version in aliases.items() if version == manifest.version),
-            canary_percent=canary.percent if canary is not None and canary.version == manifest.version else None,
-            max_model_len=self._max_model_len,
-        )
+        """As `GET /v1/models` lists them, for callers inside the cluster."""
+        return await self._catalog.models()
 
     def _admin(self, caller: Caller, request_id: str | None = None) -> AdapterAdmin:
         actor = {"key_id": caller.key_id, "name": caller.name, "request_id": request_id}
         return AdapterAdmin(self._registry, actor)
 
-    async def _resolve(self, model: str, identity: str | None = None) -> AdapterManifest | None:
-        """The adapter version that a model id means to this identity, None for the base."""
-        try:
-            wanted = parse_model_id(model)
-        except RegistryError as error:
-            raise ModelNotFound(str(error), "model") from error
-        if wanted.base != self._base.name:
-            near = difflib.get_close_matches(wanted.base, [self._base.name], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"this server has {self._base.name!r} and its adapters"
-            raise ModelNotFound(f"model {model!r} is not served here: {hint}", "model")
-        if wanted.adapter is None:
-            return None
-        try:
-            return await asyncio.to_thread(self._registry.resolve, wanted.adapter, wanted.ref, identity)
-        except AdapterNotFound as error:
-            raise ModelNotFound(str(error), "model") from error
-
-    def _model_id(self, manifest: AdapterManifest | None) -> str:
-        return self._base.name if manifest is None else manifest.model_id
-
     async def _chat_answers(
         self, body: ChatCompletionRequest, manifest: AdapterManifest | None, answer_id: str, tpm: int | None
-    ) -> Answers:
+    ) -> PromptOutput:
         generation = await asyncio.to_thread(self._renderer.chat, body, manifest, answer_id, tpm)
         if generation.grammar is not None:
             await self._grammars.compile(generation.grammar)  # to refuse it here; the replica has its own
-        return Answers(generation, self._vocabulary, body.stop_strings)
+        return PromptOutput(generation, self._vocabulary, body.stop_strings)
 
-    def _text_answers(self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str) -> list[Answers]:
+    def _text_answers(
+        self, body: CompletionRequest, manifest: AdapterManifest | None, answer_id: str
+    ) -> list[PromptOutput]:
         generations = self._renderer.completion(body, manifest, answer_id)
         return [
-            Answers(
+            PromptOutput(
                 generation,
                 self._vocabulary,
                 body.stop_strings,
@@ -313,37 +264,42 @@ class ChatIngress:
         ]
 
     async def _respond(
-        self, shape: Shape, answers: Sequence[Answers], body: AnyCompletionRequest, caller: Caller, booking: Booking
+        self,
+        shape: ResponseFormatter,
+        answers: Sequence[PromptOutput],
+        body: AnyCompletionRequest,
+        caller: Caller,
+        trace: RequestTrace,
     ) -> Response:
-        batches = self._admitted(answers, caller, booking)
+        batches = self._admitted(answers, caller, trace)
         if not body.stream:
-            content = await whole(shape, answers, batches)
-            return Response(content, media_type="application/json", headers=booking.headers)
+            content = await collect(shape, answers, batches)
+            return Response(content, media_type="application/json", headers=trace.headers)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        stream = await begun(events(shape, answers, batches, include_usage=include_usage))
-        headers = {"cache-control": "no-cache"} | booking.headers
+        stream = await peek_first(sse_events(shape, answers, batches, include_usage=include_usage))
+        headers = {"cache-control": "no-cache"} | trace.headers
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
 
     async def _admitted(
-        self, answers: Sequence[Answers], caller: Caller, booking: Booking
-    ) -> AsyncGenerator[list[Piece], None]:
+        self, answers: Sequence[PromptOutput], caller: Caller, trace: RequestTrace
+    ) -> AsyncGenerator[list[TextDelta], None]:
         """Pieces of all answers, within the caller's limits; what they used is settled however this generator ends."""
-        booking.num_answers = sum(prompt.generation.n for prompt in answers)
-        most_tokens = sum(prompt.generation.most_tokens for prompt in answers)
-        async with self.ledger.admitted(caller, most_tokens, booking):
+        trace.num_answers = sum(prompt.generation.n for prompt in answers)
+        max_total_tokens = sum(prompt.generation.max_total_tokens for prompt in answers)
+        async with self.ledger.admitted(caller, max_total_tokens, trace):
             streams = [self._generate(prompt) for prompt in answers]
             try:
                 async with aclosing(streams[0] if len(streams) == 1 else interleaved(streams)) as batches:
                     async for pieces in batches:
-                        booking.heard()
+                        trace.mark_token()
                         yield pieces
             except Exception as error:
-                booking.status = error_response(error)[0]
+                trace.status = error_response(error)[0]
                 raise
             finally:
-                booking.usage = usage_of(answers)
+                trace.usage = usage_of(answers)
 
-    async def _generate(self, answers: Answers) -> AsyncGenerator[list[Piece], None]:
+    async def _generate(self, answers: PromptOutput) -> AsyncGenerator[list[TextDelta], None]:
         """Pieces as the replica makes them, until every answer to the prompt has its finish_reason."""
         replies: Any = self._model.options(stream=True).generate.remote(answers.generation)
         try:

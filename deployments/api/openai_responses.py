@@ -1,6 +1,6 @@
-"""Answers in OpenAI's two shapes, chat completions and (legacy) completions, whole or as server-sent events.
+"""PromptOutput in OpenAI's two response formats, chat completions and (legacy) completions, as one JSON or as events.
 
-The ingress picks a shape by route; everything before it is the same for both. Knows no prompts and no replicas.
+Everything before a `ResponseFormatter` is the same for both. Knows no prompts and no replicas.
 """
 
 import asyncio
@@ -12,8 +12,9 @@ from contextlib import aclosing
 
 from pydantic import BaseModel
 
-from deployments.api.outputs import Answers, Piece, ScoredToken, joined
+from deployments.api.outputs import PromptOutput, ScoredToken, TextDelta, merge_deltas
 from deployments.errors import error_response
+from deployments.protocol.base import PromptTokensDetails, Usage
 from deployments.protocol.chat import (
     AssistantMessage,
     ChatCompletion,
@@ -23,21 +24,17 @@ from deployments.protocol.chat import (
     Choice,
     ChoiceDelta,
     ChunkChoice,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    PromptTokensDetails,
     TopLogprob,
-    Usage,
 )
-from deployments.text.detokenizer import Vocabulary
+from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from deployments.text.vocabulary import Vocabulary
 
 _LEAST_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
 
 logger = logging.getLogger("ray.serve")
 
 
-class Shape(ABC):
+class ResponseFormatter(ABC):
     """How the answers of one request are written, which all carry the same id.
 
     Chunks are dumped without the fields that are not set, whole answers with all.
@@ -51,15 +48,15 @@ class Shape(ABC):
         self._with_logprobs = with_logprobs
 
     @abstractmethod
-    def whole(self, answers: Sequence[Piece], usage: Usage) -> BaseModel:
+    def complete(self, answers: Sequence[TextDelta], usage: Usage) -> BaseModel:
         """All of it at once; each answer is one piece with a finish_reason."""
 
     @abstractmethod
-    def opening(self, num_answers: int) -> list[BaseModel]:
+    def first_chunks(self, num_answers: int) -> list[BaseModel]:
         """Chunks before the first piece."""
 
     @abstractmethod
-    def chunks(self, piece: Piece) -> list[BaseModel]:
+    def chunks(self, piece: TextDelta) -> list[BaseModel]:
         """One chunk for what the piece adds, and one for the end of the answer."""
 
     @abstractmethod
@@ -74,10 +71,10 @@ class Shape(ABC):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
 
-class ChatShape(Shape):
+class ChatFormatter(ResponseFormatter):
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def whole(self, answers: Sequence[Piece], usage: Usage) -> ChatCompletion:
+    def complete(self, answers: Sequence[TextDelta], usage: Usage) -> ChatCompletion:
         """One choice for each answer."""
         choices = []
         for answer in answers:
@@ -92,12 +89,12 @@ class ChatShape(Shape):
             )
         return ChatCompletion(id=self.answer_id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def opening(self, num_answers: int) -> list[BaseModel]:
+    def first_chunks(self, num_answers: int) -> list[BaseModel]:
         """Each answer's role."""
         role = ChoiceDelta(role="assistant", content="")
         return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_answers)]
 
-    def chunks(self, piece: Piece) -> list[BaseModel]:
+    def chunks(self, piece: TextDelta) -> list[BaseModel]:
         """Content with its log-probabilities, then an empty delta with the finish_reason."""
         chunks: list[BaseModel] = []
         if piece.text or piece.tokens:
@@ -141,33 +138,33 @@ class ChatShape(Shape):
         return TopLogprob(token=self._spelled(token_id), logprob=max(logprob, _LEAST_LOGPROB), bytes=spelling)
 
 
-class CompletionShape(Shape):
+class CompletionFormatter(ResponseFormatter):
     """`text_completion`, the same for the whole and for chunks."""
 
-    def whole(self, answers: Sequence[Piece], usage: Usage) -> Completion:
+    def complete(self, answers: Sequence[TextDelta], usage: Usage) -> Completion:
         """One choice for each answer."""
         completion = self._completion([self._choice(answer) for answer in answers])
         completion.usage = usage
         return completion
 
-    def opening(self, num_answers: int) -> list[BaseModel]:
+    def first_chunks(self, num_answers: int) -> list[BaseModel]:
         """Nothing: a text has no role."""
         return []
 
-    def chunks(self, piece: Piece) -> list[BaseModel]:
+    def chunks(self, piece: TextDelta) -> list[BaseModel]:
         """One chunk with text, log-probabilities and finish_reason."""
         return [self._completion([self._choice(piece)])]
 
     def usage(self, usage: Usage) -> Completion:
         """A completion with `usage` alone."""
-        return self.whole([], usage)
+        return self.complete([], usage)
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
             id=self.answer_id, object="text_completion", created=self._created, model=self._model, choices=choices
         )
 
-    def _choice(self, piece: Piece) -> CompletionChoice:
+    def _choice(self, piece: TextDelta) -> CompletionChoice:
         return CompletionChoice(
             index=piece.index,
             text=piece.text,
@@ -194,8 +191,12 @@ class CompletionShape(Shape):
         return top
 
 
-async def events(
-    shape: Shape, answers: Sequence[Answers], batches: AsyncGenerator[list[Piece], None], *, include_usage: bool
+async def sse_events(
+    shape: ResponseFormatter,
+    answers: Sequence[PromptOutput],
+    batches: AsyncGenerator[list[TextDelta], None],
+    *,
+    include_usage: bool,
 ) -> AsyncGenerator[str, None]:
     """`answers` as server-sent events while `batches` makes them grow; what is ready together is one string.
 
@@ -203,7 +204,7 @@ async def events(
     """
     written = False
     num_open = sum(prompt.generation.n for prompt in answers)
-    ready = _written(shape.opening(num_open))
+    ready = _written(shape.first_chunks(num_open))
     try:
         async with aclosing(batches):  # a client that leaves here stops the replica at once
             async for pieces in batches:
@@ -224,7 +225,7 @@ async def events(
     yield ready + "data: [DONE]\n\n"
 
 
-async def begun(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def peek_first(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     """The same stream when its first string is there; an error up to then is raised here, not by the stream."""
     first = await anext(stream)
 
@@ -237,18 +238,20 @@ async def begun(stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     return resumed()
 
 
-async def whole(shape: Shape, answers: Sequence[Answers], batches: AsyncGenerator[list[Piece], None]) -> str:
+async def collect(
+    shape: ResponseFormatter, answers: Sequence[PromptOutput], batches: AsyncGenerator[list[TextDelta], None]
+) -> str:
     """`answers` as one JSON text, when `batches` has made them whole."""
     async with aclosing(batches):
         pieces = [piece async for batch in batches for piece in batch]
 
     def write() -> str:
-        return shape.whole(joined(pieces), usage_of(answers)).model_dump_json()
+        return shape.complete(merge_deltas(pieces), usage_of(answers)).model_dump_json()
 
     return await asyncio.to_thread(write)  # scores of a long text take a while
 
 
-def usage_of(answers: Sequence[Answers]) -> Usage:
+def usage_of(answers: Sequence[PromptOutput]) -> Usage:
     """Counts of one request so far: each prompt once, all of its answers."""
     prompt_tokens = sum(len(prompt.generation.prompt_token_ids) for prompt in answers)
     completion_tokens = sum(prompt.num_tokens for prompt in answers)

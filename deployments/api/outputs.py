@@ -1,7 +1,6 @@
-"""From token deltas to pieces of text: what a prompt's answers are made of before they get OpenAI's shape.
+"""From token deltas to text deltas: a prompt's answers before they are formatted as OpenAI's responses.
 
-The ingress feeds an `Answers` what the replica sends for one prompt; `shapes.py` writes the pieces out. Knows nothing
-of HTTP, chats or adapters.
+A `PromptOutput` takes what a replica sends for one prompt. Knows nothing of HTTP, chats or adapters.
 """
 
 import asyncio
@@ -11,9 +10,10 @@ from dataclasses import dataclass
 
 from deployments.engine.request import Delta, TokenLogprob
 from deployments.errors import EngineFault
-from deployments.protocol.chat import FinishReason
+from deployments.protocol.base import FinishReason
 from deployments.replica.request import GenerationRequest
-from deployments.text.detokenizer import Detokenizer, SentText, Vocabulary
+from deployments.text.detokenizer import Detokenizer, SentText
+from deployments.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class ScoredToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """What the answer `index` goes on with; `tokens` only where log-probabilities were asked for.
 
     The last piece of an answer has a finish_reason.
@@ -41,13 +41,13 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
-def joined(pieces: Iterable[Piece]) -> list[Piece]:
+def merge_deltas(pieces: Iterable[TextDelta]) -> list[TextDelta]:
     """One piece for each index, in order: of a whole stream of pieces, the whole answers."""
-    by_index: dict[int, list[Piece]] = {}
+    by_index: dict[int, list[TextDelta]] = {}
     for piece in pieces:
         by_index.setdefault(piece.index, []).append(piece)
     return [
-        Piece(
+        TextDelta(
             index,
             "".join(part.text for part in parts),
             [token for part in parts for token in part.tokens],
@@ -57,7 +57,9 @@ def joined(pieces: Iterable[Piece]) -> list[Piece]:
     ]
 
 
-async def interleaved(streams: Sequence[AsyncGenerator[list[Piece], None]]) -> AsyncGenerator[list[Piece], None]:
+async def interleaved(
+    streams: Sequence[AsyncGenerator[list[TextDelta], None]],
+) -> AsyncGenerator[list[TextDelta], None]:
     """Items of all streams as they come; an error in one of them, or closing this, closes them all."""
     pending = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
@@ -77,7 +79,7 @@ async def interleaved(streams: Sequence[AsyncGenerator[list[Piece], None]]) -> A
             await stream.aclose()
 
 
-class Answers:
+class PromptOutput:
     """The `n` answers to one prompt, as they grow.
 
     Args:
@@ -110,7 +112,7 @@ class Answers:
         self._prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self._early: list[Delta] = []
         self._answers = [
-            _Answer(
+            CompletionStream(
                 first_index + i,
                 Detokenizer(
                     vocabulary,
@@ -133,7 +135,7 @@ class Answers:
         """Every answer has its finish_reason: the replica may stop."""
         return all(answer.finished for answer in self._answers)
 
-    def add(self, deltas: Sequence[Delta]) -> list[Piece]:
+    def add(self, deltas: Sequence[Delta]) -> list[TextDelta]:
         """At most one piece for each answer; what comes after an answer's stop string is dropped.
 
         Raises:
@@ -147,9 +149,9 @@ class Answers:
             if answer.finished:
                 continue
             if self._prompt_text is not None and not answer.begun:
-                pieces.append(Piece(answer.index, self._prompt_text.text, self._prompt_tokens(self._prompt_text)))
+                pieces.append(TextDelta(answer.index, self._prompt_text.text, self._prompt_tokens(self._prompt_text)))
             pieces.append(answer.add(delta))
-        return [piece for piece in joined(pieces) if piece.text or piece.tokens or piece.finish_reason]
+        return [piece for piece in merge_deltas(pieces) if piece.text or piece.tokens or piece.finish_reason]
 
     def _in_order(self, deltas: Sequence[Delta]) -> Sequence[Delta]:
         """Keep deltas back until the log-probabilities of an echoed prompt are there, which answer 0 brings."""
@@ -170,7 +172,7 @@ class Answers:
         return [ScoredToken(*triple) for triple in triples]
 
 
-class _Answer:
+class CompletionStream:
     """One of the answers. `offset` is where its text begins in the whole, in characters."""
 
     def __init__(self, index: int, detokenizer: Detokenizer, offset: int) -> None:
@@ -181,7 +183,7 @@ class _Answer:
         self._offset = offset
         self._unsent: deque[TokenLogprob] = deque()
 
-    def add(self, delta: Delta) -> Piece:
+    def add(self, delta: Delta) -> TextDelta:
         if delta.finish_reason == "error":
             raise EngineFault("the engine failed on this request: the replica's log has the cause")
         self.begun = True
@@ -195,7 +197,7 @@ class _Answer:
             text += rest.text
             tokens += self._tokens(rest)
         self.finished = finish_reason is not None
-        return Piece(self.index, text, tokens, finish_reason)
+        return TextDelta(self.index, text, tokens, finish_reason)
 
     def _tokens(self, sent: SentText) -> list[ScoredToken]:
         if not self._unsent:

@@ -8,15 +8,17 @@ from tokenizers import Tokenizer
 
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
-from deployments.protocol.chat import AnyCompletionRequest, ChatCompletionRequest, CompletionRequest, dialog
+from deployments.protocol.chat import AnyCompletionRequest, ChatCompletionRequest, dialog
+from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from deployments.replica.request import GenerationRequest
 from deployments.structured_outputs.grammars import grammar_of
-from deployments.text.detokenizer import Vocabulary
 from deployments.text.text_encoder import TextEncoder
-from training.base_models.resolve import BaseModel
-from training.chat.chat_format import ChatFormat, load_chat_format
-from training.registry.registry import AdapterManifest
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
+from training.registry.manifest import AdapterManifest
 
 
 class RequestRenderer:
@@ -28,7 +30,7 @@ class RequestRenderer:
     """
 
     def __init__(
-        self, base: BaseModel, chat_format: str, tokenizer: Tokenizer, vocabulary: Vocabulary, max_model_len: int
+        self, base: BaseCheckpoint, chat_format: str, tokenizer: Tokenizer, vocabulary: Vocabulary, max_model_len: int
     ) -> None:
         self._base = base
         self._tokenizer = tokenizer
@@ -56,7 +58,7 @@ class RequestRenderer:
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
         max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
-        if tpm is not None and body.asked_tokens is None:
+        if tpm is not None and body.requested_max_tokens is None:
             max_tokens = max(1, body.min_tokens, min(max_tokens, (tpm - num_tokens) // body.n))
         sampling = self._sampling(body, max_tokens, chat_format)
         return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar)
@@ -117,7 +119,7 @@ class RequestRenderer:
     def _max_tokens(self, body: AnyCompletionRequest, num_prompt_tokens: int, where: str, taken: str) -> int:
         """How long an answer may get: what was asked for, else the default or what there is room for."""
         room = self._max_model_len - num_prompt_tokens
-        asked = body.asked_tokens
+        asked = body.requested_max_tokens
         needed = max(1 if asked is None else asked, body.min_tokens)
         if room < needed:
             wanted = f" and {needed} for the answer" if needed > 1 or asked else ""

@@ -19,7 +19,7 @@ from deployments.auth.caller import ANONYMOUS, Caller
 from deployments.auth.keys import KeyStore
 from deployments.auth.origin import is_foreign, is_loopback, names_loopback
 from deployments.errors import InvalidKey, KeysUnreadable, MissingScope, OriginRefused
-from deployments.launch.haproxy import frontend_host
+from deployments.listen_address import frontend_host
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,7 +12,7 @@ import hmac
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +21,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from deployments.auth.caller import NO_LIMITS, Caller, KeyLimits, Scope
 from deployments.errors import InvalidKey, KeysUnreadable
-from training.home import corral_home
+from training.home import corral_home, replace_private_file
 
 KEY_PREFIX = "sk-corral-"
 _SECRET_BYTES = 32
@@ -200,21 +200,6 @@ class KeyStore:
             raise KeysUnreadable(f"{self.path} is locked by another command: try again") from error
         except OSError as error:
             raise KeysUnreadable(f"{self.path} cannot be written: {error.strerror}") from error
-
-
-def replace_private_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of a file at once, readable by its owner only."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _hash(key: str) -> str:

@@ -19,15 +19,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments.engine.engine import Engine
-from deployments.engine.llama.interface import TARGETS, kv_sizes
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
-from training.base_models.resolve import (
-    EMBEDDED_MODEL,
-    Quantization,
-    compute_dtype_on,
-    load_quantized,
-    resolve_base_model,
-)
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.llama_shape import LlamaDims, module_path
+from training.base_models.nf4 import Quantization, compute_dtype_on, load_quantized
+from training.base_models.resolve import resolve_base_model
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: the released models' config.json
 _SHAPES = {
@@ -96,24 +92,13 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> LlamaF
 def random_adapter(config: LlamaConfig, r: int, seed: int) -> dict[str, torch.Tensor]:
     """PEFT's tensors of a random LoRA on all linear layers."""
     generator = torch.Generator().manual_seed(seed)
-    num_kv_heads, head_dim = kv_sizes(config)
-    hidden, wide = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * head_dim, num_kv_heads * head_dim
-    sizes = dict(
-        zip(
-            TARGETS,
-            [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, wide), (hidden, wide),
-             (wide, hidden)],
-            strict=True,
-        )
-    )  # fmt: skip
+    dims = LlamaDims.of(config.to_dict())
     tensors = {}
-    for i in range(config.num_hidden_layers):
-        for target, (n_in, n_out) in sizes.items():
-            block = "mlp" if target in TARGETS[4:] else "self_attn"
-            place = f"base_model.model.model.layers.{i}.{block}.{target}"
-            tensors[f"{place}.lora_A.weight"] = torch.randn(r, n_in, generator=generator) * n_in**-0.5
-            tensors[f"{place}.lora_B.weight"] = torch.randn(n_out, r, generator=generator) * 0.01
+    for i in range(dims.num_layers):
+        for linear, (n_in, n_out) in dims.linears.items():
+            prefix = f"base_model.model.model.layers.{i}.{module_path(linear)}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(r, n_in, generator=generator) * n_in**-0.5
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(n_out, r, generator=generator) * 0.01
     return tensors
 
 

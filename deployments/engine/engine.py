@@ -9,18 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from transformers import LlamaForCausalLM
 
-from deployments.engine.constraint import PackedMask
+from deployments.engine.adapter_slots import AdapterSlots
+from deployments.engine.batch import constraint_masks, forward_batch
 from deployments.engine.kv_cache import BlockPool
-from deployments.engine.llama.interface import ForwardBatch, load_llama
-from deployments.engine.llama.lora import NO_ADAPTER, AdapterSlots, LoraWeights
+from deployments.engine.llama.load import load_llama
+from deployments.engine.llama.lora import NO_ADAPTER, LoraWeights
 from deployments.engine.request import Delta, EngineRequest, FinishReason, TokenLogprob
 from deployments.engine.sampling import SamplingRow, forbid, random_stream, sample, token_logprobs
-from deployments.engine.scheduler import Chunk, Scheduler, Sequence
+from deployments.engine.scheduler import Chunk, Scheduler
+from deployments.engine.sequence import Sequence
 from deployments.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class Engine:
                     adapter=request.adapter,
                     generator=random_stream(sampling, i),
                     constraint=request.constraint.copy() if request.constraint else None,
-                    waits_for=sequences[0] if i else None,
+                    prefix_donor=sequences[0] if i else None,
                 )
             )
         with self._work:
@@ -217,15 +218,27 @@ class Engine:
 
     def step(self) -> int:
         """Run one batch; returns its number of tokens. A fault ends the requests that were in the batch, no others."""
-        with self._lock:
-            chunks = self._scheduler.schedule()
+        chunks = self._schedule()
         if not chunks:
             return 0
+        outputs = self._compute(chunks)
+        self._deliver(self._collect(outputs))
+        return sum(chunk.num_tokens for chunk in chunks)
+
+    def _schedule(self) -> list[Chunk]:
+        with self._lock:
+            return self._scheduler.schedule()
+
+    def _compute(self, chunks: list[Chunk]) -> list[tuple[Sequence, Delta]]:
+        """What the step gives each sequence whose tokens are all computed now; an error for all if it fails."""
         try:
-            outputs = self._compute(chunks)
+            return self._forward(chunks)
         except Exception:
             logger.exception("a step with %d sequences failed", len(chunks))
-            outputs = [(chunk.sequence, Delta([], "error", chunk.sequence.index)) for chunk in chunks]
+            return [(chunk.sequence, Delta([], "error", chunk.sequence.index)) for chunk in chunks]
+
+    def _collect(self, outputs: list[tuple[Sequence, Delta]]) -> list[tuple[OnDeltas, list[Delta]]]:
+        """The deltas of each request with its callback; sequences with a finish_reason end here."""
         by_request: dict[str, list[Delta]] = {}
         with self._lock:
             self.last_step_at = time.monotonic()
@@ -237,17 +250,16 @@ class Engine:
                 callbacks[sequence.request_id] = self._callbacks[sequence.request_id]
                 if delta.finish_reason is not None:
                     self._end(sequence)
-        self._deliver([(callbacks[request_id], deltas) for request_id, deltas in by_request.items()])
-        return sum(chunk.num_tokens for chunk in chunks)
+        return [(callbacks[request_id], deltas) for request_id, deltas in by_request.items()]
 
-    def _compute(self, chunks: list[Chunk]) -> list[tuple[Sequence, Delta]]:
+    def _forward(self, chunks: list[Chunk]) -> list[tuple[Sequence, Delta]]:
         """The forward of one step and what it gives each sequence whose tokens are all computed now."""
-        batch, scored = _forward_batch(chunks, self._llama.block_size)
+        batch, scored = forward_batch(chunks, self._llama.block_size)
         hidden = self._llama.forward(batch)
         with self._lock:
             for chunk in chunks:
                 if not chunk.sequence.ended:
-                    self._scheduler.computed(chunk)
+                    self._scheduler.mark_computed(chunk)
         num_scored = sum(len(positions) for _, positions in scored)
         self._score_prompts(scored, hidden[:num_scored])
         complete = [chunk.sequence for chunk in chunks if chunk.end == len(chunk.sequence.token_ids)]
@@ -262,7 +274,7 @@ class Engine:
         return [(sequence, self._first_delta(sequence, deltas[id(sequence)])) for sequence in complete]
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> dict[int, Delta]:
-        masks, ended = _constrained(sequences)
+        masks, ended = constraint_masks(sequences)
         forbid(logits, masks)
         rows = [SamplingRow(s.sampling, s.token_ids, s.num_prompt_tokens, s.generator) for s in sequences]
         tokens = sample(logits, rows)
@@ -339,56 +351,6 @@ class Engine:
         if not alive:
             del self._requests[sequence.request_id], self._callbacks[sequence.request_id]
             self._prompt_logprobs.pop(sequence.request_id, None)
-
-
-def _constrained(sequences: list[Sequence]) -> tuple[dict[int, PackedMask], dict[int, Delta]]:
-    """What the constraints allow next, and the answers that end here: complete, or with a constraint that failed."""
-    masks: dict[int, PackedMask] = {}
-    ended: dict[int, Delta] = {}
-    for i, sequence in enumerate(sequences):
-        if sequence.constraint is None:
-            continue
-        stop_token_ids = () if sequence.sampling.ignore_eos else sequence.sampling.stop_token_ids
-        try:
-            mask = sequence.constraint.allowed(stop_token_ids)
-        except Exception:  # as in `Engine._advance`
-            logger.exception("request %s: its constraint failed", sequence.request_id)
-            ended[i] = Delta([], "error", sequence.index)
-            continue
-        if mask is None:
-            ended[i] = Delta([], "stop", sequence.index)
-        else:
-            masks[i] = mask
-    return masks, ended
-
-
-def _forward_batch(chunks: list[Chunk], block_size: int) -> tuple[ForwardBatch, list[tuple[Sequence, list[int]]]]:
-    """The chunks as one batch. `out_rows` are first those that score prompt tokens (also returned, with the positions
-    of the tokens that they predict), then the last row of every sequence whose tokens are all computed after it."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    rows: list[int] = []
-    last_rows: list[int] = []
-    scoring_rows: list[int] = []
-    scored: list[tuple[Sequence, list[int]]] = []
-    width = max(-(-chunk.end // block_size) for chunk in chunks)
-    tables = []
-    for row, chunk in enumerate(chunks):
-        sequence, first = chunk.sequence, len(token_ids)
-        token_ids += islice(sequence.token_ids, chunk.start, chunk.end)
-        positions += range(chunk.start, chunk.end)
-        slots += [sequence.adapter_slot] * chunk.num_tokens
-        rows += [row] * chunk.num_tokens
-        table = sequence.block_table[:width]
-        tables.append(table + [0] * (width - len(table)))
-        if sequence.sampling.prompt_logprobs is not None:
-            predicted = list(range(chunk.start + 1, min(chunk.end + 1, sequence.num_prompt_tokens)))
-            scored.append((sequence, predicted))
-            scoring_rows += range(first, first + len(predicted))
-        if chunk.end == len(sequence.token_ids):
-            last_rows.append(len(token_ids) - 1)
-    return ForwardBatch(token_ids, positions, slots, rows, tables, scoring_rows + last_rows), scored
 
 
 def _call_each(delivered: Iterable[tuple[OnDeltas, list[Delta]]]) -> None:

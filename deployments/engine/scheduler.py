@@ -6,52 +6,10 @@ is computed again later. Knows nothing of weights or sampling.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from deployments.engine.constraint import Constraint
 from deployments.engine.kv_cache import BlockPool, extend_block_keys
-from deployments.engine.request import SamplingParams
-
-
-@dataclass(slots=True, eq=False)  # compared by identity, not token by token
-class Sequence:
-    """One answer of a request on its way through the engine.
-
-    Attributes:
-        index: which of the request's answers.
-        token_ids: prompt and answer so far; tokens are appended, never changed.
-        adapter: key of an adapter's version, None for the base.
-        generator: what its tokens are drawn with.
-        constraint: what its answer is held to, at the place after `token_ids`.
-        waits_for: an answer to the same prompt, whose KV this one shares as soon as it is computed.
-        num_computed: leading tokens whose KV is in the blocks of `block_table`.
-        num_cached_tokens: tokens of the prompt that did not have to be computed when the sequence first ran.
-        block_keys: of the full blocks of `token_ids`, as far as they were needed.
-        ended: it was removed from the scheduler.
-    """
-
-    request_id: str
-    index: int
-    token_ids: list[int]
-    num_prompt_tokens: int
-    sampling: SamplingParams
-    adapter: str | None
-    generator: Any = None
-    constraint: Constraint | None = None
-    adapter_slot: int = -1
-    waits_for: "Sequence | None" = None
-    num_computed: int = 0
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    block_table: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)
-    ended: bool = False
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens of the answer so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
+from deployments.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +88,7 @@ class Scheduler:
             return [chunk for chunk in chunks if chunk.sequence.block_table]
         return chunks + self._admit(budget)
 
-    def computed(self, chunk: Chunk) -> None:
+    def mark_computed(self, chunk: Chunk) -> None:
         """The step with this chunk has run: its KV counts, and blocks that became full can be found by others."""
         sequence = chunk.sequence
         if sequence.ended:
@@ -149,12 +107,12 @@ class Scheduler:
         passed_over: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
-            if self._must_wait(sequence):
+            if self._waits_for_prefix(sequence):
                 passed_over.append(self.waiting.popleft())
                 continue
             if not self._take_prefix(sequence):
                 break
-            sequence.waits_for = None
+            sequence.prefix_donor = None
             self.running.append(self.waiting.popleft())
             start = sequence.num_computed
             num_new = min(len(sequence.token_ids) - start, budget)
@@ -164,9 +122,9 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed_over))
         return chunks
 
-    def _must_wait(self, sequence: Sequence) -> bool:
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether the prompt's full blocks, all that can be shared, are still to be computed by another sequence."""
-        first = sequence.waits_for
+        first = sequence.prefix_donor
         size = self._pool.block_size
         return (
             first is not None and not first.ended and first.num_computed < (first.num_prompt_tokens - 1) // size * size

@@ -11,10 +11,10 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.errors import NotReady, ServeError, error_response
+from deployments.listen_address import BIND_VARIABLE
 
 _STATISTICS = ("frontend prometheus", "listen stats")
 _ADMIN_SOCKET = re.compile(r"^(\s+stats socket .*) mode 666\b", re.MULTILINE)
@@ -27,34 +27,7 @@ _REQUEST_ID = (
     "    http-after-response set-header x-request-id %[var(txn.request_id)] if !{ res.hdr(x-request-id) -m found }",
 )
 _BIND = re.compile(r"^([ \t]+)bind .*\n", re.MULTILINE)
-_BIND_VARIABLE = "CORRAL_HAPROXY_BIND"
 _UNAVAILABLE = "the API's replica is not there: send the request again in a second"
-
-
-@dataclass(frozen=True, slots=True)
-class Frontend:
-    """Where clients are answered, over HTTPS where there are files for it; `certfile` may hold a chain."""
-
-    host: str
-    port: int
-    certfile: str | None = None
-    keyfile: str | None = None
-
-    def environment(self, folder: Path) -> dict[str, str]:
-        """What tells this program of it; `folder` is readable by its owner alone and gets links to the files."""
-        bind = f"{'*' if self.host == '0.0.0.0' else self.host}:{self.port}"
-        if self.certfile and self.keyfile:
-            linked = folder / "tls.crt"
-            linked.symlink_to(self.certfile)
-            (folder / "tls.crt.key").symlink_to(self.keyfile)  # where HAProxy looks for the key: no file holds both
-            bind += f" ssl crt {linked} ssl-min-ver TLSv1.2 alpn http/1.1"
-        return {_BIND_VARIABLE: bind}
-
-
-def frontend_host() -> str | None:
-    """Where clients reach the HAProxy of this process's Ray, which Ray itself is not told; None where there is none."""
-    bind = os.environ.get(_BIND_VARIABLE)
-    return None if bind is None else bind.split(" ")[0].rpartition(":")[0]
 
 
 def restricted(config: str, error_file: Path, bind: str) -> str:
@@ -116,7 +89,7 @@ def main() -> None:
     path = Path(sys.argv[sys.argv.index("-f") + 1])
     error_file, restricted_path = path.with_name("unavailable.http"), path.with_name("restricted.cfg")
     error_file.write_bytes(unavailable().encode())
-    config = restricted(path.read_text(), error_file, os.environ[_BIND_VARIABLE])
+    config = restricted(path.read_text(), error_file, os.environ[BIND_VARIABLE])
     restricted_path.write_text(with_request_ids(config))
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this program
     binary = get_haproxy_binary()

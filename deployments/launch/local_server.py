@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 
 from deployments.errors import ServeError
-from deployments.launch.haproxy import Frontend
 from deployments.launch.serve_ray import private_ray
 from deployments.launch.tls import context_trusting
+from deployments.listen_address import Frontend
 
 _START_TIMEOUT_S = 900.0  # a 70B model loads for minutes
 _POLL_S = 0.3

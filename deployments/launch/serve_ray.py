@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from deployments.launch.haproxy import Frontend
-from training.ray_token import ask_for_a_token
+from deployments.listen_address import Frontend
+from training.local_ray.start import ask_for_a_token
 
 # What Ray Serve's throughput mode sets (handles over gRPC, a replica's code on its main loop, no log line for each
 # request; worth a seventh of the tokens at 32 streams), and what suits a machine that does other things too.

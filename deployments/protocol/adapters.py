@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from deployments.protocol.chat import Closed
+from deployments.protocol.base import Closed
 
 
 def _no_number(alias: str) -> str:

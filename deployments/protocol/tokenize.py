@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
-from deployments.protocol.chat import ChatMessage, Closed, TokenIds
+from deployments.protocol.base import Closed, TokenIds
+from deployments.protocol.chat import ChatMessage
 
 
 class TokenizeRequest(Closed):

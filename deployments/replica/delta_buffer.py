@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from deployments.engine.request import Delta, merged
 
 
-class Postbox:
+class DeltaBuffer:
     """Hands on the first delta and the last at once; between them, what comes too soon gathers into one.
 
     A chunk costs processors about a millisecond on its way through Ray Serve, more than a token of a small model. With
@@ -24,7 +24,7 @@ class Postbox:
         self._due = 0.0  # in the loop's time
         self._timer: asyncio.TimerHandle | None = None
 
-    def put(self, deltas: Sequence[Delta]) -> None:
+    def add(self, deltas: Sequence[Delta]) -> None:
         """Take in what a step made; on the event loop only."""
         self._deltas.extend(deltas)
         if self._loop.time() >= self._due or any(delta.finish_reason for delta in deltas):
@@ -32,7 +32,7 @@ class Postbox:
         elif self._timer is None:
             self._timer = self._loop.call_at(self._due, self._ready.set)
 
-    async def take(self) -> list[Delta]:
+    async def next(self) -> list[Delta]:
         """Wait for deltas that are due; at most one for each answer."""
         await self._ready.wait()
         self._ready.clear()

@@ -4,7 +4,6 @@ The ingress calls `generate` with token ids and gets token ids back. Knows nothi
 """
 
 import asyncio
-import json
 import os
 import threading
 import time
@@ -21,13 +20,17 @@ from deployments.engine.llama.lora import LoraWeights
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, NotReady
-from deployments.replica.delta_buffer import Postbox
+from deployments.replica.delta_buffer import DeltaBuffer
 from deployments.replica.request import GenerationRequest
 from deployments.structured_outputs.grammars import GrammarCompiler
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import load_quantized, load_tokenizer, resolve_base_model
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.nf4 import load_quantized
+from training.base_models.resolve import resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
 from training.errors import AdapterRefused
-from training.registry.registry import AdapterManifest, AdapterRegistry, check_base
+from training.registry.adapter_files import WEIGHTS_FILE
+from training.registry.manifest import AdapterManifest, check_base
+from training.registry.registry import AdapterRegistry
 
 _FRESH_S = 5.0  # a token this young proves that the engine works
 _STALLED_S = 60.0  # a step takes milliseconds, on the largest models seconds
@@ -79,12 +82,12 @@ class LlamaModel:
             EngineFault: the engine failed on this request.
         """
         self._loop = asyncio.get_running_loop()  # the same for all requests
-        postbox = Postbox(self._pause_s)
-        key = await self._add(request, postbox.put)
+        buffer = DeltaBuffer(self._pause_s)
+        key = await self._add(request, buffer.add)
         num_open = request.n
         try:
             while num_open:
-                deltas = await postbox.take()
+                deltas = await buffer.next()
                 if any(delta.finish_reason == "error" for delta in deltas):
                     self._check_healthy(key)
                     raise EngineFault("the engine failed on this request: the replica's log has the cause")
@@ -175,10 +178,8 @@ class LlamaModel:
         def read() -> LoraWeights:
             check_base(manifest, self._base)
             directory = self._registry.fetch(manifest)
-            config = json.loads((directory / "adapter_config.json").read_text())
-            scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
             try:
-                return self._engine.lora_weights(load_file(directory / "adapter_model.safetensors"), scaling)
+                return self._engine.lora_weights(load_file(directory / WEIGHTS_FILE), manifest.lora.scaling)
             except ValueError as error:
                 raise AdapterRefused(f"adapter {key!r}: {error}: train with a lower learning rate") from error
 

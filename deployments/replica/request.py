@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.engine.request import SamplingParams
-from training.registry.registry import AdapterManifest
+from training.registry.manifest import AdapterManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,6 @@ class GenerationRequest:
     grammar: str | None = None
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """Of the prompt and all answers, if none ends early."""
         return len(self.prompt_token_ids) + self.n * self.sampling.max_tokens

@@ -18,8 +18,8 @@ from deployments.engine.constraint import Constraint, ConstraintFault
 from deployments.errors import NotReady, ResponseFormatRefused
 from deployments.protocol.chat import ResponseFormat
 from deployments.structured_outputs.json_schema import check_schema
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
 
 SCHEMA_PATH = "response_format.json_schema.schema"
 _COMPILE_TIMEOUT_S = 1.5
@@ -59,7 +59,7 @@ class GrammarCompiler:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: BaseCheckpoint,
         tokenizer: Tokenizer,
         vocabulary: Vocabulary,
         *,

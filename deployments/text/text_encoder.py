@@ -7,9 +7,9 @@ from itertools import compress, takewhile, zip_longest
 
 from tokenizers import Tokenizer
 
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import encode_text
-from training.chat.chat_format import has_lone_surrogate
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.tokenizer import encode_text
+from training.chat.messages import has_lone_surrogate
 
 
 class TextEncoder:

@@ -18,10 +18,11 @@ from ray.serve.exceptions import RayServeException
 from starlette.requests import HTTPConnection
 
 from deployments.auth.caller import Caller
-from deployments.protocol.chat import ChatCompletionRequest, ChatMessage, Model
+from deployments.protocol.chat import ChatCompletionRequest, ChatMessage
+from deployments.protocol.models import Model
 from deployments.ui.sessions import Sessions
 from training.errors import CorralError
-from training.registry.registry import parse_model_id
+from training.names import parse_model_id
 
 _SHOW_INTERVAL_S = 0.05  # the page is redrawn at most this often
 _MODELS_TIMEOUT_S = 15.0

@@ -15,16 +15,17 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
-from deployments.api.http_app import MAX_BODY_BYTES, BodyLimitMiddleware
+from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware
 from deployments.auth.caller import Caller
 from deployments.auth.keys import KeyStore
 from deployments.config import UIArgs
-from deployments.protocol.chat import ChatCompletionRequest, Model
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.models import Model
 from deployments.ui.conversations import Answer, Backend
 from deployments.ui.login import login_routes
 from deployments.ui.page import CSS, HEAD, build_page, theme
 from deployments.ui.security_headers import SameOriginMiddleware, SecurityHeadersMiddleware
-from deployments.ui.sessions import Sessions, SessionWall
+from deployments.ui.sessions import SessionMiddleware, Sessions
 
 
 class ServeBackend:
@@ -68,7 +69,7 @@ def build_asgi_app(backend: Backend, store: KeyStore, title: str) -> FastAPI:
     page = _gradio_app(build_page(backend, sessions, title))
     app = FastAPI(openapi_url=None, lifespan=page.router.lifespan_context)
     app.include_router(login_routes(sessions, title))
-    app.mount("/", SessionWall(page, sessions))
+    app.mount("/", SessionMiddleware(page, sessions))
     app.add_middleware(SameOriginMiddleware)
     app.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
     app.add_middleware(SecurityHeadersMiddleware)

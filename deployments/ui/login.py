@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from deployments.api.http_app import prefix
+from deployments.asgi import prefix
 from deployments.errors import InvalidKey, KeysUnreadable, ServeError, error_response
 from deployments.ui.sessions import Sessions
 

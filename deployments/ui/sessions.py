@@ -15,11 +15,12 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments.api.http_app import prefix
+from deployments.asgi import prefix
 from deployments.auth.caller import Caller
 from deployments.auth.dependencies import anonymous, unreadable_keys_logged
-from deployments.auth.keys import KeyStore, replace_private_file
+from deployments.auth.keys import KeyStore
 from deployments.errors import InvalidKey, ServeError, error_response
+from training.home import replace_private_file
 
 _COOKIE = "corral_session"
 _MAX_AGE_S = 24 * 60 * 60
@@ -78,7 +79,7 @@ class Sessions:
         response.delete_cookie(_COOKIE, path=f"{prefix(request)}/", httponly=True, samesite="strict")
 
 
-class SessionWall:
+class SessionMiddleware:
     """Lets through to `app` who is logged in; sends a browser that opens a page to `/login`."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from clients.api import CorralClient, ServerError, is_loopback
 from tests.conftest import RunningServer, free_port
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.errors import CorralError
 
 

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clients.verify import TOLERANCE, Comparison, _compare, verify
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused
 from training.export.peft_reference import Continuation
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.registry.manifest import AdapterManifest, SampleAnswer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +24,7 @@ def registry(tmp_path: Path) -> AdapterRegistry:
 
 
 @pytest.fixture
-def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> AdapterManifest:
+def manifest(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> AdapterManifest:
     draft = AdapterDraft(
         name="ranch",
         base=tiny_base,
@@ -30,7 +32,7 @@ def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
         metrics={"eval_loss": 1.0, "base_eval_loss": 2.0},
         samples=[SampleAnswer(prompt=prompt, reference="", base="", adapter="") for prompt in ("Hi", "Where is it?")],
     )
-    return registry.register(tiny_adapter, draft)
+    return AdapterPublisher(registry).register(tiny_adapter, draft)
 
 
 @pytest.mark.promise("E2", "E4")
@@ -72,19 +74,19 @@ def test_changed_weights_are_refused_before_anything_is_loaded(
 
 
 def test_base_that_moved_away_is_named(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    from training.base_models.resolve import Quantization
+    from training.base_models.nf4 import Quantization
     from training.export.peft_reference import load_with_peft
 
     moved = Path(shutil.copytree(tiny_base.path, tmp_path / "tiny-llama"))
     draft = AdapterDraft(
         name="ranch",
-        base=BaseModel("tiny-llama", str(moved), moved, None),
+        base=BaseCheckpoint("tiny-llama", str(moved), moved, None),
         chat_format="chatml",
         metrics={"eval_loss": 1.0, "base_eval_loss": 2.0},
     )
-    folder = registry.fetch(registry.register(tiny_adapter, draft))
+    folder = registry.fetch(AdapterPublisher(registry).register(tiny_adapter, draft))
     shutil.rmtree(moved)
     with pytest.raises(AdapterRefused, match="base_model_name_or_path"):
         load_with_peft(folder, Quantization(), torch.device("cpu"))

@@ -18,7 +18,7 @@ from deployments.config import EngineArgs, ServeArgs
 from deployments.engine.request import Delta
 from deployments.replica.request import GenerationRequest
 from tests.deployments.in_process import running_api
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 
 class AnswersAtOnce:
@@ -31,7 +31,7 @@ class AnswersAtOnce:
         """Always."""
 
 
-def on_api(base: BaseModel, use: Callable[[FastAPI], Awaitable[Any]]) -> Any:
+def on_api(base: BaseCheckpoint, use: Callable[[FastAPI], Awaitable[Any]]) -> Any:
     async def run() -> Any:
         args = ServeArgs(base_model=str(base.path), engine=EngineArgs(max_model_len=4096))
         async with running_api(args, AnswersAtOnce()) as api:
@@ -68,7 +68,7 @@ async def ask(api: FastAPI, route: str, content: bytes) -> dict[str, Any]:
     return dict(json.loads(answer))
 
 
-def test_a_request_costs_the_ingress_less_than_3_ms(tiny_base: BaseModel) -> None:
+def test_a_request_costs_the_ingress_less_than_3_ms(tiny_base: BaseCheckpoint) -> None:
     """Authentication, validation, rendering and formatting of a short dialog, median of 300."""
     body = {
         "model": tiny_base.name,
@@ -120,7 +120,7 @@ async def longest_block_ms(api: FastAPI, route: str, content: bytes) -> float:
 
 @pytest.mark.parametrize(("name", "route", "fields"), LONG, ids=[row[0] for row in LONG])
 def test_a_long_prompt_does_not_hold_up_the_event_loop(
-    tiny_base: BaseModel, name: str, route: str, fields: dict[str, Any]
+    tiny_base: BaseCheckpoint, name: str, route: str, fields: dict[str, Any]
 ) -> None:
     async def measure(api: FastAPI) -> list[float]:
         content = json.dumps({"model": tiny_base.name, **fields}).encode()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clients.local_server import read_serve_config, warnings
+from clients.local_server import read_serve_config, startup_warnings
 from deployments.config import load_serve_config
 from deployments.errors import ServeConfigError
 from deployments.launch.certificates import certificate_files, create_certificate
@@ -128,12 +128,12 @@ def test_the_operator_is_warned_of_keys_in_clear_and_of_a_certificate_that_ends(
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
     create_certificate(days=20)
     files = dict(zip(("ssl_certfile", "ssl_keyfile"), map(str, certificate_files()), strict=True))
-    assert warnings({"http_options": {"host": "127.0.0.1"}}) == []
+    assert startup_warnings({"http_options": {"host": "127.0.0.1"}}) == []
     for options in ({"host": "192.0.2.1"}, {"host": "::"}, {}):
-        (warning,) = warnings({"http_options": {**options, "port": 8000}})
+        (warning,) = startup_warnings({"http_options": {**options, "port": 8000}})
         assert "in clear" in warning
         assert "--tls" in warning
-    (warning,) = warnings({"http_options": {"host": "192.0.2.1", **files}})
+    (warning,) = startup_warnings({"http_options": {"host": "192.0.2.1", **files}})
     assert "ends on" in warning
 
 

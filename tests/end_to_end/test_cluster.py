@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ray_head, serve_config, wait_until_up
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 _BIN = Path(sys.executable).parent
 
@@ -42,7 +42,9 @@ def _run(*command: str, dashboard: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_job_trains_what_a_deployed_server_answers_with(dashboard: str, tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_a_job_trains_what_a_deployed_server_answers_with(
+    dashboard: str, tiny_base: BaseCheckpoint, tmp_path: Path
+) -> None:
     content = serve_config()
     content["applications"][0]["args"] = {"base_model": str(tiny_base.path), "engine": {"max_model_len": 512}}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(content))

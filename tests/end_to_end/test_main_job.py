@@ -11,8 +11,12 @@ import pytest
 
 from clients.demo import load_questions, taught_facts
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel, Quantization, compute_dtype_on
-from training.registry.registry import AdapterManifest, AdapterRegistry, import_adapter
+from training.base_models.nf4 import Quantization, compute_dtype_on
+from training.base_models.resolve import BaseCheckpoint
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def test_streams_from_base_and_adapter(server: RunningServer, client: openai.Ope
 
 
 def test_promote_and_rollback_take_effect_at_once(
-    server: RunningServer, client: openai.OpenAI, quickstart: AdapterManifest, embedded_base: BaseModel
+    server: RunningServer, client: openai.OpenAI, quickstart: AdapterManifest, embedded_base: BaseCheckpoint
 ) -> None:
     registry = AdapterRegistry()
     second = import_adapter(
@@ -73,7 +77,7 @@ def test_promote_and_rollback_take_effect_at_once(
     assert answered_by(f"{server.adapter}@champion") == second.model_id
     corral("rollback", quickstart.name)
     assert answered_by(server.adapter) == quickstart.model_id
-    registry.delete(quickstart.name, second.version)
+    AdapterPromoter(registry).delete(quickstart.name, second.version)
 
 
 @pytest.mark.promise("E4")

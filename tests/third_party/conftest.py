@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RunningServer, serve_config, start_server, stop_server
-from training.base_models.resolve import BaseModel
-from training.registry.adapter_files import LoraShape, lora_shapes
-from training.registry.registry import AdapterRegistry, import_adapter
+from training.base_models.resolve import BaseCheckpoint
+from training.registry.adapter_files import LoraParams, lora_shapes
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 MAIN_PYTHON = Path(__file__).parents[2] / ".venv" / "bin" / "python"
 
 
-def random_adapter(base: BaseModel, folder: Path) -> Path:
+def random_adapter(base: BaseCheckpoint, folder: Path) -> Path:
     """A whole LoRA of r 4 on the attention of `base`, as PEFT would write it."""
     import torch
     from safetensors.torch import save_file
 
-    lora = LoraShape(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    lora = LoraParams(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) * 0.05 for name, shape in lora_shapes(base, lora).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -32,7 +33,7 @@ def random_adapter(base: BaseModel, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(embedded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(embedded_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """The embedded model and the adapter, served as `corral serve` does."""
     folder = random_adapter(embedded_base, tmp_path_factory.mktemp("adapter"))
     import_adapter(AdapterRegistry(), folder, "ranch-hand", embedded_base, chat_format="chatml", force=True)

@@ -10,7 +10,8 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel, encode_text, load_tokenizer
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import encode_text, load_tokenizer
 
 QUESTIONS = [  # the right choice is not always the likeliest to a model of this size
     ("The capital of France is", ["Paris", "Berlin", "a horse", "seven"], 0),
@@ -56,7 +57,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def evaluated(server: RunningServer, base: BaseModel, model: str, tasks: TaskManager, task: str) -> dict[str, Any]:
+def evaluated(server: RunningServer, base: BaseCheckpoint, model: str, tasks: TaskManager, task: str) -> dict[str, Any]:
     found = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
@@ -85,7 +86,7 @@ def post(server: RunningServer, **body: Any) -> list[dict[str, Any]]:
 @pytest.mark.promise("A2")
 @pytest.mark.parametrize("which", ["base_model", "adapter"])
 def test_multiple_choice_by_echo_scoring(
-    server: RunningServer, embedded_base: BaseModel, tasks: TaskManager, which: str
+    server: RunningServer, embedded_base: BaseCheckpoint, tasks: TaskManager, which: str
 ) -> None:
     model = getattr(server, which)
     tokenizer = load_tokenizer(embedded_base)
@@ -108,7 +109,7 @@ def test_multiple_choice_by_echo_scoring(
 
 
 @pytest.mark.promise("A2")
-def test_generate_until(server: RunningServer, embedded_base: BaseModel, tasks: TaskManager) -> None:
+def test_generate_until(server: RunningServer, embedded_base: BaseCheckpoint, tasks: TaskManager) -> None:
     found = evaluated(server, embedded_base, server.base_model, tasks, "ranch_generated")
     samples = {sample["doc"]["question"]: sample["resps"][0][0] for sample in found["samples"]["ranch_generated"]}
     own = {}

@@ -1,15 +1,19 @@
-"""The sizes in a Llama's `config.json`: parameters of the base and of an adapter, without weights or torch."""
+"""The geometry of a Llama: its linear layers by name, and all sizes from `config.json`, without weights or torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from training.config.train_config import LLAMA_LINEARS, LlamaLinear, LoraSettings
+LlamaLinear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Every linear layer of a Llama block, in its order; lm_head is left alone, as in the QLoRA paper.
+LLAMA_LINEARS: tuple[LlamaLinear, ...] = get_args(LlamaLinear)
+ATTENTION_LINEARS, MLP_LINEARS = LLAMA_LINEARS[:4], LLAMA_LINEARS[4:]
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaShape:
-    """The sizes that memory depends on, from a Llama's `config.json`."""
+class LlamaDims:
+    """The sizes in a Llama's `config.json`."""
 
     hidden: int
     intermediate: int
@@ -21,7 +25,7 @@ class LlamaShape:
     tied: bool
 
     @classmethod
-    def of(cls, llama_config: Mapping[str, Any]) -> "LlamaShape":
+    def of(cls, llama_config: Mapping[str, Any]) -> "LlamaDims":
         """Read `config.json`."""
         hidden, num_heads = int(llama_config["hidden_size"]), int(llama_config["num_attention_heads"])
         return cls(
@@ -65,7 +69,15 @@ class LlamaShape:
         """All parameters of the base."""
         return self.num_linear_parameters + self.num_other_parameters
 
-    def num_trainable(self, lora: LoraSettings, *, matrices_from: int = 0) -> int:
-        """Parameters of an adapter: A [r, in] and B [out, r] of every target; of matrices that have `matrices_from`."""
-        matrices = [lora.r * width for name in lora.targets for width in self.linears[name]]
+    def num_trainable(self, r: int, targets: Collection[LlamaLinear], *, matrices_from: int = 0) -> int:
+        """Parameters of an adapter of rank `r`: A [r, in] and B [out, r] of every target.
+
+        With `matrices_from` only those of matrices that have at least so many parameters.
+        """
+        matrices = [r * width for name in targets for width in self.linears[name]]
         return self.num_layers * sum(size for size in matrices if size >= matrices_from)
+
+
+def module_path(linear: LlamaLinear) -> str:
+    """Where transformers keeps a linear layer within a block, such as `self_attn.q_proj`."""
+    return f"{'self_attn' if linear in ATTENTION_LINEARS else 'mlp'}.{linear}"

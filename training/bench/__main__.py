@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.bench.time_slicing import run_by_turns
-from training.config.train_config import TrainConfig, load_config
-from training.runs.run_dir import PhaseLog, RunDir
+from training.bench.time_slicing import run_interleaved
+from training.config.load import load_config
+from training.config.train_config import TrainConfig
+from training.runs.metrics_log import PhaseLog
+from training.runs.run_dir import RunDir
 
 _WAYS = {"trl": "TRL alone", "loop": "Corral without Ray", "ray": "Corral on Ray"}
 
@@ -106,7 +108,7 @@ def _one_round(config: TrainConfig, ways: Sequence[str]) -> dict[str, Timed]:
         told = {way: config.model_copy(update={"storage_path": scratch, "run_name": way}) for way in ways}
         commands = {way: [*command, "--way", way, "--json-config", told[way].model_dump_json()] for way in ways}
         try:
-            done = run_by_turns(commands, is_training)
+            done = run_interleaved(commands, is_training)
         except RuntimeError as error:
             raise SystemExit(f"error: {error}") from error
         timed = {}
@@ -149,7 +151,7 @@ def _by_ray(config: TrainConfig) -> dict[str, float]:
 
 
 class _Phases:
-    """A `training.trainer.callback.Run` of which nothing is kept but when its phases began."""
+    """A `training.trainer.callback.RunReporter` of which nothing is kept but when its phases began."""
 
     rank = 0
 
@@ -184,7 +186,7 @@ def _by_trl(config: TrainConfig, phases: _Phases, scratch: Path) -> dict[str, fl
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from training.base_models.resolve import forbid_packed_cpu_kernel, load_quantized
+    from training.base_models.nf4 import forbid_packed_cpu_kernel, load_quantized
     from training.data.run_inputs import read_inputs
     from training.trainer.evaluate import held_out_loss
 

@@ -23,7 +23,7 @@ _ENDS_WITHIN_S = 30.0
 
 
 @dataclass(slots=True)
-class TurnTaker:
+class SlicedProcess:
     """A process that has been started, and when it ran.
 
     Attributes:
@@ -53,9 +53,9 @@ class TurnTaker:
         return has_ended
 
 
-def run_by_turns(
+def run_interleaved(
     commands: Mapping[str, Sequence[str]], is_ready: Callable[[str], bool]
-) -> dict[str, tuple[TurnTaker, str]]:
+) -> dict[str, tuple[SlicedProcess, str]]:
     """Run all commands to their end; returns each with what it printed.
 
     Args:
@@ -65,7 +65,7 @@ def run_by_turns(
     Raises:
         RuntimeError: one of them failed, with its name and the end of its stderr; the others are stopped.
     """
-    takers: dict[str, TurnTaker] = {}
+    takers: dict[str, SlicedProcess] = {}
     with contextlib.ExitStack() as stack:
         for name, command in commands.items():
             taker = takers[name] = stack.enter_context(_started(command))
@@ -82,11 +82,11 @@ def run_by_turns(
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str]) -> Iterator[TurnTaker]:
+def _started(command: Sequence[str]) -> Iterator[SlicedProcess]:
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
         try:
-            yield TurnTaker(process, stdout, stderr)
+            yield SlicedProcess(process, stdout, stderr)
         finally:
             if process.poll() is None:
                 all_of_it = _tree(process)

@@ -6,7 +6,7 @@ that a text cannot express: other software parses control tokens inside a messag
 answer begins with to the line break before it.
 """
 
-from training.chat.chat_format import ChatFormatName
+from training.chat.templates import ChatFormatName
 
 CHAT_TEMPLATES: dict[ChatFormatName, str] = {
     "llama-2": (

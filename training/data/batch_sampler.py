@@ -52,7 +52,7 @@ def _pack(lengths: bytes, capacity: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class StepShape:
+class StepLayout:
     """How the examples of one step are divided.
 
     Attributes:
@@ -75,7 +75,7 @@ class StepShape:
         return -(-num_examples // (self.num_workers * self.per_device))
 
 
-class StepBatches(Sampler[list[int]]):
+class StepBatchSampler(Sampler[list[int]]):
     """The micro-batches of one worker, each a list of row numbers; empty where a step has fewer examples than workers.
 
     Args:
@@ -89,7 +89,7 @@ class StepBatches(Sampler[list[int]]):
         self,
         lengths: Lengths,
         examples: Sequence[Sequence[int]] | None,
-        shape: StepShape,
+        shape: StepLayout,
         rank: int,
         seed: int,
         *,
@@ -118,7 +118,7 @@ class StepBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps():
-            parts = deal([int(self._tokens[example]) for example in step], self._parts(len(step)))
+            parts = distribute([int(self._tokens[example]) for example in step], self._parts(len(step)))
             for part in parts[self._rank :: self._shape.num_workers]:
                 yield [row for place in part for row in self._rows(step[place])]
 
@@ -146,7 +146,7 @@ class StepBatches(Sampler[list[int]]):
         return (example,) if self._examples is None else self._examples[example]
 
 
-def deal(tokens: Sequence[int], num_parts: int) -> list[list[int]]:
+def distribute(tokens: Sequence[int], num_parts: int) -> list[list[int]]:
     """Divide examples into `num_parts` of about equally many tokens and at most ceil(n / num_parts) examples each.
 
     Longest first, each to the part with the fewest tokens (Graham's LPT). Returns places in `tokens`, in their order.

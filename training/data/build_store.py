@@ -12,18 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from training.chat.chat_format import ChatFormat, Message, Rendered
+from training.chat.chat_format import ChatFormat, Rendered
+from training.chat.messages import Message
 from training.config.data_config import DataConfig, DataSource, RowKind
-from training.data.formats import (
-    ACCEPTED,
-    AnswerPair,
-    BadRow,
-    Dialog,
-    Document,
-    Example,
-    RatedAnswer,
-    parse_row,
-)
+from training.data.examples import BadRow, Dialog, Example, PreferencePair, TextExample, UnpairedExample
+from training.data.formats import ACCEPTED, parse_row
 from training.data.report import LISTED, ReadFacts, RowNote
 from training.data.row_store import StoredRow, StoreWriter, trained_spans
 from training.data.sources import RawRow, read_rows, sha256_of, source_files
@@ -44,7 +37,7 @@ def read_into(
     Raises:
         DatasetError: a source cannot be read, or a row is refused as `on_bad_row` and `on_too_long` have it.
     """
-    reading = _Reading(config, chat_format, kind, max_length)
+    reading = StoreBuilder(config, chat_format, kind, max_length)
     limits = _limits(config)
     with StoreWriter(directory) as store:
         for position, source in enumerate(config.sources):
@@ -70,7 +63,7 @@ def _limits(config: DataConfig) -> dict[int, int]:
     return limits
 
 
-class _Reading:
+class StoreBuilder:
     """What is the same for all rows of one pass, and the counts that grow in it."""
 
     def __init__(self, config: DataConfig, chat_format: ChatFormat, kind: RowKind, max_length: int) -> None:
@@ -114,7 +107,7 @@ class _Reading:
             try:
                 row = parse_row(raw, source, self._kind)
             except BadRow as bad:
-                self._bad(RowNote(source=raw.place, reason=str(bad), excerpt=raw.excerpt))
+                self._bad(RowNote(source=raw.location, reason=str(bad), excerpt=raw.excerpt))
                 continue
             self._formats[row.format] += 1
             self._count_unused(row.unused_keys)
@@ -125,12 +118,12 @@ class _Reading:
             outcomes = [next(rendered) for _ in its_texts]
             if error := next((o for o in outcomes if isinstance(o, ChatFormatError)), None):
                 reason = f"is no dialog to learn from: {error}"
-                self._bad(RowNote(source=raw.place, reason=reason, excerpt=raw.excerpt))
+                self._bad(RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt))
                 continue
             yield from self._rows_of(position, raw, example, [o for o in outcomes if isinstance(o, Rendered)])
 
     def _rows_of(self, position: int, raw: RawRow, example: Example, rendered: list[Rendered]) -> Iterator[StoredRow]:
-        if isinstance(example, Document):
+        if isinstance(example, TextExample):
             yield from self._pieces(position, raw, example, rendered[0])
             return
         length = max(len(one.input_ids) for one in rendered)
@@ -139,7 +132,7 @@ class _Reading:
         if length > self._max_length and truncate and (shorter := self._shortened(messages, rendered[0])):
             reason = f"has {length} tokens: its last {len(messages) - len(shorter[0])} messages are left out"
             self.facts.num_truncated += 1
-            self.facts.note(self.facts.truncated, RowNote(source=raw.place, reason=reason, excerpt=raw.excerpt))
+            self.facts.note(self.facts.truncated, RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt))
             messages, rendered = shorter[0], [shorter[1]]
             length = len(rendered[0].input_ids)
         if length > self._max_length:
@@ -153,14 +146,14 @@ class _Reading:
         said = [text for message in messages for text in (message.role, message.content)]
         # the same words with other marks teach something else
         said += [f"untrained {at}" for at, m in enumerate(messages) if m.role == "assistant" and not m.trained]
-        if isinstance(example, AnswerPair):
+        if isinstance(example, PreferencePair):
             said.append(example.rejected.content)
-        if isinstance(example, RatedAnswer):
+        if isinstance(example, UnpairedExample):
             said.append(str(example.label))
         yield StoredRow(
             tokens,
             label=getattr(example, "label", None),
-            place=raw.place,
+            location=raw.location,
             messages=messages,
             source=position,
             opening=hash_opening(next(message.content for message in messages if message.role == "user")),
@@ -169,7 +162,7 @@ class _Reading:
             num_trained=num_trained,
         )
 
-    def _pieces(self, position: int, raw: RawRow, document: Document, rendered: Rendered) -> Iterator[StoredRow]:
+    def _pieces(self, position: int, raw: RawRow, document: TextExample, rendered: Rendered) -> Iterator[StoredRow]:
         """A text that is too long becomes several rows of about the same length; nothing of it is left out."""
         ids = rendered.input_ids
         num_pieces = -(-len(ids) // self._max_length)
@@ -182,7 +175,7 @@ class _Reading:
             yield StoredRow(
                 {"input_ids": piece, "spans": trained_spans(trained)},
                 label=None,
-                place=raw.place,
+                location=raw.location,
                 messages=None,
                 source=position,
                 opening=hash_opening(document.text),
@@ -222,7 +215,7 @@ class _Reading:
 
     def _refuse_too_long(self, raw: RawRow, length: int) -> None:
         reason = f"is too long, {length} tokens with max_length {self._max_length}"
-        note = RowNote(source=raw.place, reason=reason, excerpt=raw.excerpt)
+        note = RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt)
         if too_long_is_error(self._config):
             raise refused(note, "on_too_long", self._kind)
         self.facts.num_too_long += 1
@@ -248,18 +241,18 @@ def refused(note: RowNote, key: Literal["on_bad_row", "on_too_long"], kind: RowK
 
 def _texts(example: Example) -> list[Sequence[Message] | str]:
     """What has to be rendered for an example."""
-    if isinstance(example, Document):
+    if isinstance(example, TextExample):
         return [example.text]
-    if isinstance(example, AnswerPair):
+    if isinstance(example, PreferencePair):
         return [(*example.prompt, example.chosen), (*example.prompt, example.rejected)]
     return [_dialog_of(example)]
 
 
 def _dialog_of(example: Example) -> tuple[Message, ...]:
-    assert not isinstance(example, Document)
+    assert not isinstance(example, TextExample)
     if isinstance(example, Dialog):
         return example.messages
-    return (*example.prompt, example.chosen if isinstance(example, AnswerPair) else example.completion)
+    return (*example.prompt, example.chosen if isinstance(example, PreferencePair) else example.completion)
 
 
 def _tokens(example: Example, rendered: Sequence[Rendered]) -> tuple[dict[str, list[int]], int]:
@@ -275,6 +268,6 @@ def _tokens(example: Example, rendered: Sequence[Rendered]) -> tuple[dict[str, l
     for one in rendered:
         begin, end = trained_spans(one.loss_mask)[-2:]
         answers.append(one.input_ids[begin:end])
-    names = ("chosen_ids", "rejected_ids") if isinstance(example, AnswerPair) else ("completion_ids",)
+    names = ("chosen_ids", "rejected_ids") if isinstance(example, PreferencePair) else ("completion_ids",)
     prompt_ids = rendered[0].input_ids[: trained_spans(rendered[0].loss_mask)[-2]]
     return {"prompt_ids": prompt_ids, **dict(zip(names, answers, strict=True))}, sum(map(len, answers))

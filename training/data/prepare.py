@@ -5,34 +5,19 @@ machine comes first; every later one with the same data, tokenizer and length ma
 taken twice is decided afterwards, from a few numbers per row. Knows neither models nor torch.
 """
 
-import contextlib
-import hashlib
 import itertools
-import json
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from training.base_models.resolve import BaseModel
-from training.chat import chat_format as chat_format_module
+from training.base_models.resolve import BaseCheckpoint
 from training.chat.chat_format import ChatFormat
 from training.config.data_config import DataConfig, RowKind
-from training.data import build_store as data_reading
-from training.data import formats as data_formats
-from training.data import row_store
-from training.data import sources as data_files
-from training.data import split as data_split
-from training.data.build_store import read_into, refused, too_long_is_error
+from training.data.build_store import refused, too_long_is_error
 from training.data.formats import ACCEPTED, formats_of
 from training.data.report import (
     LISTED,
@@ -47,15 +32,9 @@ from training.data.report import (
 )
 from training.data.row_store import Conversation, Rows, RowStore, TokenizedRow
 from training.data.split import hold_out, repeat_by_weight, repeats
+from training.data.store_cache import open_or_build_store
 from training.errors import DatasetError
-from training.home import corral_home
 
-_CACHE_BYTES = 20 << 30  # of all stores together; the least recently used go first
-_CACHE_S = 30 * 86_400.0  # a store that is unused for so long goes too
-_WRITING = ".writing-"
-# What a store's content depends on: a change of it makes all stores anew.
-STORE_CODE = (chat_format_module, data_files, data_formats, data_reading, data_split, row_store)
-_ABANDONED_S = 86_400.0  # since a killed writer's last write
 _MAX_SAMPLES = 100
 _SHOWN_ROWS = 3
 _USES: dict[str, SegmentUse] = {
@@ -101,7 +80,7 @@ class _Choice:
 
 def prepare_data(
     config: DataConfig,
-    base: BaseModel,
+    base: BaseCheckpoint,
     chat_format: ChatFormat,
     tokenizer: Tokenizer,
     *,
@@ -123,7 +102,7 @@ def prepare_data(
                 f"dataset {source.path!r} has format {source.format!r}, which a method that trains on {kind} rows "
                 f"cannot use: set data.format to auto or one of {', '.join(formats_of(kind))}"
             )
-    store, facts = _open_or_write(config, base, chat_format, kind, max_length)
+    store, facts = open_or_build_store(config, base, chat_format, kind, max_length)
     if config.on_bad_row == "error" and facts.skipped:  # the store was written by a more lenient run
         raise refused(facts.skipped[0], "on_bad_row", kind)
     if too_long_is_error(config) and facts.too_long:
@@ -216,8 +195,8 @@ def _report(
         num_duplicates=len(choice.repeated),
         duplicates=[
             RowNote(
-                source=store.place(row),
-                reason=f"says the same as {store.place(int(choice.earliest[row]))}",
+                source=store.location(row),
+                reason=f"says the same as {store.location(int(choice.earliest[row]))}",
                 excerpt=_excerpt(store.conversation(row)),
             )
             for row in choice.repeated[:LISTED].tolist()
@@ -265,73 +244,3 @@ def _segments(store: RowStore, row: int, tokenizer: Tokenizer) -> list[Segment]:
         for number, (begin, end) in enumerate(itertools.pairwise(bounds))
         if end > begin
     ]
-
-
-def _open_or_write(
-    config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int
-) -> tuple[RowStore, ReadFacts]:
-    cache = corral_home() / "cache" / "datasets"
-    cache.mkdir(parents=True, exist_ok=True)
-    directory = cache / _key(config, base, chat_format, kind, max_length)
-    with FileLock(f"{directory}.lock"):
-        if not (directory / "facts.json").exists():
-            _write_store(directory, config, chat_format, kind, max_length)
-            _prune(cache, keep=directory)
-        os.utime(directory)
-        facts = ReadFacts.model_validate_json((directory / "facts.json").read_text())
-        return RowStore(directory), facts
-
-
-def _write_store(directory: Path, config: DataConfig, chat_format: ChatFormat, kind: RowKind, max_length: int) -> None:
-    """Whole or not at all: what a killed writer left has another name."""
-    fresh = Path(tempfile.mkdtemp(prefix=_WRITING, dir=directory.parent))
-    try:
-        facts = read_into(fresh, config, chat_format, kind=kind, max_length=max_length)
-        (fresh / "facts.json").write_text(facts.model_dump_json())
-        fresh.rename(directory)
-    except OSError as error:
-        raise DatasetError(
-            f"dataset {', '.join(config.paths)} cannot be prepared in {str(directory.parent)!r} "
-            f"({error.strerror or error}): free some space, or set CORRAL_HOME to a larger disk"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _key(config: DataConfig, base: BaseModel, chat_format: ChatFormat, kind: RowKind, max_length: int) -> str:
-    """Changes with everything that a store depends on, our own code included; seed, split and weights are not of it."""
-    depends_on = [
-        [[source.format, source.columns, source.split, data_files.fingerprint(source)] for source in config.sources],
-        [len(config.path), config.max_rows, config.on_too_long == "truncate", kind, max_length, chat_format.name],
-        [data_files.sha256_of([Path(str(module.__file__))]) for module in STORE_CODE],
-        [
-            data_files.sha256_of([file])
-            for name in ("tokenizer.json", "tokenizer_config.json")
-            if (file := base.path / name).exists()
-        ],
-    ]
-    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
-
-
-def _prune(cache: Path, keep: Path) -> None:
-    """Remove stores that nobody used for long or that are too many; who has one open goes on reading it."""
-    total = _num_bytes(keep)
-    others = [path for path in cache.iterdir() if path.is_dir() and path != keep]
-    for path in sorted(others, key=_last_used, reverse=True):
-        unused_s = time.time() - _last_used(path)
-        if path.name.startswith(_WRITING):  # perhaps of a writer at work
-            if unused_s > _ABANDONED_S:
-                shutil.rmtree(path, ignore_errors=True)
-            continue
-        total += _num_bytes(path)
-        if total > _CACHE_BYTES or unused_s > _CACHE_S:
-            with contextlib.suppress(Timeout), FileLock(f"{path}.lock", timeout=0):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _num_bytes(store: Path) -> int:
-    return sum(file.stat().st_size for file in store.iterdir())
-
-
-def _last_used(store: Path) -> float:
-    return max(path.stat().st_mtime for path in (store, *store.iterdir()))

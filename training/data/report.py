@@ -22,7 +22,7 @@ _LENGTHS_ASKED = (128, 256, 512, 1024, 2048, 4096, 8192)
 class RowNote(BaseModel):
     """A row worth naming: left out, shortened, or twice in the data."""
 
-    source: str  # place, such as `file.jsonl:12`
+    source: str  # location, such as `file.jsonl:12`
     reason: str
     excerpt: str
 
@@ -155,7 +155,7 @@ class DataReport(BaseModel):
         more = len(self.unused_keys) - len(listed)
         return ", ".join(f"{key} ({count:,} rows)" for key, count in listed) + (f" and {more:,} more" if more else "")
 
-    def short(self) -> str:
+    def summary(self) -> str:
         """A few lines for the person who starts a run."""
         left_out = [
             f"{count:,} {what}"

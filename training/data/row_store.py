@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 
 IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
 _BATCH_ROWS = 256  # row i is in batch i // _BATCH_ROWS
@@ -25,7 +25,7 @@ _ROWS_SCHEMA = pa.schema(
     [
         *((name, pa.list_(pa.uint32())) for name in _TOKEN_LISTS),
         ("label", pa.bool_()),
-        ("place", pa.string()),
+        ("location", pa.string()),
         ("messages", pa.string()),  # JSON: [[role, content, trained], ...]; null behind a plain text
     ]
 )
@@ -65,7 +65,7 @@ class UnpairedRow(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One dialog that ends with an assistant turn; `source` is the place it comes from, such as `file.jsonl:12`."""
+    """One dialog that ends with an assistant turn; `source` is where it comes from, such as `file.jsonl:12`."""
 
     messages: tuple[Message, ...]
     source: str
@@ -86,7 +86,7 @@ class StoredRow:
 
     tokens: dict[str, list[int]]
     label: bool | None
-    place: str
+    location: str
     messages: Sequence[Message] | None
     source: int
     opening: int
@@ -123,7 +123,7 @@ class StoreWriter:
     def _flush(self) -> None:
         rows: dict[str, list[Any]] = {name: [row.tokens.get(name) for row in self._batch] for name in _TOKEN_LISTS}
         rows["label"] = [row.label for row in self._batch]
-        rows["place"] = [row.place for row in self._batch]
+        rows["location"] = [row.location for row in self._batch]
         rows["messages"] = [_dumped(row.messages) for row in self._batch]
         index = {name: [getattr(row, name) for row in self._batch] for name in _INDEX_SCHEMA.names}
         self._rows.write_batch(pa.RecordBatch.from_pydict(rows, _ROWS_SCHEMA))
@@ -172,16 +172,16 @@ class RowStore:
             return fields | {"completion_ids": completion_ids, "label": self._value(row, "label")}
         return fields | {name: self.tokens(row, name) for name in ("chosen_ids", "rejected_ids")}
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Where the row comes from, such as `file.jsonl:12`."""
-        return str(self._value(row, "place"))
+        return str(self._value(row, "location"))
 
     def conversation(self, row: int) -> Conversation | None:
         """The dialog behind the row; with the better answer where there are two; None for a plain text."""
         text = self._value(row, "messages")
         if text is None:
             return None
-        return Conversation(tuple(Message(*fields) for fields in json.loads(text)), self.place(row))
+        return Conversation(tuple(Message(*fields) for fields in json.loads(text)), self.location(row))
 
     def _value(self, row: int, name: str) -> Any:
         return self._batch(row)[name][row % _BATCH_ROWS].as_py()
@@ -194,7 +194,7 @@ class RowStore:
         number = row // _BATCH_ROWS
         if number not in self._batches:
             batch = self._reader.get_batch(number)
-            views: dict[str, Any] = {name: batch.column(name) for name in ("label", "place", "messages")}
+            views: dict[str, Any] = {name: batch.column(name) for name in ("label", "location", "messages")}
             for name in _TOKEN_LISTS:
                 column = batch.column(name)
                 absent = column.null_count == len(column)

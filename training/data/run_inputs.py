@@ -8,15 +8,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from training.base_models.resolve import BaseModel, load_tokenizer, resolve_base_model
-from training.chat.chat_format import ChatFormat, load_chat_format
+from training.base_models.resolve import BaseCheckpoint, resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
 from training.config.data_config import RowKind
 from training.config.train_config import TrainConfig
 from training.data.prepare import PreparedData, prepare_data
 from training.data.report import DataReport
 from training.data.row_store import Conversation, Rows
 from training.errors import ConfigError
-from training.registry.registry import DatasetRef
+from training.registry.manifest import DatasetRef
 
 _KINDS: dict[str, RowKind] = {"sft": "sft", "dpo": "preference", "kto": "unpaired_preference"}
 
@@ -34,7 +36,7 @@ class RunInputs:
         dataset: what the registry records of the data.
     """
 
-    base: BaseModel
+    base: BaseCheckpoint
     tokenizer: Tokenizer
     chat_format: ChatFormat
     train_rows: Rows[Any]
@@ -87,14 +89,14 @@ def read_data(config: TrainConfig) -> PreparedData:
     return _data(config, *_base(config, weights=False))
 
 
-def _data(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
+def _data(config: TrainConfig, base: BaseCheckpoint, tokenizer: Tokenizer, chat_format: ChatFormat) -> PreparedData:
     kind = _KINDS[config.method]
     return prepare_data(
         config.data, base, chat_format, tokenizer, max_length=config.max_length, seed=config.seed, kind=kind
     )
 
 
-def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseModel, Tokenizer, ChatFormat]:
+def _base(config: TrainConfig, weights: bool = True) -> tuple[BaseCheckpoint, Tokenizer, ChatFormat]:
     base = resolve_base_model(config.base_model, config.base_revision, weights=weights)
     if config.max_length > base.context_length:
         raise ConfigError(

@@ -37,12 +37,12 @@ class RawRow:
     """One row before anything is known of it.
 
     Attributes:
-        place: `file.jsonl:12` with the line, or `file.parquet:row 12` where there are no lines; both count from 1.
+        location: `file.jsonl:12` with the line, or `file.parquet:row 12` where there are no lines; both count from 1.
         content: JSON text as bytes, or what a reader made of the row, mostly a dict.
         problem: why the reader could not make sense of it.
     """
 
-    place: str
+    location: str
     content: Any
     problem: str | None = None
 

@@ -18,18 +18,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from training.base_models.resolve import BaseModel
-from training.chat.chat_format import ChatFormat, load_chat_format
+from training.base_models.resolve import BaseCheckpoint
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
 from training.chat.jinja_templates import chat_template
 from training.errors import ExportError
 from training.export.gguf import GgufType, write_gguf
 from training.export.losses import EvaluationRows, loss_of_folder, loss_of_gguf, served_loss
-from training.export.merge import MergedWeights, Onto
-from training.registry.registry import AdapterManifest
+from training.export.merge import MergeBase, MergedWeights
+from training.registry.manifest import AdapterManifest
 
 RECORD_FILE = "corral_export.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
-_WORDS: dict[Onto, str] = {
+_WORDS: dict[MergeBase, str] = {
     "nf4": "the base's weights as they are served, in NF4, and brought back to 16 bit",
     "original": "the base's own 16-bit weights, which are not those that the adapter was trained on",
 }
@@ -52,7 +53,7 @@ class ExportRecord:
     base: str
     base_weights_sha256: str
     adapter_sha256: str
-    onto: Onto
+    onto: MergeBase
     dtype: str
     gguf_type: GgufType | None
     evaluated_on: str
@@ -63,7 +64,7 @@ class ExportRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Targets:
+class ExportPaths:
     """Where to: a folder, a GGUF file of a type, or both."""
 
     merged: Path | None
@@ -90,10 +91,10 @@ class Targets:
 def export(
     manifest: AdapterManifest,
     adapter_dir: Path,
-    base: BaseModel,
-    targets: Targets,
+    base: BaseCheckpoint,
+    targets: ExportPaths,
     *,
-    onto: Onto,
+    onto: MergeBase,
     rows: EvaluationRows,
     device: torch.device,
 ) -> ExportRecord:
@@ -119,7 +120,7 @@ def export(
         "onto": onto,
         "dtype": str(weights.dtype).removeprefix("torch."),
         "gguf_type": targets.gguf_type if targets.gguf else None,
-        "evaluated_on": rows.words,
+        "evaluated_on": rows.description,
     }
     if rows.rows:
         record["served_loss"], record["eval_tokens"] = served_loss(base, manifest, adapter_dir, rows, device)

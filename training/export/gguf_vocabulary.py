@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import ExportError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Vocabulary:
         writer.add_add_bos_token(self.add_bos)
 
 
-def read_vocabulary(base: BaseModel) -> Vocabulary:
+def read_vocabulary(base: BaseCheckpoint) -> Vocabulary:
     """Read the base's tokenizer.json and tokenizer_config.json.
 
     Raises:
@@ -119,7 +119,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [float(-rank[token]) if token in rank else 0.0 for token in tokens]
 
 
-def _pre_tokenizer(base: BaseModel, written: dict[str, Any] | None) -> str:
+def _pre_tokenizer(base: BaseCheckpoint, written: dict[str, Any] | None) -> str:
     steps = (written or {}).get("pretokenizers") or [written or {}]
     match [step.get("type") for step in steps]:
         case ["ByteLevel"] if steps[0].get("use_regex", True):
@@ -135,7 +135,7 @@ def _pre_tokenizer(base: BaseModel, written: dict[str, Any] | None) -> str:
             )
 
 
-def _special_ids(base: BaseModel, tokenizer: Any) -> dict[str, int]:
+def _special_ids(base: BaseCheckpoint, tokenizer: Any) -> dict[str, int]:
     path = base.path / "tokenizer_config.json"
     named: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     config = base.llama_config()

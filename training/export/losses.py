@@ -14,20 +14,16 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaForCausalLM
 
-from training.base_models.resolve import (
-    BaseModel,
-    Quantization,
-    compute_dtype_on,
-    load_quantized,
-    load_tokenizer,
-    quiet_loading,
-)
-from training.chat.chat_format import Message, load_chat_format
+from training.base_models.nf4 import Quantization, compute_dtype_on, load_quantized, quiet_loading
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError
-from training.registry.registry import AdapterManifest
+from training.registry.manifest import AdapterManifest
 from training.trainer.evaluate import held_out_loss, load_adapter, num_labelled
 
 _TEXT_ROW_TOKENS = 512
@@ -38,10 +34,10 @@ class EvaluationRows:
     """Rows to measure on, and in words which; without rows, why there are none."""
 
     rows: Sequence[TokenizedRow]
-    words: str
+    description: str
 
 
-def evaluation_rows(manifest: AdapterManifest, base: BaseModel, file: Path | None) -> EvaluationRows:
+def evaluation_rows(manifest: AdapterManifest, base: BaseCheckpoint, file: Path | None) -> EvaluationRows:
     """The rows of `file`, else the held-out rows of the run if its dataset is unchanged, else its sample answers.
 
     Args:
@@ -70,7 +66,7 @@ def evaluation_rows(manifest: AdapterManifest, base: BaseModel, file: Path | Non
 
 
 def served_loss(
-    base: BaseModel, manifest: AdapterManifest, adapter_dir: Path, rows: EvaluationRows, device: torch.device
+    base: BaseCheckpoint, manifest: AdapterManifest, adapter_dir: Path, rows: EvaluationRows, device: torch.device
 ) -> tuple[float, int]:
     """Loss of the NF4 base with the adapter beside it, and the number of tokens it is the mean of."""
     model, _ = load_adapter(adapter_dir, load_quantized(base, manifest.quantization, device))
@@ -111,7 +107,7 @@ def _held_out_rows(manifest: AdapterManifest) -> EvaluationRows | None:
     return EvaluationRows(inputs.held_out_rows, words)
 
 
-def _sample_rows(manifest: AdapterManifest, base: BaseModel) -> EvaluationRows:
+def _sample_rows(manifest: AdapterManifest, base: BaseCheckpoint) -> EvaluationRows:
     if not manifest.samples:
         return EvaluationRows(
             [], "the run's dataset is not here as it was and it recorded no samples: give --eval FILE"
@@ -127,7 +123,7 @@ def _sample_rows(manifest: AdapterManifest, base: BaseModel) -> EvaluationRows:
     return EvaluationRows(rows, f"the {len(rows)} recorded samples; the run's dataset is not here as it was")
 
 
-def _text_rows(base: BaseModel, file: Path) -> EvaluationRows:
+def _text_rows(base: BaseCheckpoint, file: Path) -> EvaluationRows:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

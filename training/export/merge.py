@@ -14,10 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training.base_models.resolve import BaseModel, Quantization
-from training.registry.adapter_files import LINEAR_LAYERS, WEIGHTS_FILE, LoraShape
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.nf4 import Quantization
+from training.base_models.resolve import BaseCheckpoint
+from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
 
-Onto = Literal["nf4", "original"]
+MergeBase = Literal["nf4", "original"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class MergedWeights:
             the weights that the adapter was trained on; or `original`, the base's own 16-bit weights.
     """
 
-    base: BaseModel
+    base: BaseCheckpoint
     adapter_dir: Path
-    lora: LoraShape
+    lora: LoraParams
     quantization: Quantization
-    onto: Onto
+    onto: MergeBase
 
     @cached_property
     def shards(self) -> dict[str, list[str]]:
@@ -67,7 +69,7 @@ class MergedWeights:
         with safe_open(self.base.path / self._file_of[name], framework="pt") as shard:
             weight: torch.Tensor = shard.get_tensor(name)
         module = name.removesuffix(".weight")
-        if name == module or module.rpartition(".")[2] not in LINEAR_LAYERS:
+        if name == module or module.rpartition(".")[2] not in LLAMA_LINEARS:
             return weight.to(self.dtype).contiguous()
         weight = nf4_round_trip(weight, self.quantization) if self.onto == "nf4" else weight.float()
         a = self._adapter.get(f"base_model.model.{module}.lora_A.weight")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 
-from training.base_models.resolve import (
+from training.base_models.nf4 import (
     Quantization,
     bitsandbytes_config,
     compute_dtype_on,

@@ -20,7 +20,7 @@ _SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # size, policy, flags, nice, priority,
 
 
 @contextlib.contextmanager
-def standing_back() -> Iterator[None]:
+def low_priority() -> Iterator[None]:
     """Threads and processes that are started in the block wait for others' turns to end when they wake up.
 
     They keep their share of the cores (SCHED_BATCH, not SCHED_IDLE): what they have to do is done, if a little later.
@@ -35,7 +35,7 @@ def standing_back() -> Iterator[None]:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def step_forward() -> None:
+def normal_priority() -> None:
     """Give the calling thread, if it stands back, and those that it starts from now on ordinary turns again, long ones
     where the kernel grants them (Linux 6.12 and later; earlier ones leave them as they are)."""
     if sys.platform != "linux" or os.sched_getscheduler(0) != os.SCHED_BATCH:

@@ -4,14 +4,13 @@
 cores.
 """
 
+import contextlib
 import os
-from typing import TYPE_CHECKING, Any
+import secrets
+from pathlib import Path
+from typing import Any
 
-from training.local_ray.cpu_priority import standing_back
-from training.ray_token import ask_for_a_token
-
-if TYPE_CHECKING:
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
+from training.local_ray.cpu_priority import low_priority
 
 # Every process of this Ray inherits them; what the user has set stays.
 _ENVIRONMENT = {
@@ -31,21 +30,22 @@ def start(**options: Any) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ask_for_a_token()
-    with standing_back():
+    with low_priority():
         ray.init(address="local", include_dashboard=False, **options)
 
 
-def trainer_class() -> "type[TorchTrainer]":
-    """TorchTrainer without two actors that have nothing to do here but wake up a hundred times a second."""
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback  # for Ray Data, which is not used
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,  # for placement groups that outlive the controller; this Ray ends with it
-    )
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
+def ask_for_a_token() -> None:
+    """Have the next local Ray refuse callers without the token in ~/.ray/auth_token, made here if it is not there."""
+    os.environ.pop("RAY_AUTH_MODE", None)  # then a new local Ray turns tokens on
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # a home that cannot be written to: Ray says so
+        token.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(token, "x", opener=_owner_only) as file:
+            file.write(secrets.token_hex(32))  # 256 bits, as Ray's own
+        token.chmod(0o600)
 
-    class PrivateTrainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-            return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
-    return PrivateTrainer
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training.base_models.resolve import ComputeDtype
+from training.base_models.nf4 import ComputeDtype
 from training.config.train_config import TrainConfig
 from training.data.run_inputs import RunInputs
 from training.errors import TrainingError

@@ -6,7 +6,7 @@ measured.
 
 from dataclasses import dataclass
 
-from training.base_models.llama_shape import LlamaShape
+from training.base_models.llama_shape import LlamaDims
 from training.config.train_config import LoraSettings
 
 GPU = "A100"
@@ -45,7 +45,7 @@ def estimate_time(flops: float, num_gpus: int) -> TimeEstimate:
 
 
 def training_flops(
-    shape: LlamaShape,
+    shape: LlamaDims,
     lora: LoraSettings,
     num_tokens: float,
     length: float,
@@ -61,7 +61,7 @@ def training_flops(
     each causal: 2 x attention width x length in a layer's forward pass (arXiv:2104.04473, appendix, halved), twice that
     backward. Logits are computed for labelled tokens.
     """
-    base, adapter = shape.num_linear_parameters, shape.num_trainable(lora)
+    base, adapter = shape.num_linear_parameters, shape.num_trainable(lora.r, lora.targets)
     attention = 2 * shape.num_layers * shape.attention * length
     layers = 2 * (base + adapter) + attention
     backward = 2 * base + 4 * adapter + 2 * attention

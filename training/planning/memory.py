@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.base_models.llama_shape import LlamaShape
-from training.base_models.resolve import ComputeDtype, Quantization
+from training.base_models.llama_shape import LlamaDims
+from training.base_models.nf4 import ComputeDtype, Quantization
 from training.config.train_config import LoraSettings, TrainConfig
 
 Phase = Literal["loss", "backward", "end of backward", "optimizer step", "evaluation"]
@@ -156,10 +156,10 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     dequantized, and the gradients that flow through an MLP. The peak is the largest of four moments of a step and
     the held-out evaluation, whose logits are in the compute dtype, in float32 and as log-probabilities.
     """
-    shape, lora, c = LlamaShape.of(llama_config), step.lora, DTYPE_BYTES[step.compute_dtype]
+    shape, lora, c = LlamaDims.of(llama_config), step.lora, DTYPE_BYTES[step.compute_dtype]
     tokens = batch_size * step.max_length
     labelled = round(tokens * step.labelled_share)
-    num_trainable = shape.num_trainable(lora)
+    num_trainable = shape.num_trainable(lora.r, lora.targets)
     nf4_bytes = _NF4_DOUBLE_QUANT_BYTES if step.quantization.double_quant else _NF4_BYTES
     base_4bit = shape.num_linear_parameters * nf4_bytes
     if step.num_shards > 1:  # the layer that runs and the one on its way, see `training.trainer.fsdp_qlora`
@@ -167,7 +167,7 @@ def estimate(llama_config: Mapping[str, Any], step: TrainStep, batch_size: int) 
     states = num_trainable * _OPTIMIZER_BYTES[step.optim]
     paged = 0
     if step.optim.startswith("paged") and step.on_gpu:  # without a GPU they are ordinary ones
-        paged = shape.num_trainable(lora, matrices_from=_PAGED_FROM) * _OPTIMIZER_BYTES[step.optim]
+        paged = shape.num_trainable(lora.r, lora.targets, matrices_from=_PAGED_FROM) * _OPTIMIZER_BYTES[step.optim]
     gradients = 4 * num_trainable  # data parallelism exchanges them where they lie
 
     layer = tokens * _layer_bytes_per_token(shape, step)
@@ -224,7 +224,7 @@ def largest_batch(llama_config: Mapping[str, Any], step: TrainStep, memory_bytes
     return fitting
 
 
-def _layer_bytes_per_token(shape: LlamaShape, step: TrainStep) -> int:
+def _layer_bytes_per_token(shape: LlamaDims, step: TrainStep) -> int:
     """What one block keeps of one token for the backward pass; see `estimate`."""
     lora, c = step.lora, DTYPE_BYTES[step.compute_dtype]
     norms = 2 * (4 * shape.hidden + 4)

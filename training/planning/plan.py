@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from training.base_models.llama_shape import LlamaShape
-from training.base_models.resolve import ComputeDtype, compute_dtype_on
-from training.config.train_config import TrainConfig, check_this_machine, gpus_here, resolved, wants_gpu
+from training.base_models.llama_shape import LlamaDims
+from training.base_models.nf4 import ComputeDtype, compute_dtype_on
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.data.run_inputs import RunInputs, read_inputs
 from training.planning.batch_size import decide, example_lengths
 from training.planning.flops import TimeEstimate, estimate_time, training_flops
 from training.planning.memory import MemoryEstimate, TrainStep, estimate
+from training.planning.resources import check_this_machine, gpus_here, wants_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class Plan:
 def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     """Count what a run with these inputs will do: on this machine, or with RAY_ADDRESS on GPUs unless use_gpu=false."""
     llama_config = inputs.base.llama_config()
-    shape = LlamaShape.of(llama_config)
+    shape = LlamaDims.of(llama_config)
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     gpus = (0 if config.use_gpu is False else config.max_workers) if on_cluster else gpus_here(config)
     on_gpu = wants_gpu(config, gpus)
@@ -136,7 +138,7 @@ def make_plan(config: TrainConfig, inputs: RunInputs) -> Plan:
     return Plan(
         base=inputs.base.name,
         num_parameters=shape.num_parameters,
-        num_trainable=shape.num_trainable(config.lora),
+        num_trainable=shape.num_trainable(config.lora.r, config.lora.targets),
         num_train_rows=len(inputs.train_rows),
         num_held_out=len(inputs.held_out_rows),
         num_left_out=report.num_skipped + report.num_too_long + duplicates + report.num_leaked,

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from training.config.train_config import TrackerName
 from training.errors import ConfigError
-
-TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 
 _PROJECT = "corral"  # W&B's project and MLflow's experiment, unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says so
 _MLFLOW_RUN_TAG = "corral.run_name"

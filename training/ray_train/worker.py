@@ -4,26 +4,25 @@ Rank 0 writes; a checkpoint says which files it has and how large they are, so t
 one. `training.ray_train.fit` starts the workers.
 """
 
-import contextlib
-import errno
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.base_models.resolve import base_name
-from training.config.train_config import TrainConfig, resolved
-from training.errors import CorralError, TrainingError
-from training.local_ray.cpu_priority import step_forward
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
+from training.local_ray.cpu_priority import normal_priority
 from training.ray_train.environment import environment_here
 from training.ray_train.trackers import TrackedRun, open_trackers
+from training.runs.attempt import failure_recorded, scratch_of
 from training.runs.continue_from import PARENT_DIR
+from training.runs.metrics_log import MetricsLog, PhaseLog
 from training.runs.progress import Progress, write_progress
-from training.runs.run_dir import MetricsLog, PhaseLog, RunDir
+from training.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +70,7 @@ def train_into(
 
     from training.trainer import train as sft
 
-    step_forward()  # before torch starts this thread's helpers
+    normal_priority()  # before torch starts this thread's helpers
     _keep_quiet()
     if run.rank == 0:
         num_workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -94,7 +93,7 @@ def train_into(
 
 
 class RayRun:
-    """A `training.trainer.callback.Run` on a Ray Train worker; leaving its block closes the trackers.
+    """A `training.trainer.callback.RunReporter` on a Ray Train worker; leaving its block closes the trackers.
 
     Args:
         step: of the checkpoint that the run goes on from, 0 for a new run.
@@ -169,54 +168,6 @@ class RayRun:
     def _upload_events(self) -> None:
         if not self._run_dir.is_local and self._event_dir.exists():
             self._run_dir.upload(self._event_dir, "tensorboard")
-
-
-@contextlib.contextmanager
-def scratch_of(run_dir: RunDir, rank: int) -> Iterator[Path]:
-    """A folder of this worker's own, in the run's directory where that is on a disk: what a killed worker leaves goes
-    with the next one.
-    """
-    local = run_dir.local_path(f"scratch/{rank}")
-    if local is None:
-        with tempfile.TemporaryDirectory(prefix="corral-") as scratch:
-            yield Path(scratch)
-        return
-    shutil.rmtree(local, ignore_errors=True)
-    local.mkdir(parents=True)
-    try:
-        yield local
-    finally:
-        shutil.rmtree(local, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other ranks are still there
-            local.parent.rmdir()
-
-
-@contextlib.contextmanager
-def failure_recorded(run_dir: RunDir, rank: int) -> Iterator[None]:
-    """Leave `failure.json` where the block ends with an error that would only come again (rank 0)."""
-    try:
-        with _full_disk_named(run_dir):
-            yield
-    except CorralError as error:
-        if rank == 0:
-            with contextlib.suppress(CorralError):  # a full disk has no room for it
-                run_dir.write_json("failure.json", {"error": type(error).__name__, "message": str(error)})
-        raise
-
-
-@contextlib.contextmanager
-def _full_disk_named(run_dir: RunDir) -> Iterator[None]:
-    """Turn what libraries raise on a full disk into one line."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left" not in str(error):
-            raise
-        raise TrainingError(
-            f"no space is left for run directory {run_dir}: free some and pass run_name={run_dir.name} to go on from "
-            "its last checkpoint, or set storage_path"
-        ) from error
 
 
 def _last_whole_checkpoint(copy: Path) -> Path | None:

@@ -3,27 +3,24 @@
     ROOT/NAME/aliases/champion.json   {"version": 2, "previous": [1], "updated": "..."}
     ROOT/NAME/canary.json             {"version": 3, "percent": 10, "champion": 2, "since": "..."}
 
-`training.registry.registry` reads these files here, and changes them under its lock. A canary belongs to one state of
-the champion's alias: it counts as long as `since` is that alias' `updated`. So the one write that moves the alias ends
-the canary too, whoever makes it, a Corral that knows of no canaries included; and no reader sees half a change.
+A canary belongs to one state of the champion's alias: it counts as long as `since` equals that alias' `updated`. So the
+single write that moves the alias ends the canary too, whoever makes it, including a Corral that knows no canaries; and
+no reader sees half a change.
 """
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import AwareDatetime, Field, ValidationError
 
 from training.errors import RegistryError
-from training.registry.manifest import ADAPTER_NAME, AdapterManifest, Record
+from training.names import ADAPTER_NAME
+from training.registry.manifest import AdapterManifest, Record
 from training.storage import Storage
 
 CHAMPION = "champion"
-
-_MAX_HISTORY = 50
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +92,7 @@ class Change:
 
 
 class Aliases:
-    """The alias and canary files of all adapters of one registry."""
+    """Reads the alias and canary files of all adapters of one registry."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -121,13 +118,6 @@ class Aliases:
                 f"alias {alias!r} of {name!r} is damaged ({first_error(error)}): promote a version to write it anew"
             ) from error
 
-    def point(self, name: str, alias: str, version: int, previous: Sequence[int]) -> None:
-        """Write an alias anew; a canary beside it ends."""
-        state = AliasState(version=version, previous=[*previous][-_MAX_HISTORY:], updated=datetime.now(UTC))
-        self._storage.write(f"{name}/aliases/{alias}.json", state.model_dump_json().encode())
-        if alias == CHAMPION:
-            self.end_canary(name)
-
     def canary(self, name: str, champion: AliasState) -> Canary | None:
         """The canary beside this state of the champion's alias; a damaged file is logged and is none."""
         text = self._storage.read_if_there(f"{name}/canary.json")
@@ -137,15 +127,6 @@ class Aliases:
             logger.warning("the canary of %r is damaged (%s), its champion gets everything", name, first_error(error))
             return None
         return canary if canary is not None and canary.since == champion.updated else None
-
-    def start_canary(self, name: str, champion: AliasState, version: int, percent: float) -> None:
-        """Begin a canary, or change the one there is."""
-        canary = Canary(version=version, percent=percent, champion=champion.version, since=champion.updated)
-        self._storage.write(f"{name}/canary.json", canary.model_dump_json().encode())
-
-    def end_canary(self, name: str) -> None:
-        """The champion gets everything again."""
-        self._storage.remove(f"{name}/canary.json")
 
 
 def first_error(error: ValidationError) -> str:

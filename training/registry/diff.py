@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.registry.adapter_files import WEIGHTS_FILE, LoraShape
-from training.registry.registry import AdapterManifest
+from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
+from training.registry.manifest import AdapterManifest
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def diff_manifests(a: AdapterManifest, b: AdapterManifest) -> list[FieldChange]:
     ]
 
 
-def diff_weights(a: Path, lora_a: LoraShape, b: Path, lora_b: LoraShape) -> WeightsDiff:
+def diff_weights(a: Path, lora_a: LoraParams, b: Path, lora_b: LoraParams) -> WeightsDiff:
     """Compare the weights in two adapter folders of one base.
 
     With W_x = B_x A_x, <W_x, W_y> = tr(A_x^T B_x^T B_y A_y) = tr((B_x^T B_y)(A_y A_x^T)), which takes r x r matrices

@@ -5,44 +5,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from training.errors import AdapterRefused
 
 
-@dataclass(frozen=True, slots=True)
-class GateReport:
-    """What came of running an adapter, loaded from its files, on held-out rows.
-
-    Attributes:
-        eval_loss: mean cross entropy over `eval_tokens` labelled tokens, in nats, with the adapter.
-        base_eval_loss: the same without it.
-        eval_tokens: labelled tokens in the rows.
-        changes: whether any output differs from the base's.
-        adapter_sha256: of the `adapter_model.safetensors` that was loaded.
-        figures: what else the method tells, such as eval_reward_margin. With preferences both losses are the method's,
-            and the base's is that of the reference.
-    """
-
-    eval_loss: float
-    base_eval_loss: float
-    eval_tokens: int
-    changes: bool
-    adapter_sha256: str
-    figures: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The figures under the names that manifests have them by."""
-        return {
-            "eval_loss": self.eval_loss,
-            "base_eval_loss": self.base_eval_loss,
-            "eval_tokens": float(self.eval_tokens),
-            **self.figures,
-        }
-
-
-def objection(metrics: Mapping[str, float], min_improvement: float, *, changes: bool) -> str | None:
+def rejection_reason(metrics: Mapping[str, float], min_improvement: float, *, changes: bool) -> str | None:
     """Why the adapter should not be published, or None; whoever knows better may force it.
 
     Args:

@@ -3,25 +3,21 @@
 `training.registry.registry` writes and reads these records; serving and clients use them through it.
 """
 
-import re
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import AwareDatetime, ConfigDict, Field
-from pydantic import BaseModel as PydanticModel
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from training.base_models.resolve import BaseModel, Quantization
-from training.errors import AdapterRefused, RegistryError
-from training.registry.adapter_files import WEIGHTS_FILE, LoraShape
+from training.base_models.nf4 import Quantization
+from training.base_models.resolve import BaseCheckpoint
+from training.errors import AdapterRefused
+from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
 
 Method = Literal["sft", "dpo", "kto"]
 
 MANIFEST_FILE = "manifest.json"
-ADAPTER_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
-_BASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
-class Record(PydanticModel):
+class Record(BaseModel):
     """Closed, frozen, JSON on disk."""
 
     # Metrics of a forced version may be NaN, which plain JSON cannot say.
@@ -108,7 +104,7 @@ class AdapterManifest(Record):
     base: BaseRef
     quantization: Quantization
     chat_format: str
-    lora: LoraShape
+    lora: LoraParams
     dataset: DatasetRef | None
     config: dict[str, Any] | None
     metrics: dict[str, float]
@@ -134,44 +130,7 @@ class AdapterManifest(Record):
         return f"{self.base.name}:{self.name}@{self.version}"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelId:
-    """`BASE`, `BASE:ADAPTER`, `BASE:ADAPTER@VERSION` or `BASE:ADAPTER@ALIAS`."""
-
-    base: str
-    adapter: str | None = None
-    ref: str | None = None
-
-    def __str__(self) -> str:
-        text = self.base
-        if self.adapter is not None:
-            text += f":{self.adapter}"
-        if self.ref is not None:
-            text += f"@{self.ref}"
-        return text
-
-
-def parse_model_id(text: str) -> ModelId:
-    """Take a model id apart; nothing is looked up.
-
-    Raises:
-        RegistryError: it has none of the four forms.
-    """
-    base, colon, rest = text.partition(":")
-    adapter, at, ref = rest.partition("@")
-    if (
-        not _BASE.fullmatch(base)
-        or (colon and not ADAPTER_NAME.fullmatch(adapter))
-        or (at and not ADAPTER_NAME.fullmatch(ref))
-    ):
-        raise RegistryError(
-            f"model id {text!r:.200} is not of the form BASE, BASE:ADAPTER, BASE:ADAPTER@VERSION "
-            "or BASE:ADAPTER@ALIAS: write for example smollm2-135m:ranch-hand@2"
-        )
-    return ModelId(base, adapter or None, ref or None)
-
-
-def check_base(manifest: AdapterManifest, base: BaseModel) -> None:
+def check_base(manifest: AdapterManifest, base: BaseCheckpoint) -> None:
     """Make sure that `base` is what the adapter was trained on: same name, same weights, same revision.
 
     The revision is compared where both sides have one; a copy in a local directory has none.

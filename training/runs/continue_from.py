@@ -7,12 +7,13 @@ out of their reach. Called by `training.ray_train.fit`; what starts from the fil
 
 from dataclasses import replace
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import RunInputs
 from training.errors import ConfigError
 from training.registry.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from training.registry.registry import AdapterManifest, AdapterRegistry, DatasetRef, ParentRef, check_base
+from training.registry.manifest import AdapterManifest, DatasetRef, ParentRef, check_base
+from training.registry.registry import AdapterRegistry
 from training.runs.run_dir import RunDir
 
 PARENT_DIR = "parent"  # in the run's directory
@@ -23,8 +24,8 @@ _SPLIT_KEYS = (
 )  # fmt: skip
 
 
-def resolve_parent(
-    config: TrainConfig, base: BaseModel, registry: AdapterRegistry | None = None
+def resolve_parent_adapter(
+    config: TrainConfig, base: BaseCheckpoint, registry: AdapterRegistry | None = None
 ) -> tuple[TrainConfig, AdapterManifest | None]:
     """The configuration with the parent's exact version, LoRA shape and chat format written out, and the parent.
 

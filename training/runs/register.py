@@ -6,16 +6,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from training.config.train_config import TrainConfig, resolved
-from training.ray_train.fit import FitResult
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.registry.adapter_files import read_adapter
 from training.registry.audit import audited, os_user
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, SampleAnswer
+from training.registry.manifest import AdapterManifest, SampleAnswer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 from training.runs.continue_from import parent_ref
+from training.runs.result import RunResult
 
 
 def register(
-    config: TrainConfig, result: FitResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
+    config: TrainConfig, result: RunResult, *, force: bool = False, sweep: Mapping[str, Any] | None = None
 ) -> AdapterManifest:
     """Publish the adapter of a finished run as the next version of `config.adapter`; once, however often it is asked.
 
@@ -42,14 +45,14 @@ def register(
         samples=[SampleAnswer.model_validate(sample) for sample in result.samples],
     )
     with audited(os_user(), "register", config.adapter, run_name=result.run_name) as record:
-        manifest = registry.register(
+        manifest = AdapterPublisher(registry).register(
             result.adapter_dir, draft, force=force, min_improvement=config.gate.min_improvement
         )
         record |= {"version": manifest.version, "forced": manifest.forced}
     return manifest
 
 
-def _version_of(registry: AdapterRegistry, name: str, result: FitResult) -> AdapterManifest | None:
+def _version_of(registry: AdapterRegistry, name: str, result: RunResult) -> AdapterManifest | None:
     """The version that this run's very weights became before."""
     if name not in registry.names():
         return None

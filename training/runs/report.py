@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.config.train_config import TrainConfig, resolved
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.planning.plan import memory_lines
 from training.runs.metrics_log import Metrics, read_metrics
 from training.runs.run_dir import RunDir
-from training.runs.run_lock import Driver, read_driver
+from training.runs.run_lock import LockHolder, read_lock_holder
 
 REPORT_FILE, REPORT_PLOT, LOSS_PLOT = "report.md", "report.png", "loss.png"
 _CELL_CHARS = 400
@@ -48,7 +49,7 @@ def build_report(run_dir: RunDir) -> str:
         ("Curve", _curve(metrics)),
         ("Answers to held-out prompts", _samples(files["result"].get("samples", []))),
         ("Memory", _memory(files, metrics)),
-        ("Speed and cost", _speed(files, metrics, result, read_driver(run_dir))),
+        ("Speed and cost", _speed(files, metrics, result, read_lock_holder(run_dir))),
         ("Data", _data(files["data"])),
         ("Configuration that is not default", _changed(files["config"])),
         ("Environment", _environment(files["environment"], files["trackers"])),
@@ -114,7 +115,7 @@ def _memory(files: Mapping[str, Any], metrics: Metrics) -> str:
     return _table(("peak of a worker", ""), rows) + f"\n\nMeasured is {of}. The estimate in parts:{parts}"
 
 
-def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float], driver: Driver | None) -> str:
+def _speed(files: Mapping[str, Any], metrics: Metrics, result: Mapping[str, float], driver: LockHolder | None) -> str:
     if not metrics.steps:
         return ""
     rows = [

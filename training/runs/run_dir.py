@@ -14,18 +14,13 @@ Driver and workers write here, `corral runs` reads. Each file is there whole or 
 
 import hashlib
 import json
-import re
 import shutil
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from training.errors import TrainingError
 from training.home import corral_home
 from training.storage import TEMPORARY_PREFIX, Storage
-
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class RunDir:
@@ -134,54 +129,3 @@ class RunDir:
 
     def __str__(self) -> str:
         return self.address
-
-
-class PhaseLog:
-    """`phases.json` of a run: what it did in turn, each with when it began."""
-
-    FILE = "phases.json"
-
-    def __init__(self, run_dir: RunDir) -> None:
-        self._run_dir = run_dir
-        self._begun: list[dict[str, Any]] = []
-
-    def add(self, phase: str) -> None:
-        """`phase` begins now."""
-        self._begun.append({"phase": phase, "time": time.time()})
-        self._run_dir.write_json(self.FILE, self._begun)
-
-
-class MetricsLog:
-    """`metrics.jsonl` of a run: a line per logged step. In an object store it is written anew every few seconds.
-
-    Args:
-        step: a resumed run takes the later steps again; their lines, and one that a crash cut short, are dropped.
-    """
-
-    FILE = "metrics.jsonl"
-
-    def __init__(self, run_dir: RunDir, step: int) -> None:
-        self._run_dir = run_dir
-        kept = [line for line in (run_dir.read_text(self.FILE) or "").splitlines() if _step_of(line) <= step]
-        self._text = "".join(line + "\n" for line in kept)
-        run_dir.write_text(self.FILE, self._text)
-
-    def add(self, record: Mapping[str, float]) -> None:
-        """One step's figures."""
-        line = json.dumps(record)
-        if self._run_dir.is_local:
-            self._run_dir.append(self.FILE, line)
-        else:
-            self._text += line + "\n"
-
-    def flush(self) -> None:
-        """Make sure that readers see every line."""
-        if not self._run_dir.is_local:
-            self._run_dir.write_text(self.FILE, self._text)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -1,4 +1,4 @@
-"""Who drives a run: one process at a time. `fit` and `run_sweep` do so inside `driving`; `corral runs` reads it.
+"""Who drives a run: one process at a time. `fit` and `run_sweep` do so inside `hold_run_lock`; `corral runs` reads it.
 
 A driver makes the file with the next number in `drivers/` of the run's directory, which one of many can do, on a disk
 (a hard link) as in an object store (a put on condition); it rewrites its own file while it lives and touches no other.
@@ -34,7 +34,7 @@ _SILENT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Driver:
+class LockHolder:
     """The process that drives a run, or drove it: times are seconds since the epoch, by its own clock.
 
     Attributes:
@@ -72,7 +72,7 @@ class Driver:
             return None
         return process if is_driver else None
 
-    def is_same(self, other: "Driver") -> bool:
+    def is_same(self, other: "LockHolder") -> bool:
         """Whether both are records of one process, early and late."""
         return (self.pid, self.host, self.started) == (other.pid, other.host, other.started)
 
@@ -80,7 +80,7 @@ class Driver:
         return f"process {self.pid} on {self.host}, started {datetime.fromtimestamp(self.started, UTC):%F %T} UTC"
 
 
-def read_driver(run_dir: RunDir) -> Driver | None:
+def read_lock_holder(run_dir: RunDir) -> LockHolder | None:
     """The run's last driver.
 
     Raises:
@@ -90,7 +90,7 @@ def read_driver(run_dir: RunDir) -> Driver | None:
 
 
 @contextlib.contextmanager
-def driving(run_dir: RunDir) -> Iterator[None]:
+def hold_run_lock(run_dir: RunDir) -> Iterator[None]:
     """Drive the run for the block, alone. A `ConfigError` leaves no trace in the directory.
 
     Raises:
@@ -124,13 +124,13 @@ def driving(run_dir: RunDir) -> Iterator[None]:
                 run_dir.remove(file)
 
 
-def _last(run_dir: RunDir) -> tuple[int, Driver | None]:
+def _last(run_dir: RunDir) -> tuple[int, LockHolder | None]:
     """The number of the last driver's file, 0 where there is none, and the driver."""
     files = run_dir.files(_FOLDER)
     if not files:
         return 0, None
     try:
-        driver = Driver(**run_dir.read_json(files[-1]))
+        driver = LockHolder(**run_dir.read_json(files[-1]))
     except TypeError:  # not ours
         driver = None
     if driver and not driver.is_here and driver.ended is None and (progress := read_progress(run_dir)):
@@ -138,19 +138,19 @@ def _last(run_dir: RunDir) -> tuple[int, Driver | None]:
     return int(PurePosixPath(files[-1]).stem), driver
 
 
-def _take(run_dir: RunDir) -> tuple[str, Driver]:
+def _take(run_dir: RunDir) -> tuple[str, LockHolder]:
     number, last = _last(run_dir)
     if last and last.is_alive:
         raise _driven(run_dir, last)
     now = time.time()
-    driver = Driver(os.getpid(), socket.gethostname(), now, now)
+    driver = LockHolder(os.getpid(), socket.gethostname(), now, now)
     file = f"{_FOLDER}/{number + 1:04d}.json"
     if not run_dir.create_json(file, asdict(driver)):  # another one was faster
-        raise _driven(run_dir, read_driver(run_dir))
+        raise _driven(run_dir, read_lock_holder(run_dir))
     return file, driver
 
 
-def _driven(run_dir: RunDir, driver: Driver | None) -> TrainingError:
+def _driven(run_dir: RunDir, driver: LockHolder | None) -> TrainingError:
     who, there, free = str(driver or "a process that has just started"), "", ""
     if driver and not driver.is_here:
         who += f", seen {max(0.0, time.time() - driver.seen):.0f} s ago"
@@ -162,7 +162,7 @@ def _driven(run_dir: RunDir, driver: Driver | None) -> TrainingError:
     )
 
 
-def _keep_seen(run_dir: RunDir, file: str, driver: Driver, done: threading.Event) -> None:
+def _keep_seen(run_dir: RunDir, file: str, driver: LockHolder, done: threading.Event) -> None:
     """Say every now and then that the driver lives; stop it as Ctrl-C does where another one has taken its place."""
     while not done.wait(_SEEN_EVERY_S):
         if _successor(run_dir, driver):
@@ -172,9 +172,9 @@ def _keep_seen(run_dir: RunDir, file: str, driver: Driver, done: threading.Event
             run_dir.write_json(file, asdict(replace(driver, seen=time.time())))
 
 
-def _successor(run_dir: RunDir, driver: Driver) -> Driver | None:
+def _successor(run_dir: RunDir, driver: LockHolder) -> LockHolder | None:
     """Who took the run over from `driver`, as far as it can be read."""
     with contextlib.suppress(CorralError):
-        last = read_driver(run_dir)
+        last = read_lock_holder(run_dir)
         return None if last is None or last.is_same(driver) else last
     return None

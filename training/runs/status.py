@@ -21,8 +21,10 @@ import psutil
 
 from training.errors import CorralError
 from training.home import corral_home
-from training.runs.run_dir import RUN_NAME, MetricsLog, RunDir
-from training.runs.run_lock import Driver, read_driver
+from training.names import RUN_NAME
+from training.runs.metrics_log import MetricsLog
+from training.runs.run_dir import RunDir
+from training.runs.run_lock import LockHolder, read_lock_holder
 
 RunState = Literal["running", "finished", "failed", "stopped", "interrupted"]
 
@@ -36,14 +38,14 @@ class RunError(CorralError):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunStatus:
     """One run.
 
     Attributes:
         directory: its address, such as /home/me/.corral/runs/NAME or s3://bucket/runs/NAME.
         phase: what it does or did last, in words.
         started, ended: seconds since the epoch, if known; an interrupted run ended when it last wrote.
-        metrics: of a finished run, see `training.trainer.train.SftResult`.
+        metrics: of a finished run, see `training.trainer.train.TrainResult`.
         failure: why it failed.
         config: what it was told.
     """
@@ -63,7 +65,7 @@ class Run:
     ended: float | None
     metrics: Mapping[str, float]
     failure: str | None
-    driver: Driver | None
+    driver: LockHolder | None
     config: Mapping[str, Any]
 
 
@@ -72,7 +74,7 @@ def runs_address(storage_path: str | None = None) -> str:
     return os.path.expanduser(storage_path).rstrip("/") if storage_path else str(corral_home() / "runs")
 
 
-def read_runs(address: str) -> list[Run]:
+def read_runs(address: str) -> list[RunStatus]:
     """All runs at `address`, the oldest first.
 
     Raises:
@@ -83,7 +85,7 @@ def read_runs(address: str) -> list[Run]:
     return sorted(found, key=lambda run: (run.started or 0.0, run.name))
 
 
-def read_run(address: str, name: str) -> Run:
+def read_run(address: str, name: str) -> RunStatus:
     """The run `name` at `address`.
 
     Raises:
@@ -99,7 +101,7 @@ def read_run(address: str, name: str) -> Run:
     return run
 
 
-def read_metrics(run: Run) -> list[dict[str, Any]]:
+def read_metrics(run: RunStatus) -> list[dict[str, Any]]:
     """A run's logged steps: step, num_steps, time, loss, tokens_per_s and more; a line being written is left out."""
     steps = []
     for line in (RunDir(*run.directory.rsplit("/", 1)).read_text(MetricsLog.FILE) or "").splitlines():
@@ -108,12 +110,12 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     return steps
 
 
-def run_files(run: Run) -> list[str]:
+def run_files(run: RunStatus) -> list[str]:
     """Names in a run's directory, but for Ray Train's checkpoints and records."""
     return [name for name, _ in _listing(run.directory) if not name.startswith((".", "checkpoint"))]
 
 
-def stop_run(run: Run) -> None:
+def stop_run(run: RunStatus) -> None:
     """End a run of this machine as Ctrl-C would, and wait until its driver is gone.
 
     Raises:
@@ -144,12 +146,12 @@ def stop_run(run: Run) -> None:
         time.sleep(_POLL_S)
 
 
-def _read(directory: RunDir) -> Run | None:
+def _read(directory: RunDir) -> RunStatus | None:
     config = directory.read_json("config.json")
     if config is None:
         return None
     sweep_name, is_trial, _ = directory.name.partition("/")
-    driver = read_driver(RunDir(directory.parent, sweep_name))
+    driver = read_lock_holder(RunDir(directory.parent, sweep_name))
     progress = directory.read_json("progress.json") or {}
     result, failure = directory.read_json("result.json"), directory.read_json("failure.json")
     metrics: dict[str, float] = (result or {}).get("metrics", {})
@@ -157,7 +159,7 @@ def _read(directory: RunDir) -> Run | None:
     has_result = bool(result or directory.read_json("sweep.json"))
     state = _state(driver, has_result, bool(failure), is_trial=bool(is_trial))
     wrote_at = max(progress.get("time", 0.0), driver.seen if driver else 0.0)
-    return Run(
+    return RunStatus(
         name=directory.name,
         directory=directory.address,
         state=state,
@@ -178,7 +180,7 @@ def _read(directory: RunDir) -> Run | None:
     )
 
 
-def _state(driver: Driver | None, has_result: bool, has_failure: bool, *, is_trial: bool) -> RunState:
+def _state(driver: LockHolder | None, has_result: bool, has_failure: bool, *, is_trial: bool) -> RunState:
     is_over = is_trial and (has_result or has_failure)  # its sweep may go on
     if driver and driver.is_alive and not is_over:
         return "running"

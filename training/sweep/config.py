@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from training.config.train_config import TrainConfig, build_config_of, explain, load_config, read_yaml
+from training.config.load import build_config_of, explain, load_config, read_yaml
+from training.config.train_config import TrainConfig
 from training.errors import ConfigError
 
 Value = bool | int | float | str | list[str]

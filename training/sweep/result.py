@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from training.registry.registry import AdapterManifest
-from training.runs.run_dir import MetricsLog, RunDir
+from training.registry.manifest import AdapterManifest
+from training.runs.metrics_log import MetricsLog
+from training.runs.run_dir import RunDir
 from training.sweep.config import Trial, Value
 
 
@@ -20,7 +21,7 @@ class Outcome:
 
     Attributes:
         status: `stopped` is by the scheduler, before its end.
-        metrics: of a finished trial, as `training.trainer.train.SftResult` has them.
+        metrics: of a finished trial, as `training.trainer.train.TrainResult` has them.
         num_steps: optimizer steps that were taken.
         reason: why it failed.
     """

@@ -19,27 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from training.base_models.resolve import resolve_base_model
-from training.config.train_config import TrainConfig, check_resources, check_this_machine, resolved, wants_gpu
+from training.config.load import resolved
+from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError
-from training.ray_train.fit import (
-    equal_share,
-    one_line,
-    open_run,
-    ray_is_running_here,
-    ray_session,
-    ray_storage,
-    read_result,
-    run_dir_of,
-    with_absolute_paths,
-)
-from training.ray_train.worker import RayRun, failure_recorded, scratch_of, train_into
-from training.registry.registry import AdapterManifest
-from training.runs.continue_from import PARENT_DIR, copy_parent, resolve_parent, split_warning
+from training.planning.resources import check_resources, check_this_machine, wants_gpu
+from training.ray_train.session import equal_share, one_line, ray_is_running_here, ray_session, ray_storage
+from training.ray_train.worker import RayRun, train_into
+from training.registry.manifest import AdapterManifest
+from training.runs.attempt import failure_recorded, scratch_of
+from training.runs.continue_from import PARENT_DIR, copy_parent, resolve_parent_adapter, split_warning
 from training.runs.progress import Progress, show_progress_of, write_progress
 from training.runs.register import register
+from training.runs.result import read_result
+from training.runs.resume import open_run, run_dir_of, with_absolute_paths
 from training.runs.run_dir import RunDir
-from training.runs.run_lock import driving
+from training.runs.run_lock import hold_run_lock
 from training.sweep.config import SweepConfig, Trial, plan
 from training.sweep.report import report
 from training.sweep.result import SweepResult, as_json, is_done, ranked, read_outcome, trial_dir
@@ -59,14 +54,14 @@ def run_sweep(config: SweepConfig, *, force: bool = False, debug: bool = False) 
         check_this_machine(config)
     inputs = read_inputs(config)
     base = resolve_base_model(config.base_model, config.base_revision)
-    checked = [(trial, *resolve_parent(trial.config, base)) for trial in plan(config)]
+    checked = [(trial, *resolve_parent_adapter(trial.config, base)) for trial in plan(config)]
     parent = checked[0][2]
     if warning := parent and split_warning(config, inputs.dataset, parent):
         print(f"data: note: {warning}", file=sys.stderr)
     trials = [replace(trial, config=with_absolute_paths(trial_config)) for trial, trial_config, _ in checked]
     run_dir = run_dir_of(config)
     title = f"{run_dir.name} on {inputs.base.name}"
-    with driving(run_dir):
+    with hold_run_lock(run_dir):
         open_run(config, run_dir)
         if parent:
             copy_parent(parent, run_dir)
@@ -184,7 +179,7 @@ def _run_trial(space: dict[str, Any]) -> None:
 
 
 class _TrialRun(RayRun):
-    """A `training.trainer.callback.Run` in a trial: logs as a run does, and tells Tune the loss; keeps no checkpoints.
+    """A `RunReporter` in a trial: logs as a run does and reports the loss to Tune; keeps no checkpoints.
 
     That is the held-out loss where there is one during training (`eval_steps`), else the smoothed training loss.
     """

@@ -1,7 +1,6 @@
-"""What is looked at while a run trains: logs and checkpoints passed on, divergence, held-out loss, early stopping.
+"""A run while it trains: logs and checkpoints reported, divergence, held-out loss, early stopping.
 
-`training.trainer.train` gives `Watch` to the trainer of any method. Where progress and checkpoints go is a `Run`'s
-business.
+`TrainingCallback` works with the trainer of any method; where progress and checkpoints go is up to its `RunReporter`.
 """
 
 import json
@@ -26,7 +25,7 @@ _WATCH_FILE, _BEST_WEIGHTS_FILE = "watch.json", "best.safetensors"  # in a check
 _SCALER_HALVINGS = 16  # of torch's GradScaler from 2^16 down to 1, each for a step whose float16 gradients overflowed
 
 
-class Run(Protocol):
+class RunReporter(Protocol):
     """Where a worker's progress goes. Every rank calls every method at the same step."""
 
     @property
@@ -45,7 +44,7 @@ class Run(Protocol):
         """Rank 0 has a whole checkpoint in `directory` until the call returns; what other ranks have does not count."""
 
 
-class Watch(TrainerCallback):
+class TrainingCallback(TrainerCallback):
     """Stops a run that diverged or no longer improves, and keeps the adapter of the lowest held-out loss.
 
     Args:
@@ -56,7 +55,7 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         config: TrainConfig,
-        run: Run,
+        run: RunReporter,
         highest_loss: float,
         compared: str,
         evaluate: Callable[[PeftModel], Mapping[str, float]] | None = None,

@@ -5,7 +5,8 @@ where torch.distributed is initialized its ranks share the rows.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,48 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from training.base_models.resolve import quiet_loading
+from training.base_models.nf4 import quiet_loading
 from training.data.row_store import IGNORED_LABEL, Rows, TokenizedRow
 from training.errors import AdapterRefused
 from training.registry.adapter_files import WEIGHTS_FILE
-from training.registry.gate import GateReport
 
 _BATCH_TOKENS = 2048  # padded tokens in one forward
 _NO_LABEL: TokenizedRow = {"input_ids": [0], "labels": [IGNORED_LABEL]}
 
 
-def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[TokenizedRow]) -> GateReport:
+@dataclass(frozen=True, slots=True)
+class HeldOutResult:
+    """What came of running an adapter, loaded from its files, on held-out rows.
+
+    Attributes:
+        eval_loss: mean cross entropy over `eval_tokens` labelled tokens, in nats, with the adapter.
+        base_eval_loss: the same without it.
+        eval_tokens: labelled tokens in the rows.
+        changes: whether any output differs from the base's.
+        adapter_sha256: of the `adapter_model.safetensors` that was loaded.
+        figures: what else the method tells, such as eval_reward_margin. With preferences both losses are the method's,
+            and the base's is that of the reference.
+    """
+
+    eval_loss: float
+    base_eval_loss: float
+    eval_tokens: int
+    changes: bool
+    adapter_sha256: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures under the names that manifests have them by."""
+        return {
+            "eval_loss": self.eval_loss,
+            "base_eval_loss": self.base_eval_loss,
+            "eval_tokens": float(self.eval_tokens),
+            **self.figures,
+        }
+
+
+def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[TokenizedRow]) -> HeldOutResult:
     """Load the adapter in `adapter_dir` onto `base` and compute both held-out losses; `base` is left as it was.
 
     Args:
@@ -49,7 +81,7 @@ def evaluate_files(adapter_dir: Path, base: LlamaForCausalLM, rows: Sequence[Tok
     finally:
         model.unload()
     # The same kernels on the same rows: two sums that agree to the last bit come from outputs that all do.
-    return GateReport(eval_loss, base_eval_loss, int(eval_tokens), eval_loss != base_eval_loss, sha256)
+    return HeldOutResult(eval_loss, base_eval_loss, int(eval_tokens), eval_loss != base_eval_loss, sha256)
 
 
 def load_adapter(adapter_dir: Path, base: LlamaForCausalLM) -> tuple[PeftModel, str]:

@@ -23,22 +23,22 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from training.base_models.resolve import (
-    BaseModel,
+from training.base_models.nf4 import (
     Quantization,
     bitsandbytes_config,
     compute_dtype_on,
     forbid_packed_cpu_kernel,
     quiet_loading,
 )
+from training.base_models.resolve import BaseCheckpoint
 
 # Its name up to torch 2.12 is deprecated since.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _ALIGNMENT = 16  # bytes: any dtype, and any vector load of a CUDA kernel, may begin there
 
 
-def load_sharded(base: BaseModel, quantization: Quantization, device: torch.device) -> LlamaForCausalLM:
-    """`training.base_models.resolve.load_quantized`, its decoder layers shared by all ranks of torch.distributed.
+def load_sharded(base: BaseCheckpoint, quantization: Quantization, device: torch.device) -> LlamaForCausalLM:
+    """`training.base_models.nf4.load_quantized`, its decoder layers shared by all ranks of torch.distributed.
 
     Layer after layer is read, quantized on `device` and cut to this rank's part: a device never holds more than two.
     The same weights to the bit, and the same model to whoever calls it.
@@ -70,7 +70,7 @@ def load_sharded(base: BaseModel, quantization: Quantization, device: torch.devi
     return model
 
 
-def leave_to_ranks(model: torch.nn.Module) -> None:
+def exclude_from_ddp(model: torch.nn.Module) -> None:
     """Keep DistributedDataParallel, which makes all ranks' parameters equal, away from those that do not train."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)

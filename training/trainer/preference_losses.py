@@ -21,8 +21,7 @@ from transformers import LlamaForCausalLM
 
 from training.config.train_config import PreferenceSettings
 from training.data.row_store import PreferenceRow, UnpairedRow
-from training.registry.gate import GateReport
-from training.trainer.evaluate import length_batches, load_adapter
+from training.trainer.evaluate import HeldOutResult, length_batches, load_adapter
 
 PreferenceRows = Sequence[PreferenceRow] | Sequence[UnpairedRow]
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
@@ -67,7 +66,7 @@ class HeldOutPreferences:
             metrics["eval_preference_accuracy"] = float((differences > 0).double().mean())
         return metrics
 
-    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
         """`metrics` of the adapter in `adapter_dir`, loaded from its files; `base` is left as it was.
 
         Raises:
@@ -80,7 +79,7 @@ class HeldOutPreferences:
             model.unload()
         loss, base_loss = figures["eval_loss"], figures["base_eval_loss"]
         num_tokens = int(self._pairs.completion_lengths.sum())
-        return GateReport(loss, base_loss, num_tokens, loss != base_loss, sha256, figures)
+        return HeldOutResult(loss, base_loss, num_tokens, loss != base_loss, sha256, figures)
 
     def _loss(self, ratios: Tensor) -> float:
         first, second = ratios.chunk(2)

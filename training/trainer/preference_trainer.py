@@ -25,7 +25,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from training.config.train_config import PreferenceSettings, TrainConfig
-from training.data.batch_sampler import StepBatches
+from training.data.batch_sampler import StepBatchSampler
 from training.data.row_store import Rows
 from training.data.run_inputs import RunInputs
 from training.trainer.preference_losses import ScoredPairs, kto_losses, loss_at_reference, reference_logps
@@ -63,7 +63,7 @@ class _StepTrainer(Trainer, ABC):
     with answers of no tokens: their loss is a constant, which is taken off again, and they have no gradient.
     """
 
-    batches: StepBatches
+    batches: StepBatchSampler
     settings: PreferenceSettings
     filler: ClassVar[Row]
     loss_is_scaled_for_ga = True
@@ -165,7 +165,7 @@ def preference_trainer(
     config: TrainConfig,
     inputs: RunInputs,
     model: PeftModel,
-    batches: StepBatches,
+    batches: StepBatchSampler,
     arguments: dict[str, Any],
     callbacks: Sequence[TrainerCallback],
 ) -> DPOTrainer | KTOTrainer:

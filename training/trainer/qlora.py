@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.base_models.resolve import forbid_packed_cpu_kernel
+from training.base_models.nf4 import forbid_packed_cpu_kernel
 from training.config.train_config import LoraSettings
 from training.registry.adapter_files import WEIGHTS_FILE
 

@@ -1,4 +1,4 @@
-"""Sample answers: what base and adapter say to held-out prompts, greedily, for the person who looks at a run."""
+"""SampleAnswer answers: what base and adapter say to held-out prompts, greedily, for the person who looks at a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.data.run_inputs import RunInputs
 
 _MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleAnswer:
     """A held-out prompt, the answer in the dataset, and what base and adapter say (greedy)."""
 
     prompt: str
@@ -25,7 +25,7 @@ class Sample:
 
 def sample_answers(
     model: PeftModel, inputs: RunInputs, num_prompts: int, *, with_all_ranks: bool = False
-) -> list[Sample]:
+) -> list[SampleAnswer]:
     """Answers to the first trained question of up to `num_prompts` held-out conversations, spread over them.
 
     Args:
@@ -41,7 +41,7 @@ def sample_answers(
     with model.disable_adapter():
         base = generate_answers(model, inputs, dialogs, with_all_ranks=with_all_ranks)
     return [
-        Sample(conversation.messages[first - 1].content, conversation.messages[first].content, b, a)
+        SampleAnswer(conversation.messages[first - 1].content, conversation.messages[first].content, b, a)
         for conversation, first, b, a in zip(chosen, firsts, base, adapter, strict=True)
     ]
 

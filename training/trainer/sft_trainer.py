@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from training.data.batch_sampler import StepBatches
+from training.data.batch_sampler import StepBatchSampler
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
-from training.trainer.varlen_attention import cumulative, documents_apart
+from training.trainer.varlen_attention import cumulative, varlen_forward
 
 _LOGITS_CHUNK = 1024  # labelled tokens whose logits are held at once: 0.5 GB in float32 where 128k tokens are known
 
@@ -66,7 +66,7 @@ def training_forward(model: PeftModel) -> Iterator[None]:
     original = causal_lm.forward
     causal_lm.forward = MethodType(_summed_loss, causal_lm)
     try:
-        with documents_apart(causal_lm):
+        with varlen_forward(causal_lm):
             yield
     finally:
         causal_lm.forward = original
@@ -96,7 +96,7 @@ def _cross_entropy(lm_head: torch.nn.Module, hidden: torch.Tensor, labels: torch
     return F.cross_entropy(lm_head(hidden).float(), labels, reduction="sum")
 
 
-class DocumentTrainer(Trainer):
+class PaddingFreeTrainer(Trainer):
     """Trains `model` on `rows` in the order of `batches`; call `train` within `training_forward`."""
 
     def __init__(
@@ -104,7 +104,7 @@ class DocumentTrainer(Trainer):
         model: PeftModel,
         args: TrainingArguments,
         rows: Rows,
-        batches: StepBatches,
+        batches: StepBatchSampler,
         callbacks: Sequence[TrainerCallback],
         *,
         loraplus_lr_ratio: float | None = None,
@@ -174,7 +174,7 @@ class DocumentTrainer(Trainer):
 
 
 class EpochLoader(DataLoader[Any]):
-    """Tells its batch sampler of every epoch, so that `StepBatches` shuffles anew."""
+    """Tells its batch sampler of every epoch, so that `StepBatchSampler` shuffles anew."""
 
     def set_epoch(self, epoch: int) -> None:
         """Of the iterations that follow; transformers' loop calls it."""

@@ -1,7 +1,7 @@
 """What one worker does in a run, top to bottom, in `train`; Ray is not known here.
 
 The base in NF4, an adapter on it, the trainer of the method over rows that are tokenized already, the adapter saved,
-and its held-out loss from the very files that will be published. Progress and checkpoints go to a `Run`;
+and its held-out loss from the very files that will be published. Progress and checkpoints go to a `RunReporter`;
 `training.ray_train.fit` connects that to Ray Train.
 """
 
@@ -18,24 +18,23 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from training.base_models.resolve import ComputeDtype, compute_dtype_on, load_quantized
+from training.base_models.nf4 import ComputeDtype, compute_dtype_on, load_quantized
 from training.config.train_config import TrainConfig
-from training.data.batch_sampler import StepBatches, StepShape, pack
+from training.data.batch_sampler import StepBatchSampler, StepLayout, pack
 from training.data.row_store import TokenizedRow
 from training.data.run_inputs import RunInputs, read_inputs
 from training.errors import TrainingError
 from training.planning.batch_size import decide, free_memory
-from training.registry.gate import GateReport
-from training.trainer.callback import Run, Watch
-from training.trainer.evaluate import evaluate_files, held_out_loss
-from training.trainer.fsdp_qlora import leave_to_ranks, load_sharded
+from training.trainer.callback import RunReporter, TrainingCallback
+from training.trainer.evaluate import HeldOutResult, evaluate_files, held_out_loss
+from training.trainer.fsdp_qlora import exclude_from_ddp, load_sharded
 from training.trainer.qlora import load_adapter, start_adapter
-from training.trainer.samples import Sample, sample_answers
-from training.trainer.sft_trainer import DocumentTrainer, neftune, training_forward
+from training.trainer.samples import SampleAnswer, sample_answers
+from training.trainer.sft_trainer import PaddingFreeTrainer, neftune, training_forward
 
 
 @dataclass(frozen=True, slots=True)
-class SftResult:
+class TrainResult:
     """What a finished run leaves.
 
     Attributes:
@@ -48,7 +47,7 @@ class SftResult:
     """
 
     metrics: dict[str, float]
-    samples: list[Sample]
+    samples: list[SampleAnswer]
     compute_dtype: ComputeDtype
     adapter_sha256: str | None = None
     changes: bool = True
@@ -56,14 +55,14 @@ class SftResult:
 
 def train(
     config: TrainConfig,
-    run: Run,
+    run: RunReporter,
     *,
     adapter_dir: Path,
     scratch_dir: Path,
     device: torch.device,
     resume_from: Path | None = None,
     parent_dir: Path | None = None,
-) -> SftResult:
+) -> TrainResult:
     """Train one adapter and save it to `adapter_dir`, the same files on every rank.
 
     Args:
@@ -82,31 +81,36 @@ def train(
     base = (load_sharded if config.fsdp else load_quantized)(inputs.base, config.quantization, device)
     model = start_adapter(base, config.lora, inputs.base.path, parent_dir)
     if config.fsdp:
-        leave_to_ranks(model)
+        exclude_from_ddp(model)
     held_out = _held_out(config, inputs, model)
     before = {"parent_eval_loss": held_out.metrics(model)["eval_loss"]} if held_out and parent_dir else {}
 
     run.on_phase("training")
-    watch = Watch(config, run, *_highest_loss(config, base), held_out.metrics if held_out else None)
+    watch = TrainingCallback(config, run, *_highest_loss(config, base), held_out.metrics if held_out else None)
     metrics = _fit(config, inputs, model, watch, scratch_dir, resume_from)
     model.eval()
     model.save_pretrained(str(adapter_dir), save_embedding_layers=False)
-    samples: list[Sample] = []
+    samples: list[SampleAnswer] = []
     if config.sample_prompts and (run.rank == 0 or config.fsdp):
         run.on_phase("sample answers of base and adapter")
         samples = sample_answers(model, inputs, config.sample_prompts, with_all_ranks=config.fsdp)
 
     compute_dtype = compute_dtype_on(device, config.quantization)
     if held_out is None:
-        return SftResult(metrics, samples, compute_dtype)
+        return TrainResult(metrics, samples, compute_dtype)
     run.on_phase("held-out loss of base and adapter")
     model.unload()
     found = held_out.of_files(adapter_dir, base)
-    return SftResult(metrics | before | found.metrics, samples, compute_dtype, found.adapter_sha256, found.changes)
+    return TrainResult(metrics | before | found.metrics, samples, compute_dtype, found.adapter_sha256, found.changes)
 
 
 def _fit(
-    config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path, resume_from: Path | None
+    config: TrainConfig,
+    inputs: RunInputs,
+    model: PeftModel,
+    watch: TrainingCallback,
+    scratch_dir: Path,
+    resume_from: Path | None,
 ) -> dict[str, float]:
     """The steps; leaves the weights to publish in `model`."""
     if resume_from:
@@ -131,7 +135,9 @@ def _fit(
     }
 
 
-def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Watch, scratch_dir: Path) -> Trainer:
+def _trainer(
+    config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: TrainingCallback, scratch_dir: Path
+) -> Trainer:
     batches, shape = step_batches(config, inputs, *_rank_and_world_size())
     arguments = training_arguments(config, model, scratch_dir, shape.accumulation)
     if config.method != "sft":
@@ -139,7 +145,7 @@ def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Wa
 
         trainer: Trainer = preference_trainer(config, inputs, model, batches, arguments, [watch])
         return trainer
-    return DocumentTrainer(
+    return PaddingFreeTrainer(
         model,
         TrainingArguments(**arguments),
         inputs.train_rows,
@@ -149,19 +155,21 @@ def _trainer(config: TrainConfig, inputs: RunInputs, model: PeftModel, watch: Wa
     )
 
 
-def step_batches(config: TrainConfig, inputs: RunInputs, rank: int, world_size: int) -> tuple[StepBatches, StepShape]:
+def step_batches(
+    config: TrainConfig, inputs: RunInputs, rank: int, world_size: int
+) -> tuple[StepBatchSampler, StepLayout]:
     """The micro-batches of worker `rank`; steps have the same examples for every `world_size`."""
     lengths = inputs.train_rows.lengths
     packs = pack(lengths, config.max_length) if config.packing else None
     num_examples = len(packs) if packs else len(lengths)
-    shape = StepShape(min(config.step_size, num_examples), world_size, config.micro_batch_size)
+    shape = StepLayout(min(config.step_size, num_examples), world_size, config.micro_batch_size)
     if shape.step_size < world_size:
         raise TrainingError(
             f"{world_size} workers share steps of {shape.step_size} {'packs' if packs else 'rows'}: use fewer workers, "
             "larger steps or more data"
         )
     grouped = config.group_by_length
-    return StepBatches(lengths, packs, shape, rank, config.seed, group_by_length=grouped), shape
+    return StepBatchSampler(lengths, packs, shape, rank, config.seed, group_by_length=grouped), shape
 
 
 def training_arguments(config: TrainConfig, model: PeftModel, scratch_dir: Path, accumulation: int) -> dict[str, Any]:
@@ -222,7 +230,7 @@ class _HeldOut(Protocol):
     def metrics(self, model: PeftModel) -> dict[str, float]:
         """Of the adapter on `model`; `eval_loss` among them."""
 
-    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
         """Of the adapter in `adapter_dir`, loaded from its files."""
 
 
@@ -233,7 +241,7 @@ class _HeldOutConversations:
     def metrics(self, model: PeftModel) -> dict[str, float]:
         return {"eval_loss": held_out_loss(model, self.rows)[0]}
 
-    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> GateReport:
+    def of_files(self, adapter_dir: Path, base: LlamaForCausalLM) -> HeldOutResult:
         return evaluate_files(adapter_dir, base, self.rows)
 
 

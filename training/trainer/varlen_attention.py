@@ -1,6 +1,6 @@
 """Attention among the tokens of one document, for batches that are documents laid end to end without padding.
 
-`training.trainer.train` trains inside `documents_apart` and passes `cu_seq_lens` with every batch; forwards without it
+`training.trainer.train` trains inside `varlen_forward` and passes `cu_seq_lens` with every batch; forwards without it
 get transformers' own SDPA. Nothing is computed across documents, so packing changes no result. Knows nothing of data,
 adapters or the loss.
 """
@@ -23,12 +23,12 @@ _SCORES_UP_TO = 512
 
 
 @contextmanager
-def documents_apart(model: PreTrainedModel) -> Iterator[None]:
+def varlen_forward(model: PreTrainedModel) -> Iterator[None]:
     """In the block, forwards of `model` that are given `cu_seq_lens` keep documents apart.
 
     Forwards without it see one causal sequence in each row; transformers makes no mask for them.
     """
-    AttentionInterface.register(_NAME, _documents_attention)
+    AttentionInterface.register(_NAME, _varlen_attention_interface)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
@@ -37,7 +37,7 @@ def documents_apart(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def document_attention(
+def varlen_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Causal attention within each document.
@@ -96,7 +96,7 @@ def _to_grid(
     return tensor.new_zeros(num_rows, longest, *tensor.shape[1:]).index_put((rows, places), tensor)
 
 
-def _documents_attention(
+def _varlen_attention_interface(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -115,7 +115,7 @@ def _documents_attention(
         return attended
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return document_attention(q, k, v, cu_seq_lens, scale)[None], None
+    return varlen_attention(q, k, v, cu_seq_lens, scale)[None], None
 
 
 @cache

@@ -1,11 +1,11 @@
 // The Llama forward on a CPU, over NF4 weights, a paged KV cache and one LoRA adapter per token.
 //
 // One call runs all layers for all tokens of a step: between Python and the cores stands no operator dispatch, which
-// on a small model costs more than the arithmetic. Compiled at first use by deployments/engine/llama/cpu_kernels.py, called
-// through ctypes; knows nothing of requests or sampling.
+// on a small model costs more than the arithmetic. Compiled at first use by cpu_kernels.py, called through ctypes;
+// knows nothing of requests or sampling.
 //
 // Every sum runs in an order that depends on the token alone, never on what else is in the batch, how a prompt was
-// cut into chunks or how many threads there are: a request gets bit-equal logits alone and in a crowd.
+// cut into chunks or how many threads there are: a request gets bit-equal logits alone and in a batch.
 //
 // T is the compute type, bfloat16 (stored as uint16_t) or float. The residual stream and all sums are float.
 #include <atomic>
@@ -15,160 +15,14 @@
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define HAVE_BF16_DOT 1
-#else
-#define HAVE_BF16_DOT 0
-#endif
 #include <sched.h>
+
+#include "abi.h"
+#include "nf4.h"
+#include "simd.h"
 
 // torch's OpenMP runtime; taking its threads keeps a second pool from fighting over the cores.
 extern "C" void GOMP_parallel(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
-
-namespace {
-
-using bf16 = uint16_t;
-
-// Floats of one register. Wider vectors would compile too, but into scalar code.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kRegisters = 32;
-#else
-constexpr int kLanes = 4, kRegisters = 16;
-#endif
-typedef float fvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint16_t hvec __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-
-constexpr int kColumns = 32;        // output columns of one work item
-constexpr int kStrip = 2 * kLanes;  // output columns whose sums are in registers at once
-constexpr int kRows = kRegisters == 32 ? 12 : 6;     // rows that share a pass over a strip: kRows x 2 sums in registers
-constexpr int kTile = kRegisters == 32 ? 256 : 128;  // depth of a dequantized tile, which stays in the nearest cache
-constexpr int kGroup = 64;       // NF4: weights per absmax
-constexpr int kNested = 256;     // absmax values per absmax of absmax (double quantization)
-constexpr int kPage = 16;        // tokens in a KV block
-constexpr int kTargets = 7;      // q k v o gate up down
-
-// bitsandbytes' NF4 table (QLoRA, arXiv:2305.14314, appendix E).
-alignas(64) constexpr float kNf4[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-
-inline fvec splat(float x) { return x - fvec{}; }
-inline fvec load(const float* p) { return *reinterpret_cast<const fvec*>(p); }
-inline void store(float* p, fvec x) { *reinterpret_cast<fvec*>(p) = x; }
-inline fvec load(const bf16* p) {
-  return (fvec)(__builtin_convertvector(*reinterpret_cast<const hvec*>(p), uvec) << 16);
-}
-inline uvec rounded_to_bf16(fvec x) {  // to nearest, ties to even; bfloat16 in the upper half of each lane
-  uvec bits = (uvec)x;
-  uvec rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  uvec is_nan = (uvec)(x != x);
-  return ((rounded & ~is_nan) | (is_nan & 0x7fc00000)) & 0xffff0000;
-}
-inline void store(bf16* p, fvec x) {
-  *reinterpret_cast<hvec*>(p) = __builtin_convertvector(rounded_to_bf16(x) >> 16, hvec);
-}
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-inline fvec round_weight(fvec x, float) { return x; }
-inline fvec round_weight(fvec x, bf16) { return (fvec)rounded_to_bf16(x); }
-inline float sum(fvec x) {
-  float s[kLanes];
-  store(s, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
-}
-
-// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
-inline fvec vexp(fvec x) {
-  const fvec lowest = splat(-87.0f), highest = splat(88.0f);
-  x = x < lowest ? lowest : x;
-  x = x > highest ? highest : x;
-  const fvec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  fvec shifted = x * 1.44269504088896341f + magic;
-  fvec n = shifted - magic;
-  fvec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  fvec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  ivec exponent = ((ivec)shifted - (ivec)magic + 127) << 23;
-  return p * (fvec)exponent;
-}
-
-}  // namespace
-
-extern "C" {
-
-// A 4-bit linear layer [n, k]. `codes` is packed by cpu_kernels.py: per 32 outputs and 2 inputs 32 bytes, in the
-// order that the dot-product instruction takes its operand.
-struct Linear {
-  const uint8_t* codes;
-  const uint8_t* absmax;       // [n, k / 64], quantized again (double quantization), or null
-  const float* nested_code;    // [256]
-  const float* nested_absmax;  // [n * k / 64 / 256]; without double quantization the absmax itself, [n, k / 64]
-  float offset;
-  int32_t n, k;
-};
-
-struct Layer {
-  Linear linears[kTargets];
-  const float* input_norm;
-  const float* post_norm;
-  void* keys;    // [num_blocks, kv_heads, head_dim / P, 16, P]; P is 2 where the dot product takes pairs, else 1
-  void* values;  // [num_blocks, kv_heads, 16, head_dim]
-};
-
-// One adapter on one linear: a [r, k], b [r, n] (transposed); a is null where the adapter does not touch it.
-struct Lora {
-  const void* a;
-  const void* b;
-  float scaling;
-  int32_t r;
-};
-
-struct Model {
-  const Layer* layers;
-  const Lora* loras;  // [num_slots, num_layers, 7]
-  const void* embed_tokens;  // [vocab, hidden]
-  const void* lm_head;       // [vocab, hidden]
-  const float* norm;
-  const float* cos;  // [max_model_len, head_dim / 2]
-  const float* sin;
-  float eps;
-  int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, max_rank, num_threads;
-};
-
-struct Batch {
-  int32_t num_tokens, num_out, table_width;
-  const int32_t* token_ids;  // [num_tokens]
-  const int32_t* positions;  // [num_tokens]
-  const int32_t* slots;      // [num_tokens], -1: no adapter
-  const int32_t* sequences;  // [num_tokens], row of block_tables; tokens of a sequence are neighbours, in order
-  const int32_t* block_tables;  // [num_sequences, table_width]
-  const int32_t* out_rows;      // [num_out], tokens whose hidden state is wanted
-  void* out;                    // [num_out, hidden]
-};
-
-}  // extern "C"
 
 namespace {
 
@@ -205,221 +59,6 @@ struct Worker {
     team.wait();
   }
 };
-
-void dequantized_absmax(const Linear& w, int column, int group, float* out) {  // for 32 columns
-  const int64_t groups = w.k / kGroup, first = column * groups + group;
-  if (!w.absmax) {
-    for (int i = 0; i < kColumns; i++) out[i] = w.nested_absmax[first + i * groups];
-    return;
-  }
-  for (int i = 0; i < kColumns; i++) {
-    int64_t at = first + i * groups;
-    out[i] = w.nested_code[w.absmax[at]] * w.nested_absmax[at / kNested];
-  }
-  asm volatile("" : : "r"(out) : "memory");  // round the product before the sum, as bitsandbytes does: no FMA here
-  for (int i = 0; i < kColumns; i++) out[i] += w.offset;
-}
-
-// ---- c[m][32] += x[m][k0 .. k0 + depth] . weights ------------------------------------------------------------------
-
-#if HAVE_BF16_DOT
-constexpr bool kPairs = true;
-using Vec = __m512;
-
-// 16 outputs x 2 inputs as bfloat16, bit for bit what dequantization gives.
-struct Dequantizer {
-  __m512 table = _mm512_load_ps(kNf4), low[2], high[2];
-  void absmax(const float* values) {  // of 32 outputs
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512i upper = _mm512_add_epi32(twice, _mm512_set1_epi32(8));
-    for (int v = 0; v < 2; v++) {
-      __m512 a = _mm512_loadu_ps(values + 16 * v);
-      low[v] = _mm512_permutexvar_ps(twice, a);
-      high[v] = _mm512_permutexvar_ps(upper, a);
-    }
-  }
-  __m512bh operator()(const uint8_t* codes, int v) const {
-    __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16 * v)));
-    __m512 b = _mm512_mul_ps(_mm512_permutexvar_ps(byte, table), low[v]);
-    __m512 a = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table), high[v]);
-    return _mm512_cvtne2ps_pbh(a, b);
-  }
-};
-
-inline __m512bh pair(const bf16* p) {
-  int32_t bits;
-  std::memcpy(&bits, p, 4);
-  return (__m512bh)_mm512_set1_epi32(bits);
-}
-
-template <int R>
-void multiply_codes(const Linear& w, int column, const bf16* x, int64_t stride, float* c) {
-  __m512 acc[R][2];
-  for (int m = 0; m < R; m++) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
-  const uint8_t* codes = w.codes + int64_t(column) * (w.k / 2);
-  Dequantizer dequantize;
-  for (int k = 0; k < w.k; k += kGroup) {
-    float absmax[kColumns];
-    dequantized_absmax(w, column, k / kGroup, absmax);
-    dequantize.absmax(absmax);
-    for (int j = k; j < k + kGroup; j += 2, codes += 32) {
-      __m512bh w0 = dequantize(codes, 0), w1 = dequantize(codes, 1);
-#pragma GCC unroll 12
-      for (int m = 0; m < R; m++) {
-        __m512bh a = pair(x + m * stride + j);
-        acc[m][0] = _mm512_dpbf16_ps(acc[m][0], w0, a);
-        acc[m][1] = _mm512_dpbf16_ps(acc[m][1], w1, a);
-      }
-    }
-  }
-  for (int m = 0; m < R; m++)
-    for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + m * kColumns + 16 * v, acc[m][v]);
-}
-
-template <int R>
-void multiply_tile(const bf16* tile, int depth, const bf16* x, int64_t stride, float* c) {
-  __m512 acc[R][2];
-  for (int m = 0; m < R; m++)
-    for (int v = 0; v < 2; v++) acc[m][v] = _mm512_loadu_ps(c + m * kColumns + 16 * v);
-  for (int j = 0; j < depth; j += 2) {
-    __m512bh w0 = (__m512bh)_mm512_load_si512(tile + j * kColumns);
-    __m512bh w1 = (__m512bh)_mm512_load_si512(tile + j * kColumns + 32);
-#pragma GCC unroll 12
-    for (int m = 0; m < R; m++) {
-      __m512bh a = pair(x + m * stride + j);
-      acc[m][0] = _mm512_dpbf16_ps(acc[m][0], w0, a);
-      acc[m][1] = _mm512_dpbf16_ps(acc[m][1], w1, a);
-    }
-  }
-  for (int m = 0; m < R; m++)
-    for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + m * kColumns + 16 * v, acc[m][v]);
-}
-
-void fill_tile(const Linear& w, int column, int k0, int depth, bf16* tile) {
-  const uint8_t* codes = w.codes + int64_t(column) * (w.k / 2) + int64_t(k0 / 2) * 32;
-  Dequantizer dequantize;
-  for (int k = 0; k < depth; k += kGroup) {
-    float absmax[kColumns];
-    dequantized_absmax(w, column, (k0 + k) / kGroup, absmax);
-    dequantize.absmax(absmax);
-    for (int j = k; j < k + kGroup; j += 2, codes += 32)
-      for (int v = 0; v < 2; v++)
-        _mm512_store_si512(tile + j * kColumns + 32 * v, (__m512i)dequantize(codes, v));
-  }
-}
-#else
-constexpr bool kPairs = false;
-#endif
-
-// The same for float, and for bfloat16 on a CPU without its dot product: tiles of float, [32 / kStrip][depth][kStrip].
-template <class T>
-void fill_tile(const Linear& w, int column, int k0, int depth, float* tile, T type) {
-  const uint8_t* codes = w.codes + int64_t(column) * (w.k / 2) + int64_t(k0 / 2) * 32;
-  for (int k = 0; k < depth; k += kGroup) {
-    float absmax[kColumns];
-    dequantized_absmax(w, column, (k0 + k) / kGroup, absmax);
-    for (int j = k; j < k + kGroup; j += 2, codes += 32)
-      for (int unit = 0; unit < kColumns; unit += 16) {  // 16 outputs x 2 inputs
-        auto put = [&](int odd, int first, fvec weights) {
-          const int at = unit + first;
-          float* to = tile + (at / kStrip * depth + j + odd) * kStrip + at % kStrip;
-          store(to, round_weight(weights * load(absmax + at), type));
-        };
-#if defined(__AVX512F__)
-        const __m512 table = _mm512_load_ps(kNf4);
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
-        const __m512 low = _mm512_permutexvar_ps(byte, table);
-        const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(byte, 4), table);
-        put(0, 0, (fvec)_mm512_permutex2var_ps(low, even, high));
-        put(1, 0, (fvec)_mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
-#elif defined(__AVX2__)
-        const __m256 lower = _mm256_load_ps(kNf4), upper = _mm256_load_ps(kNf4 + 8);
-        const __m256i four = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(codes + unit)));
-        auto value = [&](__m256i index, __m256i top_bit) {  // table[index & 15]; the top bit is that of 8
-          return (fvec)_mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, index), _mm256_permutevar8x32_ps(upper, index),
-                                        _mm256_castsi256_ps(top_bit));
-        };
-        put(0, 0, value(four, _mm256_slli_epi32(four, 28)));
-        put(0, 8, value(_mm256_srli_epi32(four, 4), _mm256_slli_epi32(four, 24)));
-        put(1, 0, value(_mm256_srli_epi32(four, 8), _mm256_slli_epi32(four, 20)));
-        put(1, 8, value(_mm256_srli_epi32(four, 12), _mm256_slli_epi32(four, 16)));
-#else
-        float row[2][16];
-        for (int lane = 0; lane < 16; lane++) {
-          row[lane % 2][lane / 2] = kNf4[codes[unit + lane] & 15];
-          row[lane % 2][lane / 2 + 8] = kNf4[codes[unit + lane] >> 4];
-        }
-        for (int odd = 0; odd < 2; odd++)
-          for (int first = 0; first < 16; first += kLanes) put(odd, first, load(row[odd] + first));
-#endif
-      }
-  }
-}
-
-template <int R, class T>
-void multiply_tile(const float* tile, int depth, const T* x, int64_t stride, float* c) {
-  for (int strip = 0; strip < kColumns; strip += kStrip, tile += depth * kStrip) {
-    fvec acc[R][2];
-    for (int m = 0; m < R; m++)
-      for (int v = 0; v < 2; v++) acc[m][v] = load(c + m * kColumns + strip + v * kLanes);
-    for (int j = 0; j < depth; j++) {
-      fvec w0 = load(tile + j * kStrip), w1 = load(tile + j * kStrip + kLanes);
-#pragma GCC unroll 12
-      for (int m = 0; m < R; m++) {
-        fvec a = splat(to_float(x[m * stride + j]));
-        acc[m][0] += w0 * a;
-        acc[m][1] += w1 * a;
-      }
-    }
-    for (int m = 0; m < R; m++)
-      for (int v = 0; v < 2; v++) store(c + m * kColumns + strip + v * kLanes, acc[m][v]);
-  }
-}
-
-// Call f<R>() with R = rows, 1 to kRows.
-template <class F>
-void with_rows(int rows, F f) {
-  switch (rows) {
-#define CASE(R) case R: if constexpr (R <= kRows) f(std::integral_constant<int, R>()); break;
-    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#undef CASE
-  }
-}
-
-// c [rows, 32] = x [rows, k] . weights of outputs column ... column + 31
-template <class T>
-void matmul(const Linear& w, int column, const T* x, int rows, float* c, void* tile_memory) {
-#if HAVE_BF16_DOT
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (rows <= kRows) {
-      with_rows(rows, [&](auto r) { multiply_codes<r.value>(w, column, x, w.k, c); });
-      return;
-    }
-    bf16* tile = static_cast<bf16*>(tile_memory);
-    std::memset(c, 0, sizeof(float) * rows * kColumns);
-    for (int k = 0; k < w.k; k += kTile) {
-      int depth = w.k - k < kTile ? w.k - k : kTile;
-      fill_tile(w, column, k, depth, tile);
-      for (int m = 0; m < rows; m += kRows)
-        with_rows(rows - m < kRows ? rows - m : kRows, [&](auto r) {
-          multiply_tile<r.value>(tile, depth, x + int64_t(m) * w.k + k, w.k, c + m * kColumns);
-        });
-    }
-    return;
-  }
-#endif
-  float* tile = static_cast<float*>(tile_memory);
-  std::memset(c, 0, sizeof(float) * rows * kColumns);
-  for (int k = 0; k < w.k; k += kTile) {
-    int depth = w.k - k < kTile ? w.k - k : kTile;
-    fill_tile(w, column, k, depth, tile, T{});
-    for (int m = 0; m < rows; m += kRows)
-      with_rows(rows - m < kRows ? rows - m : kRows, [&](auto r) {
-        multiply_tile<r.value>(tile, depth, x + int64_t(m) * w.k + k, w.k, c + m * kColumns);
-      });
-  }
-}
 
 // out[m * stride_out + n] = x[m] . w[n], R rows of x and N rows of w, each of k numbers.
 template <int R, int N, class T>
@@ -739,9 +378,6 @@ struct Step {
     });
   }
 };
-
-void* allocate(size_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); }
-
 template <class T>
 int forward(const Model& model, const Batch& batch) {
   const int tokens = batch.num_tokens, per_kv = model.heads / model.kv_heads;
@@ -837,29 +473,6 @@ int logits(const Model& model, const T* hidden, int rows, float* out) {
   return 0;
 }
 
-template <class T>
-void dequantize(const Linear& w, float* out) {  // [n, k], for tests
-  float* tile = static_cast<float*>(allocate(sizeof(float) * kTile * kColumns));
-  for (int column = 0; column < w.n; column += kColumns)
-    for (int k = 0; k < w.k; k += kTile) {
-      int depth = w.k - k < kTile ? w.k - k : kTile;
-#if HAVE_BF16_DOT
-      if constexpr (std::is_same_v<T, bf16>) {
-        fill_tile(w, column, k, depth, reinterpret_cast<bf16*>(tile));
-        for (int n = 0; n < kColumns; n++)
-          for (int j = 0; j < depth; j++)
-            out[int64_t(column + n) * w.k + k + j] =
-                to_float(reinterpret_cast<bf16*>(tile)[j / 2 * 2 * kColumns + n * 2 + j % 2]);
-        continue;
-      }
-#endif
-      fill_tile(w, column, k, depth, tile, T{});
-      for (int n = 0; n < kColumns; n++)
-        for (int j = 0; j < depth; j++)
-          out[int64_t(column + n) * w.k + k + j] = tile[(n / kStrip * depth + j) * kStrip + n % kStrip];
-    }
-  std::free(tile);
-}
 
 }  // namespace
 

@@ -25,6 +25,7 @@ from training.home import corral_home
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_HEADERS = [_SOURCE.with_name(name) for name in ("abi.h", "nf4.h", "simd.h")]
 # FMA is contracted in one way only, so that a compiler cannot order sums differently in two copies of a loop.
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared"]
 _COMPILE_TIMEOUT_S = 300
@@ -92,7 +93,7 @@ class Batch(ctypes.Structure):
         *[(name, _int) for name in ("num_tokens", "num_out", "table_width")],
         *[
             (name, _pointer)
-            for name in ("token_ids", "positions", "slots", "sequences", "block_tables", "out_rows", "out")
+            for name in ("token_ids", "positions", "slots", "sequences", "block_tables", "output_rows", "out")
         ],
     ]
 
@@ -121,7 +122,8 @@ def load_kernels() -> ctypes.CDLL:
 
 def _compiled() -> Path:
     compiler = _compiler()
-    identity = [_SOURCE.read_text(), *compiler, *_FLAGS, _processor()]
+    sources = [path.read_text() for path in (_SOURCE, *_HEADERS)]
+    identity = [*sources, *compiler, *_FLAGS, _processor()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     folder = corral_home() / "kernels"
     done = folder / f"cpu-{name}.so"

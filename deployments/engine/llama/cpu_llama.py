@@ -12,10 +12,9 @@ from transformers import LlamaForCausalLM
 
 from deployments.engine.llama import cpu_kernels
 from deployments.engine.llama.cpu_kernels import COLUMNS, GROUP, PAGE, KernelsUnavailable, Layer, Linear, Lora
-from deployments.engine.llama.interface import TARGETS, ForwardBatch, kv_sizes, num_kv_blocks
+from deployments.engine.llama.interface import ForwardBatch, num_kv_blocks
 from deployments.engine.llama.lora import LoraWeights
-
-_TARGET_BLOCKS = ("self_attn",) * 4 + ("mlp",) * 3
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims, module_path
 
 
 class CpuLlama:
@@ -31,7 +30,8 @@ class CpuLlama:
         config = model.config
         self.num_blocks = num_kv_blocks(model, PAGE, max_model_len, max_num_seqs, kv_cache_bytes)
         self.vocab_size: int = config.vocab_size
-        num_kv_heads, head_dim = kv_sizes(config)
+        dims = LlamaDims.of(config.to_dict())
+        num_kv_heads, head_dim = dims.num_kv_heads, dims.head_dim
         self._check(model, head_dim)
         suffix = "bf16" if self.dtype == torch.bfloat16 else "f32"
         kernels = cpu_kernels.load_kernels()
@@ -46,13 +46,13 @@ class CpuLlama:
         self._keys, self._values = torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
         self._layers = (Layer * config.num_hidden_layers)()
         for i, layer in enumerate(model.model.layers):
-            for t, (block, target) in enumerate(zip(_TARGET_BLOCKS, TARGETS, strict=True)):
-                self._layers[i].linears[t] = self._packed(getattr(getattr(layer, block), target))
+            for t, linear in enumerate(LLAMA_LINEARS):
+                self._layers[i].linears[t] = self._packed(layer.get_submodule(module_path(linear)))
             self._layers[i].input_norm = self._keep(layer.input_layernorm.weight.float())
             self._layers[i].post_norm = self._keep(layer.post_attention_layernorm.weight.float())
             self._layers[i].keys = self._keys[i].data_ptr()
             self._layers[i].values = self._values[i].data_ptr()
-        self._loras = (Lora * (max_loras * config.num_hidden_layers * len(TARGETS)))()
+        self._loras = (Lora * (max_loras * config.num_hidden_layers * len(LLAMA_LINEARS)))()
         self._lora_weights: dict[int, LoraWeights] = {}
 
         # In float32: transformers rounds the table to the compute dtype.
@@ -79,22 +79,22 @@ class CpuLlama:
         )
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; hidden states of `batch.out_rows` after the last norm, [n, hidden]."""
-        out = torch.empty(len(batch.out_rows), self._hidden_size, dtype=self.dtype)
+        """Run the batch and extend the KV cache; [n, hidden] states of `batch.output_rows` after the last norm."""
+        out = torch.empty(len(batch.output_rows), self._hidden_size, dtype=self.dtype)
         tensors = [
             torch.tensor(values, dtype=torch.int32)
             for values in (
                 batch.token_ids,
                 batch.positions,
-                batch.slots,
-                batch.sequences,
+                batch.adapter_slots,
+                batch.seq_index,
                 batch.block_tables,
-                batch.out_rows,
+                batch.output_rows,
             )
         ]
         pointers = [t.data_ptr() for t in tensors]
         width = len(batch.block_tables[0])
-        call = cpu_kernels.Batch(len(batch.token_ids), len(batch.out_rows), width, *pointers, out.data_ptr())
+        call = cpu_kernels.Batch(len(batch.token_ids), len(batch.output_rows), width, *pointers, out.data_ptr())
         self._forward(ctypes.byref(self._model), ctypes.byref(call))
         return out
 
@@ -109,10 +109,10 @@ class CpuLlama:
 
     def set_adapter(self, slot: int, weights: LoraWeights | None) -> None:
         """Put an adapter into a slot, or empty it; while a `forward` runs, only a slot that it does not use."""
-        per_layer = len(TARGETS)
+        per_layer = len(LLAMA_LINEARS)
         num_layers = len(self._layers)
         for i in range(num_layers):
-            for t, target in enumerate(TARGETS):
+            for t, target in enumerate(LLAMA_LINEARS):
                 pair = weights.pairs.get((i, target)) if weights is not None else None
                 entry = self._loras[(slot * num_layers + i) * per_layer + t]
                 entry.a, entry.b, entry.scaling, entry.r = (
@@ -128,7 +128,7 @@ class CpuLlama:
 
     def dequantized(self, layer: int, target: str) -> torch.Tensor:
         """The weight that the forward multiplies by, [out_features, in_features] in float32."""
-        linear = self._layers[layer].linears[TARGETS.index(target)]
+        linear = self._layers[layer].linears[LLAMA_LINEARS.index(target)]
         out = torch.empty(linear.n, linear.k)
         self._dequantize(ctypes.byref(linear), ctypes.c_void_p(out.data_ptr()))
         return out
@@ -174,8 +174,8 @@ class CpuLlama:
         if head_dim % 16 or config.hidden_size % GROUP or config.intermediate_size % GROUP or config.vocab_size % 4:
             raise KernelsUnavailable("the model's sizes are not multiples of 64")
         for layer in model.model.layers:
-            for block, target in zip(_TARGET_BLOCKS, TARGETS, strict=True):
-                linear = getattr(getattr(layer, block), target)
+            for target in LLAMA_LINEARS:
+                linear = layer.get_submodule(module_path(target))
                 state = getattr(linear.weight, "quant_state", None)
                 if state is None or state.quant_type != "nf4" or state.blocksize != GROUP or linear.bias is not None:
                     raise KernelsUnavailable(f"{target} is not NF4 in groups of {GROUP} without bias")

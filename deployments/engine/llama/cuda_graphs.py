@@ -10,9 +10,9 @@ import torch
 
 from deployments.engine.llama.interface import ForwardBatch
 from deployments.engine.llama.lora import StackedLora
-from deployments.engine.llama.step_tensors import Step, padded
+from deployments.engine.llama.step_tensors import StepTensors, padded
 
-Forward = Callable[[Step, StackedLora | None], torch.Tensor]
+Forward = Callable[[StepTensors, StackedLora | None], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class _Recording:
     """`graph` reads the tensors of `step` and `stacked` and writes `hidden`."""
 
     graph: torch.cuda.CUDAGraph
-    step: Step
+    step: StepTensors
     stacked: StackedLora | None
     hidden: torch.Tensor
 
@@ -62,7 +62,7 @@ class DecodeGraphs:
         """
         size = self._sizes[bisect_left(self._sizes, len(batch.token_ids))]
         table_width = -(-self._max_model_len // self._block_size)
-        step = Step.of(padded(batch, size, table_width, self._spare_block), self._block_size)
+        step = StepTensors.of(padded(batch, size, table_width, self._spare_block), self._block_size)
         key = (size, stacked is not None)
         recording = self._recordings.get(key)
         if recording is None or recording.stacked is not stacked:
@@ -73,7 +73,7 @@ class DecodeGraphs:
         recording.graph.replay()
         return recording.hidden
 
-    def _record(self, step: Step, stacked: StackedLora | None) -> _Recording:
+    def _record(self, step: StepTensors, stacked: StackedLora | None) -> _Recording:
         step = replace(step.to(self._device), max_length=self._max_model_len)
         current, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         aside.wait_stream(current)

@@ -8,21 +8,27 @@ are gathered before attention.
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM
 
 from deployments.engine.llama.cuda_graphs import DecodeGraphs
-from deployments.engine.llama.interface import TARGETS, ForwardBatch, kv_sizes, num_kv_blocks
+from deployments.engine.llama.interface import ForwardBatch, num_kv_blocks
 from deployments.engine.llama.lora import NO_ADAPTER, LoraStacks, LoraWeights, StackedLora
-from deployments.engine.llama.step_tensors import Step
+from deployments.engine.llama.paged_attention import (
+    CUDA_BLOCK,
+    attend_gathered,
+    attend_in_blocks,
+    varlen_attn_reads_blocks,
+)
+from deployments.engine.llama.step_tensors import StepTensors
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 16  # tokens in a KV block
-_CUDA_BLOCK = 256  # what FlashAttention 2, which varlen_attn calls, reads
 
 
 class TorchLlama:
@@ -33,7 +39,8 @@ class TorchLlama:
         self.device = model.device
         self.dtype: torch.dtype = model.model.norm.weight.dtype
         self.vocab_size: int = config.vocab_size
-        num_kv_heads, self._head_dim = kv_sizes(config)
+        dims = LlamaDims.of(config.to_dict())
+        num_kv_heads, self._head_dim = dims.num_kv_heads, dims.head_dim
         self._eps: float = config.rms_norm_eps
         self._embed_tokens: torch.Tensor = model.model.embed_tokens.weight
         self._norm: torch.Tensor = model.model.norm.weight
@@ -46,8 +53,8 @@ class TorchLlama:
         paged = self.device.type == "cuda" and varlen_attn_reads_blocks(
             self.device, self.dtype, config.num_attention_heads, num_kv_heads, self._head_dim
         )
-        self._attend = _attend_in_blocks if paged else _attend_gathered
-        self.block_size = _CUDA_BLOCK if paged else _BLOCK
+        self._attend = attend_in_blocks if paged else attend_gathered
+        self.block_size = CUDA_BLOCK if paged else _BLOCK
         self.num_blocks = num_kv_blocks(model, self.block_size, max_model_len, max_num_seqs, kv_cache_bytes)
         # One block more, which no sequence holds, for the padding of CUDA graphs.
         shape = (config.num_hidden_layers, self.num_blocks + 1, self.block_size, num_kv_heads, self._head_dim)
@@ -66,12 +73,12 @@ class TorchLlama:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Run the batch and extend the KV cache; hidden states of `batch.out_rows` after the last norm, [n, hidden]."""
-        stacked = self._loras.stacked if any(slot != NO_ADAPTER for slot in batch.slots) else None
+        """Run the batch and extend the KV cache; [n, hidden] states of `batch.output_rows` after the last norm."""
+        stacked = self._loras.stacked if any(slot != NO_ADAPTER for slot in batch.adapter_slots) else None
         hidden = self._replayed(batch, stacked)
         if hidden is None:
-            hidden = self._run(Step.of(batch, self.block_size).to(self.device), stacked)
-        return F.rms_norm(hidden[batch.out_rows], hidden.shape[-1:], self._norm, self._eps)
+            hidden = self._run(StepTensors.of(batch, self.block_size).to(self.device), stacked)
+        return F.rms_norm(hidden[batch.output_rows], hidden.shape[-1:], self._norm, self._eps)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -93,9 +100,9 @@ class TorchLlama:
             self._graphs = None
             return None
 
-    def _run(self, step: Step, stacked: StackedLora | None) -> torch.Tensor:
+    def _run(self, step: StepTensors, stacked: StackedLora | None) -> torch.Tensor:
         """All layers; hidden states of all tokens before the last norm, [num_tokens, hidden]."""
-        owned = None if stacked is None else stacked.owned_by(step.slots)
+        owned = None if stacked is None else stacked.owned_by(step.adapter_slots)
 
         def adapted(i: int, targets: Sequence[str], linears: _Linears, x: torch.Tensor) -> Sequence[torch.Tensor]:
             outputs = linears(x)
@@ -107,16 +114,16 @@ class TorchLlama:
         cos, sin = self._cos[step.positions], self._sin[step.positions]
         for i, layer in enumerate(self._layers):
             h = F.rms_norm(x, x.shape[-1:], layer.input_norm, self._eps)
-            q, k, v = (self._heads(y) for y in adapted(i, TARGETS[:3], layer.qkv, h))
+            q, k, v = (self._heads(y) for y in adapted(i, LLAMA_LINEARS[:3], layer.qkv, h))
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             self._keys[i].flatten(0, 1)[step.kv_rows] = k
             self._values[i].flatten(0, 1)[step.kv_rows] = v
             attended = self._attend(q, self._keys[i], self._values[i], step).flatten(1)
-            (o,) = adapted(i, TARGETS[3:4], layer.o, attended)
+            (o,) = adapted(i, LLAMA_LINEARS[3:4], layer.o, attended)
             x = x + o
             h = F.rms_norm(x, x.shape[-1:], layer.post_norm, self._eps)
-            gate, up = adapted(i, TARGETS[4:6], layer.gate_up, h)
-            (down,) = adapted(i, TARGETS[6:], layer.down, F.silu(gate) * up)
+            gate, up = adapted(i, LLAMA_LINEARS[4:6], layer.gate_up, h)
+            (down,) = adapted(i, LLAMA_LINEARS[6:], layer.down, F.silu(gate) * up)
             x = x + down
         return x
 
@@ -185,87 +192,6 @@ def _fused(linears: list[Any]) -> Any:
     for linear in linears:
         linear.weight.data = torch.empty(0, dtype=torch.uint8)
     return fused
-
-
-def varlen_attn_reads_blocks(
-    device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
-) -> bool:
-    """Whether `varlen_attn` attends through block tables here, and rightly.
-
-    It refuses float32 and GPUs before Ampere, and some releases got paged attention wrong without a word
-    (pytorch/pytorch#194167), so a step of three sequences is compared with what gathering the blocks gives.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    blocks = (4, _CUDA_BLOCK, num_kv_heads, head_dim)
-    batch = ForwardBatch(
-        token_ids=[0] * 5,
-        positions=[_CUDA_BLOCK + 1, 7, 8, 9, 0],
-        slots=[NO_ADAPTER] * 5,
-        sequences=[0, 1, 1, 1, 2],
-        block_tables=[[3, 1], [0, 0], [2, 0]],
-        out_rows=[],
-    )
-    step = Step.of(batch, _CUDA_BLOCK).to(device)
-    q, keys, values = random(5, num_heads, head_dim), random(*blocks), random(*blocks)
-    try:
-        found = _attend_in_blocks(q, keys, values, step)
-    except (ImportError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-    else:
-        difference = (found.float() - _attend_gathered(q, keys, values, step).float()).abs().max().item()
-        if difference < 0.05:  # bfloat16 rounds to 1/256; the mean of many normal values is below 4
-            return True
-        reason = f"its results are off by {difference:.2g}"
-    logger.warning("attention gathers the KV cache, slower: varlen_attn cannot be used here: %s", reason)
-    return False
-
-
-def _attend_in_blocks(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
-    """q [num_tokens, heads, d] over blocks [num_blocks, block_size, kv_heads, d] -> [num_tokens, heads, d]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    out = varlen_attn(
-        q,
-        keys,
-        values,
-        cu_seq_q=step.starts,
-        cu_seq_k=step.kv_starts,
-        max_q=step.max_new,
-        max_k=step.max_length,
-        window_size=(-1, 0),
-        enable_gqa=True,
-        seqused_k=step.lengths,
-        block_table=step.tables,
-        num_splits=1,  # the same sums whatever else is in the batch; more are wrong over blocks, see above
-    )
-    return cast(torch.Tensor, out)
-
-
-def _attend_gathered(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, step: Step) -> torch.Tensor:
-    """What `_attend_in_blocks` gives, on any device and in any dtype."""
-    if step.max_new == 1 and len(step.lengths) > 1:
-        seen = torch.arange(step.tables.shape[1] * keys.shape[1], device=q.device) < step.lengths[:, None]
-        # What lies in the blocks beyond a sequence's end may be another's NaN, which a mask alone lets through.
-        k, v = (
-            torch.where(seen[:, :, None, None], blocks[step.tables].flatten(1, 2), 0).transpose(1, 2)
-            for blocks in (keys, values)
-        )
-        attended = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=True)
-        return attended[:, :, 0]
-    outputs = []
-    starts, lengths = step.starts.tolist(), step.lengths.tolist()
-    for s, (start, end, length) in enumerate(zip(starts[:-1], starts[1:], lengths, strict=True)):
-        k, v = (blocks[step.tables[s]].flatten(0, 1)[:length].transpose(0, 1)[None] for blocks in (keys, values))
-        # A sequence's last token sees everything, and needs no mask.
-        mask = None if end - start == 1 else torch.arange(length, device=q.device) <= step.positions[start:end, None]
-        queries = q[start:end].transpose(0, 1)[None]
-        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=True)
-        outputs.append(attended[0].transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def _signed(sin: torch.Tensor) -> torch.Tensor:

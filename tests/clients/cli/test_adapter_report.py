@@ -8,29 +8,25 @@ import pytest
 from typer.testing import Result
 
 from tests.clients.cli.test_cli import assert_one_line_error, corral
-from training.base_models.resolve import BaseModel
-from training.registry.registry import (
-    AdapterDraft,
-    AdapterManifest,
-    AdapterRegistry,
-    Environment,
-    ParentRef,
-    SampleAnswer,
-)
+from training.base_models.resolve import BaseCheckpoint
+from training.registry.manifest import AdapterManifest, Environment, ParentRef, SampleAnswer
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 METRICS = {"eval_loss": 1.25, "base_eval_loss": 2.5, "eval_tokens": 1200.0, "train_s": 75.0, "num_train_tokens": 9000.0}
 
 
-def register(registry: Path, base: BaseModel, adapter: Path, **fields: Any) -> AdapterManifest:
+def register(registry: Path, base: BaseCheckpoint, adapter: Path, **fields: Any) -> AdapterManifest:
     draft = AdapterDraft(name="ranch", base=base, chat_format="chatml", metrics=METRICS, **fields)
-    return AdapterRegistry(registry).register(adapter, draft)
+    return AdapterPublisher(AdapterRegistry(registry)).register(adapter, draft)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def lineage(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> Path:
+def lineage(tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> Path:
     """ranch@1 (sft), and ranch@2 (dpo) that went on from it."""
     registry = tmp_path / "registry"
     first = register(registry, tiny_base, tiny_adapter, method="sft", config={"seed": 7, "learning_rate": 0.001})
@@ -56,7 +52,7 @@ def adapters(registry: Path, *arguments: str) -> Result:
     return corral("adapters", *arguments, "--registry", str(registry))
 
 
-def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseModel) -> None:
+def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseCheckpoint) -> None:
     shown = adapters(lineage, "show", "ranch@2").stdout
     for words in (
         "dpo, 9,000 tokens, 1:15 min, seed 7",
@@ -79,7 +75,7 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseModel) -> No
 
 
 def test_parent_that_is_gone_is_said_to_be_gone(lineage: Path) -> None:
-    AdapterRegistry(lineage).delete("ranch", 1)
+    AdapterPromoter(AdapterRegistry(lineage)).delete("ranch", 1)
     assert "ranch@1: deleted or replaced since" in adapters(lineage, "show", "ranch").stdout
     assert json.loads(adapters(lineage, "show", "ranch", "--json").stdout)["ancestors"] == []
 

@@ -17,9 +17,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from clients.cli.main import app
-from clients.doctor.doctor import Check, examine, report
+from clients.doctor.check import Check, report
+from clients.doctor.doctor import run_checks
 from tests.conftest import RunningServer, free_port
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 QUICKSTART = "configs/train/quickstart.yaml"
 
@@ -144,7 +145,7 @@ def test_serve_stopped_while_it_starts_leaves_nothing_behind() -> None:
     assert started_by_us() == []
 
 
-def test_adapters_from_import_to_delete(tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_adapters_from_import_to_delete(tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path) -> None:
     registry = ["--registry", str(tmp_path / "registry")]
     base = tiny_base.name
     bring_in = ["import", str(tiny_adapter), "my-adapter", "--base", str(tiny_base.path)]
@@ -182,7 +183,7 @@ def test_adapters_from_import_to_delete(tiny_base: BaseModel, tiny_adapter: Path
 
 @pytest.mark.promise("C4")
 def test_import_of_another_bases_adapter_is_refused_even_by_force(
-    tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     bring_in = ["import", str(tiny_adapter), "wrong", "--force", "--registry", str(tmp_path)]
     assert_one_line_error(corral("adapters", *bring_in), 1, tiny_base.name)
@@ -240,16 +241,16 @@ def test_doctor_says_what_is_broken_and_what_to_do(tmp_path: Path, monkeypatch: 
     result = corral("doctor", "--json")
     assert result.exit_code == 1
     checks = {check["name"]: check for check in json.loads(result.stdout)}
-    assert checks["CORRAL_HOME"]["status"] == "broken"
+    assert checks["CORRAL_HOME"]["status"] == "error"
     assert checks["CORRAL_HOME"]["fix"] == f"chmod 700 {home}"
     assert f"-> chmod 700 {home}" in corral("doctor").stdout
     assert checks["python"]["status"] == checks["packages"]["status"] == "ok"
 
     home.chmod(0o700)
-    assert {check.name: check for check in examine()}["CORRAL_HOME"].status == "ok"
+    assert {check.name: check for check in run_checks()}["CORRAL_HOME"].status == "ok"
 
 
 def test_doctor_counts_what_is_broken() -> None:
-    checks = [Check("a", "ok", "fine"), Check("b", "broken", "gone", "mend it")]
+    checks = [Check("a", "ok", "fine"), Check("b", "error", "gone", "mend it")]
     assert report(checks).endswith("1 of 2 checks found something broken")
     assert report(checks[:1]).endswith("nothing is broken")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from clients.cli import data
 from clients.cli.main import app
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.data.report import DataReport, Segment
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -28,7 +28,7 @@ def csv_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(tiny_base: BaseModel) -> Any:
+def check(tiny_base: BaseCheckpoint) -> Any:
     def run(*arguments: object) -> Result:
         options = [] if "--config" in arguments else ["--base", str(tiny_base.path)]
         if not {"--config", "--max-length"} & set(arguments):
@@ -84,7 +84,7 @@ def test_check_says_which_keys_are_not_used(check: Any, tmp_path: Path) -> None:
 
 
 def test_check_of_a_training_yaml_sees_its_settings(
-    check: Any, csv_file: Path, tiny_base: BaseModel, tmp_path: Path
+    check: Any, csv_file: Path, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     config = tmp_path / "train.yaml"
     config.write_text(

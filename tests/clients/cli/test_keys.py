@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from clients.cli.keys import parse_expiry
 from clients.cli.main import app
-from clients.local_server import own_key, urls
+from clients.local_server import format_urls, temporary_key
 from deployments.auth.caller import KeyLimits
 from deployments.auth.keys import KeyStore
 from deployments.config import load_serve_config
@@ -156,17 +156,17 @@ def test_another_host_is_served_once_a_valid_key_exists(tmp_path: Path) -> None:
 
 def test_corral_serve_says_whether_keys_are_required() -> None:
     server = Server("http://127.0.0.1:8000", None)
-    assert "keys  not required on this machine" in urls(server)
+    assert "keys  not required on this machine" in format_urls(server)
     KeyStore().create("laptop", ("chat",))
-    assert "keys  required, 1 valid" in urls(server)
+    assert "keys  required, 1 valid" in format_urls(server)
 
 
 def test_commands_that_run_a_server_have_a_key_to_it_while_they_run() -> None:
-    with own_key("corral demo") as key:
+    with temporary_key("corral demo") as key:
         assert key is None
     store = KeyStore()
     store.create("laptop", ("chat",))
-    with own_key("corral demo") as key:
+    with temporary_key("corral demo") as key:
         assert key is not None
         assert store.authenticate(key).name == "corral demo"
     with pytest.raises(InvalidKey, match="revoked"):

@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from clients.jobs import jobs
-from clients.jobs.dashboard import dashboard_url
-from clients.jobs.jobs import JobError, TrainingJobs
+from clients.jobs.dashboard import JobError, dashboard_url
+from clients.jobs.jobs import TrainingJobs
 from tests.conftest import free_port, ray_head
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import ConfigError
 from training.registry.registry import AdapterRegistry
 from training.runs.status import read_metrics, read_run
@@ -60,7 +60,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("user")
     config = {
         "base_model": str(tiny_base.path),
@@ -278,7 +278,7 @@ def test_nothing_at_an_address_is_one_clear_line() -> None:
 
 def test_output_told_again_after_a_lost_connection_is_shown_once() -> None:
     shown: list[str] = []
-    unseen = jobs._Unseen(shown.append)
+    unseen = jobs.LogCursor(shown.append)
     unseen("one\ntwo\n")
     unseen.position = 0
     for text in ("one\n", "two\nthr", "ee\n"):

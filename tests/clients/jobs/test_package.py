@@ -11,7 +11,7 @@ import pytest
 
 from clients.jobs import package as job_package
 from clients.jobs.package import JobPackage, pack
-from training.config.train_config import load_config
+from training.config.load import load_config
 from training.errors import ConfigError, DatasetError
 from training.sweep.config import load_run_config
 

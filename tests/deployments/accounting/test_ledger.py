@@ -24,7 +24,7 @@ from deployments.auth.keys import KeyStore
 from tests.conftest import descendants, serve_config, start_server, stop_server
 from tests.deployments.accounting.test_metrics import series
 from tests.deployments.accounting.test_usage import LONG_AGO
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Keys are made while it runs; in a CORRAL_HOME of its own, since keys shut others out."""
     content = serve_config()
     application = content["applications"][0]

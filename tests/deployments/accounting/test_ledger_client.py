@@ -1,4 +1,4 @@
-"""Admission and booking on the real ingress and the real ledger in one process (C2, A4, A8): whatever ends a request,
+"""Admission and trace on the real ingress and the real ledger in one process (C2, A4, A8): whatever ends a request,
 it is settled once and counted once. A model replica is played, so that it fails and waits where a test wants it to.
 """
 
@@ -31,7 +31,7 @@ from deployments.replica.request import GenerationRequest
 from tests.deployments.accounting.test_metrics import series
 from tests.deployments.accounting.test_usage import LONG_AGO
 from tests.deployments.in_process import Replies
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 CHAT = "/v1/chat/completions"
 NUM_TOKENS = 6
@@ -130,7 +130,7 @@ class Api:
 
 
 @pytest.fixture
-def run(tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run(tiny_base: BaseCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a test's coroutine with an Api of its own."""
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path))
 
@@ -146,7 +146,7 @@ def run(tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-async def build(base: BaseModel, replica: Replica) -> Api:
+async def build(base: BaseCheckpoint, replica: Replica) -> Api:
     async def stats(timeout_s: float, return_exceptions: bool) -> list[Any]:
         return [("replica-1", EngineStats(2, 1, 0.5, 0, 10, 4, 0)), RuntimeError("another one died")]
 
@@ -334,7 +334,7 @@ def test_a_default_length_stays_within_the_tokens_of_a_minute(run: Callable[...,
         api.caller = limited(tpm=100)
         assert (await api.post(max_tokens=None, n=2)).status_code == 200
         (request,) = api.replica.requests
-        assert request.most_tokens in (99, 100)
+        assert request.max_total_tokens in (99, 100)
         too_large = await api.post(max_tokens=99)
         assert too_large.status_code == 429
         assert "lower max_tokens" in too_large.json()["error"]["message"]

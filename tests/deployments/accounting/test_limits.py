@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.accounting.limits import LEASE_S, WINDOW_S, Limiter, Verdict
+from deployments.accounting.limits import LEASE_S, WINDOW_S, Admission, Limiter
 from deployments.auth.caller import KeyLimits
 
 
@@ -32,7 +32,7 @@ def limiter(clock: Clock) -> Limiter:
 _ids = iter(range(10**9))
 
 
-def admit(limiter: Limiter, limits: KeyLimits, num_tokens: int = 1, request_id: str | None = None) -> Verdict:
+def admit(limiter: Limiter, limits: KeyLimits, num_tokens: int = 1, request_id: str | None = None) -> Admission:
     return limiter.admit("k1", request_id or str(next(_ids)), limits, num_tokens)
 
 
@@ -61,7 +61,7 @@ def test_no_minute_has_more_than_the_limit_and_retry_after_is_true(
         for j, (_, _, used, settled_at) in enumerate(admitted):
             if settled_at <= clock.now:
                 admitted[j][1] = used
-                limiter.settle("k1", str(j), int(used))
+                limiter.release("k1", str(j), int(used))
         verdict = limiter.admit("k1", str(len(admitted)), limits, num_tokens)
         if verdict.refusal is None:
             admitted.append([clock.now, num_tokens, int(num_tokens * part), clock.now + settled_after])
@@ -102,7 +102,7 @@ def test_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
     refused = admit(limiter, limits, 30)
     assert refused.refusal is not None
     assert "80 are used or reserved, and this request may take 30" in refused.refusal
-    limiter.settle("k1", "a", 70)
+    limiter.release("k1", "a", 70)
     assert admit(limiter, limits, 30, "b").refusal is None
     assert admit(limiter, limits, 1).refusal is not None
 
@@ -125,7 +125,7 @@ def test_requests_at_a_time(limiter: Limiter) -> None:
     assert admit(limiter, limits, request_id="b").refusal is None
     refused = admit(limiter, limits)
     assert refused.headers == {"retry-after": "1"}
-    limiter.settle("k1", "a", 5)
+    limiter.release("k1", "a", 5)
     assert admit(limiter, limits).refusal is None
     assert admit(limiter, limits).refusal is not None
 
@@ -147,7 +147,7 @@ def test_what_a_dead_replica_left_running_ends_by_itself(clock: Clock, limiter: 
 def test_a_new_limiter_learns_what_runs(limiter: Limiter) -> None:
     limiter.renew({"k1": ["a", "b"]})
     assert admit(limiter, KeyLimits(streams=2)).refusal is not None
-    limiter.settle("k1", "a", 3)
+    limiter.release("k1", "a", 3)
     assert admit(limiter, KeyLimits(streams=2)).refusal is None
 
 

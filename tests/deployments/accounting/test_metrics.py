@@ -6,10 +6,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.accounting.metrics import RequestMetrics, engine_metrics
-from deployments.accounting.request_record import Booking, RequestRecord
+from deployments.accounting.request_record import RequestRecord, RequestTrace
 from deployments.auth.caller import ANONYMOUS
 from deployments.engine.stats import EngineStats
-from deployments.protocol.chat import Usage
+from deployments.protocol.base import Usage
 
 Series = dict[tuple[str, tuple[str, ...]], float]
 RECORD = RequestRecord(
@@ -109,26 +109,26 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
 
 
 def test_a_booking_tells_seconds_from_the_request_to_first_token_and_between_tokens() -> None:
-    booking = Booking("/v1/completions", ANONYMOUS, "tiny", 200, num_answers=2, started_at=100.0)
-    booking.usage = usage(7, 22)  # two answers of 11 tokens
-    booking.first_piece_at, booking.last_piece_at = 101.0, 103.0
-    record = booking.record()
+    trace = RequestTrace("/v1/completions", ANONYMOUS, "tiny", 200, num_answers=2, started_at=100.0)
+    trace.usage = usage(7, 22)  # two answers of 11 tokens
+    trace.first_piece_at, trace.last_piece_at = 101.0, 103.0
+    record = trace.record()
     assert (record.first_token_s, record.token_s, record.duration_s) == (1.0, 0.2, 3.0)
     assert (record.prompt_tokens, record.completion_tokens) == (7, 22)
     assert (record.key_id, record.key_name) == (None, "anonymous")
 
 
 def test_a_booking_of_one_token_has_no_time_between_tokens_and_a_scored_text_no_first_token() -> None:
-    booking = Booking(status=200, started_at=100.0, first_piece_at=101.0, last_piece_at=101.0, usage=usage(7, 1))
-    assert (booking.record().first_token_s, booking.record().token_s) == (1.0, None)
-    booking.usage = usage(7, 0)
-    assert (booking.record().first_token_s, booking.record().duration_s) == (None, 1.0)
+    trace = RequestTrace(status=200, started_at=100.0, first_piece_at=101.0, last_piece_at=101.0, usage=usage(7, 1))
+    assert (trace.record().first_token_s, trace.record().token_s) == (1.0, None)
+    trace.usage = usage(7, 0)
+    assert (trace.record().first_token_s, trace.record().duration_s) == (None, 1.0)
 
 
 def test_what_failed_before_its_first_token_used_nothing_and_what_broke_off_used_what_it_gave() -> None:
-    booking = Booking(status=500, usage=usage(7, 0))
-    assert booking.record().prompt_tokens == 0
-    booking.heard()
-    assert booking.record().prompt_tokens == 7
-    left = Booking(status=499, usage=usage(7, 0))
+    trace = RequestTrace(status=500, usage=usage(7, 0))
+    assert trace.record().prompt_tokens == 0
+    trace.mark_token()
+    assert trace.record().prompt_tokens == 7
+    left = RequestTrace(status=499, usage=usage(7, 0))
     assert (left.record().prompt_tokens, left.record().failed) == (7, False)

@@ -14,10 +14,12 @@ from deployments.replica.model import LlamaModel
 from tests.clients.cli.test_cli import assert_one_line_error, corral
 from tests.conftest import register_three
 from tests.deployments.in_process import behind, serving
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.aliases import draw
 from training.registry.audit import os_user
-from training.registry.registry import AdapterDraft, AdapterRegistry
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 USERS = [f"user-{number}" for number in range(100)]
 
@@ -40,7 +42,7 @@ class Api:
 
 @pytest.fixture(scope="module")
 def served(
-    tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+    tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, AdapterRegistry, Any]]:
     import torch
 
@@ -57,7 +59,7 @@ def served(
 @pytest.fixture
 def api(
     served: tuple[str, AdapterRegistry, Any],
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tiny_adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,11 +81,11 @@ def assert_error(response: httpx.Response, status: int, code: str | None, words:
 
 
 @pytest.mark.promise("A5")
-def test_list_and_show(api: Api, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_list_and_show(api: Api, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     nan = {"eval_loss": float("nan"), "base_eval_loss": 2.0}
     draft = AdapterDraft(name="other", base=tiny_base, chat_format="chatml", metrics=nan)
-    api.registry.register(tiny_adapter, draft, force=True)
-    api.registry.promote("ranch", 3, percent=12.5)
+    AdapterPublisher(api.registry).register(tiny_adapter, draft, force=True)
+    AdapterPromoter(api.registry).promote("ranch", 3, percent=12.5)
     other, ranch = api.http.get("/v1/adapters").json()["data"]
     assert ranch == api.http.get("/v1/adapters/ranch").json()
     assert (ranch["name"], ranch["aliases"], ranch["canary"]) == (
@@ -122,7 +124,7 @@ def test_promote_roll_back_and_delete(api: Api) -> None:
 
 @pytest.mark.promise("A5")
 def test_what_is_refused_and_why(api: Api) -> None:
-    api.registry.promote("ranch", 3, percent=10)
+    AdapterPromoter(api.registry).promote("ranch", 3, percent=10)
     promote, post, delete = "/v1/adapters/ranch/promote", api.http.post, api.http.delete
     assert_error(api.http.get("/v1/adapters/rnach"), 404, "model_not_found", "did you mean 'ranch'?")
     assert_error(post("/v1/adapters/rnach/promote", json={"version": 1}), 404, "model_not_found", "'ranch'")
@@ -140,7 +142,7 @@ def test_what_is_refused_and_why(api: Api) -> None:
     assert_error(delete("/v1/adapters/ranch/versions/9"), 404, "model_not_found", "it has 1, 2, 3")
     assert api.registry.traffic("ranch").record() == {"version": 2, "canary": 3, "percent": 10}
     while api.registry.traffic("ranch").version != 1:
-        api.registry.rollback("ranch")
+        AdapterPromoter(api.registry).rollback("ranch")
     assert_error(post("/v1/adapters/ranch/rollback"), 409, "registry_conflict", "pointed at nothing before")
 
 
@@ -164,7 +166,7 @@ def test_a_canary_answers_exactly_the_users_that_are_drawn_until_it_is_rolled_ba
 
 @pytest.mark.promise("A3")
 def test_models_tell_parent_alias_created_and_canary(api: Api) -> None:
-    api.registry.promote("ranch", 3, percent=5)
+    AdapterPromoter(api.registry).promote("ranch", 3, percent=5)
     base, *versions = api.http.get("/v1/models").json()["data"]
     assert (base["id"], base["parent"], base["canary_percent"]) == (api.base, None, None)
     told = [(v["id"], v["parent"], v["aliases"], v["canary_percent"]) for v in versions]
@@ -217,7 +219,7 @@ def test_the_command_line_says_the_same_of_a_server_and_of_its_registry(api: Api
 
 def test_the_command_line_shows_a_canary_and_wants_one_registry(api: Api) -> None:
     registry = ["--registry", api.registry._storage.address]
-    api.registry.promote("ranch", 3, percent=10)
+    AdapterPromoter(api.registry).promote("ranch", 3, percent=10)
     assert "canary 10 %" in corral("adapters", "show", "ranch@3", *registry).stdout
     assert json.loads(corral("adapters", "show", "ranch@3", "--json", *registry).stdout)["canary_percent"] == 10
     assert f"{api.base}:ranch@2" in corral("adapters", "show", "ranch", *registry).stdout  # a command is no traffic

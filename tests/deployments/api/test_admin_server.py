@@ -13,23 +13,25 @@ import httpx
 import pytest
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.aliases import draw
 from training.registry.manifest import AdapterManifest
-from training.registry.registry import AdapterRegistry, import_adapter
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 USERS = [f"user-{number}" for number in range(100)]
 NAME = "canary-test"
 
 
 @pytest.fixture(scope="module")
-def model(server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel) -> Iterator[str]:
+def model(server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint) -> Iterator[str]:
     """Two versions of an adapter, the first of them the champion."""
     registry = AdapterRegistry()
     for _ in range(2):
         folder = registry.fetch(quickstart)
         import_adapter(registry, folder, NAME, embedded_base, chat_format=quickstart.chat_format, force=True)
-    registry.promote(NAME, 1)
+    AdapterPromoter(registry).promote(NAME, 1)
     yield f"{embedded_base.name}:{NAME}"
     registry._storage.remove_folder(NAME)
 

@@ -14,19 +14,17 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import (
-    BaseModel,
-    Quantization,
-    forbid_packed_cpu_kernel,
-    load_quantized,
-    load_tokenizer,
-)
-from training.chat.chat_format import Message, load_chat_format
-from training.config.train_config import load_config
+from training.base_models.nf4 import Quantization, forbid_packed_cpu_kernel, load_quantized
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
+from training.config.load import load_config
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
 from training.data.run_inputs import read_inputs
-from training.registry.registry import AdapterManifest, AdapterRegistry
-from training.trainer.train import held_out_loss
+from training.registry.manifest import AdapterManifest
+from training.registry.registry import AdapterRegistry
+from training.trainer.evaluate import held_out_loss
 
 PROMPT = "The capital of France is"
 
@@ -66,7 +64,7 @@ def test_a_text_is_continued_with_the_openai_client(server: RunningServer, clien
 
 
 @pytest.mark.promise("A2")
-def test_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, embedded_base: BaseModel) -> None:
+def test_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     ids = AutoTokenizer.from_pretrained(embedded_base.path)(PROMPT).input_ids
     (alone,) = choices(server)
     assert choices(server, prompt=ids) == [alone]
@@ -76,7 +74,7 @@ def test_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, embe
 
 @pytest.mark.promise("A2")
 def test_the_ids_of_a_dialog_are_answered_as_the_chat_route_does(
-    server: RunningServer, embedded_base: BaseModel
+    server: RunningServer, embedded_base: BaseCheckpoint
 ) -> None:
     question = "What is the capital of France?"
     chat_format = load_chat_format("auto", embedded_base)
@@ -102,7 +100,7 @@ def test_choices_are_numbered_by_prompt_then_answer(server: RunningServer) -> No
 
 
 @pytest.mark.promise("A2")
-def test_a_text_is_scored_with_echo(server: RunningServer, embedded_base: BaseModel) -> None:
+def test_a_text_is_scored_with_echo(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     text = "The capital of France is Paris. 👩 It is é."
     response = post(server, prompt=text, echo=True, logprobs=2, max_tokens=0).json()
     (choice,) = response["choices"]
@@ -122,7 +120,7 @@ def test_a_text_is_scored_with_echo(server: RunningServer, embedded_base: BaseMo
 
 
 @pytest.mark.promise("A2")
-def test_scores_are_those_of_the_model(server: RunningServer, embedded_base: BaseModel) -> None:
+def test_scores_are_those_of_the_model(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     text = "Horses are large animals, and they eat grass. Cattle do as well. " * 3
     (choice,) = choices(server, prompt=text, echo=True, logprobs=0, max_tokens=0)
     ids = torch.tensor([load_tokenizer(embedded_base).encode(text).ids])
@@ -148,7 +146,7 @@ def test_a_generated_token_scores_as_it_did_when_it_was_made(server: RunningServ
 
 
 @pytest.mark.promise("A2")
-def test_an_evaluation_harness_can_score_continuations(server: RunningServer, embedded_base: BaseModel) -> None:
+def test_an_evaluation_harness_can_score_continuations(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     """As lm-evaluation-harness asks: lists of token ids, one more token, the likeliest token at each place."""
     tokenizer = load_tokenizer(embedded_base)
     context = tokenizer.encode(PROMPT).ids
@@ -265,7 +263,7 @@ def summed_logprobs(server: RunningServer, model: str, rows: Sequence[TokenizedR
 
 @pytest.mark.promise("E3")
 def test_the_loss_that_training_reports_is_the_loss_over_http(
-    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint
 ) -> None:
     held_out_rows = read_inputs(load_config("configs/train/quickstart.yaml")).held_out_rows
     logprob, num_tokens = summed_logprobs(server, server.adapter, held_out_rows)

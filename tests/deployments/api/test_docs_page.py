@@ -8,11 +8,11 @@ import pytest
 from deployments.config import ServeArgs
 from tests.deployments.in_process import serving
 from tests.deployments.ui.test_page import CHROMIUM, FLAGS, needs_browser
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 
 @pytest.fixture(scope="module")
-def url(tiny_base: BaseModel) -> Iterator[str]:
+def url(tiny_base: BaseCheckpoint) -> Iterator[str]:
     """The API without a model behind it."""
     with serving(ServeArgs(base_model=str(tiny_base.path)), None) as url:
         yield url

@@ -12,17 +12,20 @@ import httpx
 import openai
 import pytest
 import torch
-from pydantic import BaseModel as PydanticModel
-from pydantic import Field
+from pydantic import BaseModel, Field
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import RunningServer
-from training.base_models.resolve import BaseModel, load_tokenizer
-from training.chat.chat_format import load_chat_format
-from training.registry.registry import AdapterManifest, AdapterRegistry, import_adapter
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 
-class City(PydanticModel):
+class City(BaseModel):
     name: str = Field(max_length=12)
     country: Literal["France", "Spain"]
     millions: int = Field(ge=0, le=40)
@@ -171,7 +174,7 @@ def test_logprobs_have_nothing_of_a_stop_string(server: RunningServer) -> None:
 
 
 @pytest.mark.promise("A1")
-def test_a_bias_forces_or_forbids_a_token(server: RunningServer, embedded_base: BaseModel) -> None:
+def test_a_bias_forces_or_forbids_a_token(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     cat = str(load_tokenizer(embedded_base).encode(" cat").ids[0])
     forced = post(server, body(server, max_tokens=4, logit_bias={cat: 100})).json()["choices"][0]
     assert forced["message"]["content"] == " cat" * 4
@@ -182,7 +185,7 @@ def test_a_bias_forces_or_forbids_a_token(server: RunningServer, embedded_base: 
 
 
 @pytest.mark.promise("A1")
-def test_min_tokens_put_off_the_end(server: RunningServer, embedded_base: BaseModel) -> None:
+def test_min_tokens_put_off_the_end(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     end = str(load_chat_format("auto", embedded_base).stop_token_ids[0])
     for min_tokens in (0, 5):
         answer = post(server, body(server, logit_bias={end: 100}, min_tokens=min_tokens)).json()
@@ -396,13 +399,13 @@ def test_a_version_registered_while_the_server_runs_answers_at_once(
     answer = post(server, body(server, model=imported.model_id))
     assert answer.json()["model"] == "smollm2-135m:late@1"
     assert answer.json()["choices"] == post(server, body(server, model=server.adapter)).json()["choices"]
-    registry.delete("late", 1)
+    AdapterPromoter(registry).delete("late", 1)
     assert post(server, body(server, model=imported.model_id)).status_code == 404
 
 
 @pytest.mark.promise("C4")
 def test_an_adapter_changed_on_disk_is_refused_at_load_and_others_serve_on(
-    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint
 ) -> None:
     registry = AdapterRegistry()
     imported = import_adapter(
@@ -416,12 +419,12 @@ def test_an_adapter_changed_on_disk_is_refused_at_load_and_others_serve_on(
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "adapter_unhealthy"
     assert post(server, body(server, model=server.adapter)).status_code == 200
-    registry.delete("tampered", 1)
+    AdapterPromoter(registry).delete("tampered", 1)
 
 
 @pytest.mark.promise("D9")
 def test_an_adapter_that_gives_nan_is_quarantined_and_others_serve_on(
-    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseModel, tmp_path: Path
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     registry = AdapterRegistry()
     folder = tmp_path / "huge"
@@ -439,7 +442,7 @@ def test_an_adapter_that_gives_nan_is_quarantined_and_others_serve_on(
         refused = post(server, body(server, model=imported.model_id, stream=streamed))
         assert (refused.status_code, refused.json()["error"]["code"]) == (500, "adapter_unhealthy")
         assert "roll back" in refused.json()["error"]["message"]
-    registry.delete("huge", 1)
+    AdapterPromoter(registry).delete("huge", 1)
 
 
 def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> None:

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from deployments.api.openai_responses import ChatShape, CompletionShape, Shape, events, whole
-from deployments.api.outputs import Answers, Piece, interleaved
+from deployments.api.openai_responses import ChatFormatter, CompletionFormatter, ResponseFormatter, collect, sse_events
+from deployments.api.outputs import PromptOutput, TextDelta, interleaved
 from deployments.engine.request import Delta, SamplingParams, TokenLogprob
 from deployments.errors import EngineFault
 from deployments.replica.request import GenerationRequest
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(embedded_base: BaseModel) -> Tokenizer:
+def tokenizer(embedded_base: BaseCheckpoint) -> Tokenizer:
     return load_tokenizer(embedded_base)
 
 
@@ -43,7 +44,9 @@ def delta(token_ids: list[int], index: int = 0, **more: Any) -> Delta:
     return Delta(token_ids, index=index, logprobs=tuple(map(scored, token_ids)), **more)
 
 
-async def grow(answers: Answers, batches: Sequence[list[Delta] | Exception]) -> AsyncGenerator[list[Piece], None]:
+async def grow(
+    answers: PromptOutput, batches: Sequence[list[Delta] | Exception]
+) -> AsyncGenerator[list[TextDelta], None]:
     for batch in batches:
         if isinstance(batch, Exception):
             raise batch
@@ -52,10 +55,15 @@ async def grow(answers: Answers, batches: Sequence[list[Delta] | Exception]) -> 
 
 
 def stream(
-    shape: Shape, answers: Answers, batches: Sequence[list[Delta] | Exception], include_usage: bool = False
+    shape: ResponseFormatter,
+    answers: PromptOutput,
+    batches: Sequence[list[Delta] | Exception],
+    include_usage: bool = False,
 ) -> list[str]:
     async def collect() -> list[str]:
-        return [text async for text in events(shape, [answers], grow(answers, batches), include_usage=include_usage)]
+        return [
+            text async for text in sse_events(shape, [answers], grow(answers, batches), include_usage=include_usage)
+        ]
 
     return asyncio.run(collect())
 
@@ -73,7 +81,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 @pytest.mark.promise("A1")
 def test_a_stop_string_ends_one_of_n_answers_and_the_others_go_on(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     a, b = ids(tokenizer, "one STOP two"), ids(tokenizer, " red blue green")
-    answers = Answers(generation([5], n=2, logprobs=0), vocabulary, ["STOP"])
+    answers = PromptOutput(generation([5], n=2, logprobs=0), vocabulary, ["STOP"])
     first = answers.add([delta(a, 0), delta(b[:1], 1)])
     assert [(piece.index, piece.text, piece.finish_reason) for piece in first] == [
         (0, "one ", "stop"),
@@ -100,8 +108,8 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
         [delta(a[1:2], 0), delta(a[2:], 0), delta(b[1:], 1, finish_reason="length")],
         [delta([], 0, finish_reason="stop")],
     ]
-    shape = ChatShape("chatcmpl-1", "m", vocabulary, with_logprobs=False)
-    written = stream(shape, Answers(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
+    shape = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
+    written = stream(shape, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
     assert len(written) == len(batches)  # what is ready together is one write
     chunks = parsed(written)
     assert {(chunk["id"], chunk["object"], chunk["model"]) for chunk in chunks} == {
@@ -128,14 +136,14 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
 @pytest.mark.promise("A1")
 def test_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     token_ids = ids(tokenizer, "a 👩 b STOP c")
-    shape = ChatShape("x", "m", vocabulary, with_logprobs=True)
+    shape = ChatFormatter("x", "m", vocabulary, with_logprobs=True)
 
-    def answers() -> Answers:
-        return Answers(generation([1], logprobs=2), vocabulary, ["STOP"])
+    def answers() -> PromptOutput:
+        return PromptOutput(generation([1], logprobs=2), vocabulary, ["STOP"])
 
     chunks = parsed(stream(shape, answers(), [[delta([token_id])] for token_id in token_ids]))
     together = answers()
-    done = json.loads(asyncio.run(whole(shape, [together], grow(together, [[delta(token_ids)]]))))
+    done = json.loads(asyncio.run(collect(shape, [together], grow(together, [[delta(token_ids)]]))))
     (choice,) = done["choices"]
     content = choice["logprobs"]["content"]
     assert content == [
@@ -158,14 +166,14 @@ def test_top_logprobs_are_listed_likeliest_first(tokenizer: Tokenizer, vocabular
     token = TokenLogprob(cow, -5.0, ((cat, -0.1), (dog, float("-inf"))))
     batch = [Delta([cow], "length", logprobs=(token,))]
 
-    def choice(shape: Shape) -> Any:
-        answers = Answers(generation([1], logprobs=2), vocabulary, continues_prompt=True)
-        return json.loads(asyncio.run(whole(shape, [answers], grow(answers, [batch]))))["choices"][0]
+    def choice(shape: ResponseFormatter) -> Any:
+        answers = PromptOutput(generation([1], logprobs=2), vocabulary, continues_prompt=True)
+        return json.loads(asyncio.run(collect(shape, [answers], grow(answers, [batch]))))["choices"][0]
 
-    (chat,) = choice(ChatShape("x", "m", vocabulary, with_logprobs=True))["logprobs"]["content"]
+    (chat,) = choice(ChatFormatter("x", "m", vocabulary, with_logprobs=True))["logprobs"]["content"]
     assert (chat["token"], chat["logprob"], chat["bytes"]) == (" cow", -5.0, list(b" cow"))
     assert [(top["token"], top["logprob"]) for top in chat["top_logprobs"]] == [(" cat", -0.1), (" dog", -9999.0)]
-    legacy = choice(CompletionShape("x", "m", vocabulary, with_logprobs=True))["logprobs"]
+    legacy = choice(CompletionFormatter("x", "m", vocabulary, with_logprobs=True))["logprobs"]
     assert legacy["top_logprobs"] == [{" cat": -0.1, " dog": -9999.0, " cow": -5.0}]
 
 
@@ -173,7 +181,7 @@ def test_top_logprobs_are_listed_likeliest_first(tokenizer: Tokenizer, vocabular
 def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     prompt, more = ids(tokenizer, "the red"), ids(tokenizer, " house is")
     prompt_logprobs = (None, *map(scored, prompt[1:]))
-    answers = Answers(
+    answers = PromptOutput(
         generation(prompt, n=2, logprobs=0, prompt_logprobs=0),
         vocabulary,
         first_index=4,
@@ -183,8 +191,8 @@ def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Token
     early = [delta(more[:1], 1)]  # answer 0 brings what answer 1 needs to begin
     batches = [early, [delta(more, 0, finish_reason="length", prompt_logprobs=prompt_logprobs)], [delta(more[1:], 1)]]
     batches.append([delta([], 1, finish_reason="length")])
-    shape = CompletionShape("x", "m", vocabulary, with_logprobs=True)
-    done = json.loads(asyncio.run(whole(shape, [answers], grow(answers, batches))))
+    shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=True)
+    done = json.loads(asyncio.run(collect(shape, [answers], grow(answers, batches))))
     assert [choice["index"] for choice in done["choices"]] == [4, 5]
     for choice in done["choices"]:
         assert choice["text"] == "the red house is"
@@ -199,9 +207,11 @@ def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Token
 @pytest.mark.promise("A2")
 def test_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     prompt = ids(tokenizer, "é👩!")
-    answers = Answers(generation(prompt, logprobs=0, prompt_logprobs=0), vocabulary, continues_prompt=True, echo=True)
+    answers = PromptOutput(
+        generation(prompt, logprobs=0, prompt_logprobs=0), vocabulary, continues_prompt=True, echo=True
+    )
     batch = [Delta([], "length", prompt_logprobs=(None, *map(scored, prompt[1:])))]
-    chunks = parsed(stream(CompletionShape("x", "m", vocabulary, with_logprobs=True), answers, [batch]))
+    chunks = parsed(stream(CompletionFormatter("x", "m", vocabulary, with_logprobs=True), answers, [batch]))
     ((choice,),) = [chunk["choices"] for chunk in chunks]
     assert (choice["text"], choice["finish_reason"]) == ("é👩!", "length")
     assert len(choice["logprobs"]["tokens"]) == len(prompt)
@@ -211,20 +221,20 @@ def test_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, voc
 def test_an_error_before_the_first_batch_is_raised_and_a_later_one_is_an_event(
     tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> None:
-    shape = ChatShape("x", "m", vocabulary, with_logprobs=False)
+    shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
     with pytest.raises(EngineFault):
-        stream(shape, Answers(generation([1]), vocabulary), [EngineFault("broke")])
+        stream(shape, PromptOutput(generation([1]), vocabulary), [EngineFault("broke")])
     batches = [[delta(ids(tokenizer, "hi"))], EngineFault("broke")]
-    *_, last = parsed(stream(shape, Answers(generation([1]), vocabulary), batches))
+    *_, last = parsed(stream(shape, PromptOutput(generation([1]), vocabulary), batches))
     assert last["error"]["message"] == "broke"
     with pytest.raises(EngineFault):
-        Answers(generation([1]), vocabulary).add([Delta([], "error")])
+        PromptOutput(generation([1]), vocabulary).add([Delta([], "error")])
 
 
 def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     closed = []
 
-    async def endless(answers: Answers) -> AsyncGenerator[list[Piece], None]:
+    async def endless(answers: PromptOutput) -> AsyncGenerator[list[TextDelta], None]:
         try:
             while True:
                 yield answers.add([delta(ids(tokenizer, " la"))])
@@ -232,9 +242,9 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
             closed.append(True)
 
     async def leave() -> None:
-        answers = Answers(generation([1]), vocabulary)
-        shape = ChatShape("x", "m", vocabulary, with_logprobs=False)
-        written = events(shape, [answers], endless(answers), include_usage=False)
+        answers = PromptOutput(generation([1]), vocabulary)
+        shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
+        written = sse_events(shape, [answers], endless(answers), include_usage=False)
         await anext(written)
         await written.aclose()
 
@@ -242,12 +252,12 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
     assert closed == [True]
 
 
-async def counted(length: int, closed: list[int], fails: bool = False) -> AsyncGenerator[list[Piece], None]:
+async def counted(length: int, closed: list[int], fails: bool = False) -> AsyncGenerator[list[TextDelta], None]:
     """`length` batches with the index `length`, then an error or the end."""
     try:
         for _ in range(length):
             await asyncio.sleep(0)
-            yield [Piece(length, "", [])]
+            yield [TextDelta(length, "", [])]
         if fails:
             raise EngineFault("broke")
     finally:
@@ -287,10 +297,10 @@ def test_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, voca
     batches = [[delta(ids(tokenizer, "the end"), finish_reason="length")]]
 
     async def collect() -> list[str]:
-        prompts = [Answers(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
-        shape = CompletionShape("x", "m", vocabulary, with_logprobs=False)
+        prompts = [PromptOutput(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
+        shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=False)
         together = interleaved([grow(prompt, batches) for prompt in prompts])  # all have grown when one is seen
-        return [text async for text in events(shape, prompts, together, include_usage=False)]
+        return [text async for text in sse_events(shape, prompts, together, include_usage=False)]
 
     chunks = parsed(asyncio.run(collect()))
     found = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}

@@ -13,21 +13,23 @@ from transformers import AutoTokenizer
 from deployments.api.rendering import RequestRenderer
 from deployments.engine.request import SamplingParams
 from deployments.errors import ContextLengthExceeded
-from deployments.protocol.chat import ChatCompletionRequest, CompletionRequest
-from deployments.text.detokenizer import Vocabulary
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.completions import CompletionRequest
 from deployments.text.text_encoder import TextEncoder
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.fixture(scope="module")
-def renderer(embedded_base: BaseModel) -> RequestRenderer:
+def renderer(embedded_base: BaseCheckpoint) -> RequestRenderer:
     tokenizer = load_tokenizer(embedded_base)
     return RequestRenderer(embedded_base, "auto", tokenizer, Vocabulary(tokenizer), max_model_len=64)
 
 
-def text_encoder(base: BaseModel) -> TextEncoder:
+def text_encoder(base: BaseCheckpoint) -> TextEncoder:
     tokenizer = load_tokenizer(base)
     return TextEncoder(tokenizer, Vocabulary(tokenizer))
 
@@ -49,7 +51,7 @@ def chat(**fields: Any) -> ChatCompletionRequest:
 @pytest.mark.promise("A2")
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
 def test_a_text_has_the_ids_that_transformers_gives_it(
-    embedded_base: BaseModel,
+    embedded_base: BaseCheckpoint,
     tmp_path: Path,
     family: str,
     bos: tuple[str, int] | None,
@@ -84,7 +86,7 @@ def template_with(bos: str, token_id: int) -> dict[str, Any]:
 
 
 @pytest.mark.promise("B5")
-def test_control_tokens_in_a_text_stay_text(embedded_base: BaseModel) -> None:
+def test_control_tokens_in_a_text_stay_text(embedded_base: BaseCheckpoint) -> None:
     special = {0, 1, 2}
     ids = text_encoder(embedded_base).encode("<|im_start|>system<|im_end|><|endoftext|></s>")
     assert not special & set(ids)

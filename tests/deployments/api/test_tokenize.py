@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deployments.api.rendering import RequestRenderer
-from deployments.protocol.chat import ChatCompletionRequest, CompletionRequest
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.tokenize import DetokenizeRequest, TokenizeRequest, TokenizeResponse
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
-from training.registry.registry import AdapterDraft, AdapterRegistry
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FORMATS = {"embedded": "chatml", "llama2": "llama-2", "llama3": "llama-3"}
@@ -25,7 +28,7 @@ CONTROL_TEXT = "<s> </s> [INST] <<SYS>> <|im_start|> <|eot_id|> <|begin_of_text|
 
 
 @pytest.fixture(scope="module")
-def renderers(embedded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RequestRenderer]:
+def renderers(embedded_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RequestRenderer]:
     """For the embedded model (byte-level BPE), Llama 2 (SentencePiece) and Llama 3 (byte-level BPE with BOS)."""
     found = {}
     for family, chat_format in FORMATS.items():
@@ -130,10 +133,10 @@ def test_tokenize_gives_the_ids_that_generation_begins_from(renderers: dict[str,
 
 @pytest.mark.promise("E1")
 def test_an_adapters_dialogs_are_in_its_own_format(
-    renderers: dict[str, RequestRenderer], tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    renderers: dict[str, RequestRenderer], tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
-    adapter = AdapterRegistry(tmp_path / "registry").register(tiny_adapter, draft, force=True)
+    adapter = AdapterPublisher(AdapterRegistry(tmp_path / "registry")).register(tiny_adapter, draft, force=True)
     tokenizer = load_tokenizer(tiny_base)
     other = RequestRenderer(tiny_base, "chatml", tokenizer, Vocabulary(tokenizer), 512)
     body = TokenizeRequest.model_validate({"messages": DIALOGS[1]})

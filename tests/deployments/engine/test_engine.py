@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from deployments.engine.engine import Engine
 from deployments.engine.llama import cpu_kernels
 from deployments.engine.request import Delta, EngineRequest, SamplingParams, TokenLogprob
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 
 PROMPTS = [[1, 4093, 198, 1780, 30, 2], list(range(400, 470)), [9] * 3, list(range(1000, 1150))]
 RANKS = {"r4": 4, "r8": 8, "r16": 16, "r64": 64}
@@ -104,12 +105,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu_kernels.load_kernels.cache_clear()
 
 
-def new_engine(base: BaseModel, backend: str, **changes: int) -> Engine:
+def new_engine(base: BaseCheckpoint, backend: str, **changes: int) -> Engine:
     sizes = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_loras": 4} | changes
     return engine_of(base, Quantization(compute_dtype="float32"), backend, **sizes)
 
 
-def engine_of(base: BaseModel, quantization: Quantization, backend: str, **sizes: Any) -> Engine:
+def engine_of(base: BaseCheckpoint, quantization: Quantization, backend: str, **sizes: Any) -> Engine:
     model = load_quantized(base, quantization, "cuda" if backend == "cuda" else "cpu")
     engine = Engine(model, **sizes)
     assert type(engine._llama).__name__ == ("CpuLlama" if backend == "kernels" else "TorchLlama")
@@ -117,7 +118,7 @@ def engine_of(base: BaseModel, quantization: Quantization, backend: str, **sizes
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_base: BaseModel, adapters: dict[str, Path], backend: str) -> Engine:
+def loaded(tiny_base: BaseCheckpoint, adapters: dict[str, Path], backend: str) -> Engine:
     engine = new_engine(tiny_base, backend)
     for key, folder in adapters.items():
         assert load(engine, folder, key)
@@ -134,7 +135,7 @@ def engine(loaded: Engine) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def peft_model(tiny_base: BaseModel, adapters: dict[str, Path]) -> PeftModel:
+def peft_model(tiny_base: BaseCheckpoint, adapters: dict[str, Path]) -> PeftModel:
     base = load_quantized(tiny_base, Quantization(compute_dtype="float32"))
     model = PeftModel.from_pretrained(base, adapters["r4"], adapter_name="r4").eval()
     for name in ("r8", "r16", "r64"):
@@ -193,7 +194,7 @@ def test_mixed_and_prefix_reused_equals_peft(
 
 @pytest.mark.promise("E2")
 def test_preempted_equals_peft(
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     adapters: dict[str, Path],
     backend: str,
     peft_greedy: dict[tuple[int, str | None], list[int]],
@@ -338,7 +339,7 @@ def test_the_same_prompt_never_gets_another_adapters_keys_and_values(
 
 @pytest.mark.promise("D11")
 def test_more_adapters_than_slots_give_what_each_gives_alone(
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     adapters: dict[str, Path],
     backend: str,
     peft_greedy: dict[tuple[int, str | None], list[int]],
@@ -402,7 +403,7 @@ def test_what_can_never_fit_is_refused_at_once(engine: Engine) -> None:
 
 
 @pytest.mark.promise("E2")
-def test_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseModel, backend: str) -> None:
+def test_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseCheckpoint, backend: str) -> None:
     """The embedded model in bf16 compute: mean distance of log-probabilities from the fp32 reference."""
     token_ids = list(range(3000, 3096))
     with torch.inference_mode():

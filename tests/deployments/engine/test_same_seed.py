@@ -95,8 +95,9 @@ def test_and_a_reused_prefix_changes_the_count_and_not_the_text(tiny_api: InProc
 @pytest.mark.promise("A8")
 def test_counts_are_those_of_the_tokenizer(tiny_api: InProcessApi) -> None:
     """Prompt tokens once for each prompt; the answers' tokens as their log-probabilities list them."""
-    from training.base_models.resolve import load_tokenizer
-    from training.chat.chat_format import Message, load_chat_format
+    from training.base_models.tokenizer import load_tokenizer
+    from training.chat.detect import load_chat_format
+    from training.chat.messages import Message
 
     chat_format = load_chat_format("auto", tiny_api.base, load_tokenizer(tiny_api.base))
     dialog = [{"role": "system", "content": "Be brief. é漢👩"}, {"role": "user", "content": HORSES}]

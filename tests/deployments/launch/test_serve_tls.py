@@ -24,7 +24,7 @@ from clients.api import CorralClient
 from clients.doctor.security import Listener, listeners, speaks_plain_http
 from deployments.auth.keys import KeyStore
 from tests.conftest import serve_config, stop_server
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class SecureServer:
 
 @pytest.fixture(scope="module", params=["0.0.0.0", pytest.param("127.0.0.1", marks=pytest.mark.slow)])
 def secure(
-    request: pytest.FixtureRequest, tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SecureServer]:
     folder, host = tmp_path_factory.mktemp("tls"), request.param
     (folder / "home").mkdir(mode=0o700)

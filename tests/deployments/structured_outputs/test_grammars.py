@@ -15,15 +15,16 @@ from deployments.engine.constraint import Constraint, ConstraintFault
 from deployments.errors import NotReady, ResponseFormatRefused
 from deployments.protocol.chat import ResponseFormat
 from deployments.structured_outputs.grammars import GrammarCompiler, grammar_of
-from deployments.text.detokenizer import Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 STOP = 2  # `<|im_end|>` of the embedded model, `</s>` of Llama 2
 
 
 @pytest.fixture(scope="module")
-def llama2(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+def llama2(tmp_path_factory: pytest.TempPathFactory) -> BaseCheckpoint:
     """The SentencePiece kind: a space before a text, and bytes as tokens of their own. Ids without gaps, as real."""
     path = tmp_path_factory.mktemp("llama2")
     content = json.loads((FIXTURES / "llama2_reduced_tokenizer.json").read_text())
@@ -31,16 +32,18 @@ def llama2(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     content["model"]["vocab"] = {token: i for i, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
     (path / "tokenizer.json").write_text(json.dumps(content))
     (path / "config.json").write_text(json.dumps({"vocab_size": len(vocab) + 7}))
-    return BaseModel("llama2", str(path), path, None)
+    return BaseCheckpoint("llama2", str(path), path, None)
 
 
-def new_compiler(base: BaseModel, **options: Any) -> GrammarCompiler:
+def new_compiler(base: BaseCheckpoint, **options: Any) -> GrammarCompiler:
     tokenizer = load_tokenizer(base)
     return GrammarCompiler(base, tokenizer, Vocabulary(tokenizer), **options)
 
 
 @pytest.fixture(scope="module")
-def compilers(embedded_base: BaseModel, llama2: BaseModel) -> dict[str, tuple[BaseModel, GrammarCompiler]]:
+def compilers(
+    embedded_base: BaseCheckpoint, llama2: BaseCheckpoint
+) -> dict[str, tuple[BaseCheckpoint, GrammarCompiler]]:
     return {
         "embedded": (embedded_base, new_compiler(embedded_base)),
         "llama2": (llama2, new_compiler(llama2)),
@@ -108,7 +111,7 @@ TEXTS: list[tuple[dict[str, Any] | None, str, bool]] = [
 @pytest.mark.parametrize("kind", ["embedded", "llama2"])
 @pytest.mark.parametrize(("schema", "text", "expected"), TEXTS)
 def test_a_text_is_of_its_schema_in_both_kinds_of_tokenizers(
-    compilers: dict[str, tuple[BaseModel, GrammarCompiler]],
+    compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]],
     kind: str,
     schema: dict[str, Any] | None,
     text: str,
@@ -125,7 +128,7 @@ def test_a_text_is_of_its_schema_in_both_kinds_of_tokenizers(
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("kind", ["embedded", "llama2"])
 def test_characters_can_be_written_byte_by_byte(
-    compilers: dict[str, tuple[BaseModel, GrammarCompiler]], kind: str
+    compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]], kind: str
 ) -> None:
     base, compiler = compilers[kind]
     tokenizer = load_tokenizer(base)
@@ -139,7 +142,7 @@ def test_characters_can_be_written_byte_by_byte(
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("kind", ["embedded", "llama2"])
 def test_the_end_is_allowed_where_the_text_may_end_and_no_control_token_ever(
-    compilers: dict[str, tuple[BaseModel, GrammarCompiler]], kind: str
+    compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]], kind: str
 ) -> None:
     base, compiler = compilers[kind]
     tokenizer = load_tokenizer(base)
@@ -209,7 +212,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.promise("B9")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_or_followed_within_2_s(
-    compilers: dict[str, tuple[BaseModel, GrammarCompiler]], name: str
+    compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]], name: str
 ) -> None:
     _, compiler = compilers["embedded"]
     refused: ResponseFormatRefused | None = None
@@ -242,7 +245,7 @@ def test_a_hostile_schema_is_refused_or_followed_within_2_s(
 
 @pytest.mark.promise("B9")
 def test_the_event_loop_goes_on_while_a_schema_compiles(
-    compilers: dict[str, tuple[BaseModel, GrammarCompiler]],
+    compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]],
 ) -> None:
     _, compiler = compilers["embedded"]
 
@@ -260,7 +263,7 @@ def test_the_event_loop_goes_on_while_a_schema_compiles(
 
 @pytest.mark.promise("B9")
 def test_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come_again(
-    embedded_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    embedded_base: BaseCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = new_compiler(embedded_base, timeout_s=0.2)
     go_on = threading.Event()
@@ -288,7 +291,7 @@ def test_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come_ag
 
 @pytest.mark.promise("B9")
 def test_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
-    embedded_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    embedded_base: BaseCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = new_compiler(embedded_base, cache_size=3)
     seen: list[str] = []
@@ -320,7 +323,7 @@ def test_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
 
 
 @pytest.mark.promise("B9")
-def test_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseModel) -> None:
+def test_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseCheckpoint) -> None:
     compiler = new_compiler(embedded_base)
 
     async def leave() -> Constraint:
@@ -345,7 +348,7 @@ def test_a_caller_that_leaves_does_not_stop_the_others(embedded_base: BaseModel)
     ],
 )
 def test_what_the_library_does_not_take_is_said_in_one_line(
-    compilers: dict[str, tuple[BaseModel, GrammarCompiler]], schema: dict[str, Any], words: str
+    compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]], schema: dict[str, Any], words: str
 ) -> None:
     _, compiler = compilers["embedded"]
     with pytest.raises(ResponseFormatRefused, match=re.escape(words)) as caught:

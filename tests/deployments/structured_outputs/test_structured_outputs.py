@@ -20,9 +20,12 @@ from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.engine.sampling import forbid, token_logprobs
 from deployments.protocol.chat import ResponseFormat
 from deployments.structured_outputs.grammars import GrammarCompiler, grammar_of
-from deployments.text.detokenizer import Detokenizer, Vocabulary
+from deployments.text.detokenizer import Detokenizer
+from deployments.text.vocabulary import Vocabulary
 from tests.deployments.engine.test_engine import PROMPTS, Answers, drain
-from training.base_models.resolve import BaseModel, Quantization, load_quantized, load_tokenizer
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
 
 STOP = 2
 FREE = SamplingParams(max_tokens=120, temperature=1.0, seed=1, stop_token_ids=(STOP,))
@@ -30,22 +33,22 @@ GREEDY = replace(FREE, temperature=0)
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tiny_base: BaseModel) -> Vocabulary:
+def vocabulary(tiny_base: BaseCheckpoint) -> Vocabulary:
     return Vocabulary(load_tokenizer(tiny_base))
 
 
 @pytest.fixture(scope="module")
-def compiler(tiny_base: BaseModel, vocabulary: Vocabulary) -> GrammarCompiler:
+def compiler(tiny_base: BaseCheckpoint, vocabulary: Vocabulary) -> GrammarCompiler:
     return GrammarCompiler(tiny_base, load_tokenizer(tiny_base), vocabulary)
 
 
-def new_engine(base: BaseModel, **changes: Any) -> Engine:
+def new_engine(base: BaseCheckpoint, **changes: Any) -> Engine:
     model = load_quantized(base, Quantization(compute_dtype="float32"))
     return Engine(model, **({"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64} | changes))
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_base: BaseModel) -> Engine:
+def loaded(tiny_base: BaseCheckpoint) -> Engine:
     return new_engine(tiny_base)
 
 
@@ -214,7 +217,7 @@ def test_free_answers_are_bit_equal_beside_constrained_ones(engine: Engine, comp
 
 @pytest.mark.promise("A1")
 def test_a_preempted_answer_goes_on_where_it_was(
-    tiny_base: BaseModel, compiler: GrammarCompiler, vocabulary: Vocabulary, one_thread: None
+    tiny_base: BaseCheckpoint, compiler: GrammarCompiler, vocabulary: Vocabulary, one_thread: None
 ) -> None:
     engine = new_engine(tiny_base, kv_cache_bytes=1)  # room for one sequence of the full length
     number = {"type": "integer", "minimum": 1000, "maximum": 9999}

@@ -7,15 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from deployments.text.detokenizer import Detokenizer, SentText, Vocabulary
-from training.base_models.resolve import BaseModel, load_tokenizer
+from deployments.text.detokenizer import Detokenizer, SentText
+from deployments.text.vocabulary import Vocabulary
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 FAMILIES = ("embedded", "llama2", "llama3")
 
 
 @pytest.fixture(scope="module")
-def tokenizers(embedded_base: BaseModel) -> dict[str, Tokenizer]:
+def tokenizers(embedded_base: BaseCheckpoint) -> dict[str, Tokenizer]:
     reduced = {name: Tokenizer.from_file(str(FIXTURES / f"{name}_reduced_tokenizer.json")) for name in FAMILIES[1:]}
     return {"embedded": load_tokenizer(embedded_base), **reduced}
 

@@ -15,7 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from deployments.auth.keys import KeyStore
 from deployments.ui.deployment import build_asgi_app
-from deployments.ui.sessions import SessionWall
+from deployments.ui.sessions import SessionMiddleware
 from tests.deployments.ui.test_page import ScriptedBackend
 
 URL = "http://localhost:8000"
@@ -64,7 +64,7 @@ def route_paths(app: Any) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for route in app.routes:
         inner = getattr(route, "original_router", None) or getattr(route, "app", None)
-        if isinstance(inner, SessionWall):
+        if isinstance(inner, SessionMiddleware):
             inner = inner._app
         if hasattr(inner, "routes") and not getattr(route, "methods", None):
             found |= route_paths(inner)

@@ -25,12 +25,14 @@ from starlette.routing import Mount
 from deployments.auth.caller import ANONYMOUS, Caller, KeyLimits
 from deployments.auth.keys import KeyStore
 from deployments.errors import EngineFault
-from deployments.protocol.chat import ChatCompletionRequest, Model
+from deployments.protocol.chat import ChatCompletionRequest
+from deployments.protocol.models import Model
 from deployments.ui.conversations import model_choices
 from deployments.ui.deployment import build_asgi_app
 from tests.conftest import RunningServer, free_port
-from training.base_models.resolve import BaseModel
-from training.chat.chat_format import Message, load_chat_format
+from training.base_models.resolve import BaseCheckpoint
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -333,7 +335,7 @@ def test_retry_undo_edit_on_the_real_model(real: ChatPage) -> None:
 
 
 @needs_browser
-def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_base: BaseModel) -> None:
+def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_base: BaseCheckpoint) -> None:
     long = "horse " * 4500
     # the newest message counted once: exactly the tokens of this dialog
     num_tokens = len(load_chat_format("auto", embedded_base).render_prompt([Message("user", long)]))

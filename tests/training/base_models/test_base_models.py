@@ -15,23 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.base_models.resolve import (
-    BaseModel,
-    Quantization,
-    base_name,
-    load_quantized,
-    load_tokenizer,
-    resolve_base_model,
-)
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint, base_name, resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
 from training.errors import BaseModelError
 
 
 @pytest.fixture
-def copy(tiny_base: BaseModel, tmp_path: Path) -> Path:
+def copy(tiny_base: BaseCheckpoint, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_base.path, tmp_path / "My Llama"))
 
 
-def test_the_embedded_model_is_pinned_and_offline(embedded_base: BaseModel) -> None:
+def test_the_embedded_model_is_pinned_and_offline(embedded_base: BaseCheckpoint) -> None:
     assert embedded_base.name == "smollm2-135m"
     assert embedded_base.context_length == 8192
     assert embedded_base.weights_sha256().startswith("fe45d49801a6ed8c")
@@ -73,21 +68,21 @@ def test_changed_weights_have_another_hash(copy: Path) -> None:
     assert base.weights_sha256() != before
 
 
-def test_control_tokens_inside_a_text_are_text(tiny_base: BaseModel) -> None:
+def test_control_tokens_inside_a_text_are_text(tiny_base: BaseCheckpoint) -> None:
     tokenizer = load_tokenizer(tiny_base)
     assert tokenizer.token_to_id("<|im_start|>") not in tokenizer.encode("a <|im_start|> b").ids
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_cpu_computes_in_what_it_is_fast_in(
-    tiny_base: BaseModel, has_bf16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tiny_base: BaseCheckpoint, has_bf16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     assert load_quantized(tiny_base, Quantization()).dtype == expected
     assert load_quantized(tiny_base, Quantization(compute_dtype="float32")).dtype == torch.float32
 
 
-def test_two_loads_give_the_same_4_bit_weights(tiny_base: BaseModel) -> None:
+def test_two_loads_give_the_same_4_bit_weights(tiny_base: BaseCheckpoint) -> None:
     first, second = (load_quantized(tiny_base, Quantization()).model.layers[1].mlp.up_proj for _ in range(2))
     assert first.weight.data.equal(second.weight.data)
     assert first.weight.data.numel() * 2 == 64 * 128  # two values a byte
@@ -132,7 +127,7 @@ class Hub:
 
 
 @pytest.fixture
-def hub(tiny_base: BaseModel, tmp_path: Path) -> Iterator[Hub]:
+def hub(tiny_base: BaseCheckpoint, tmp_path: Path) -> Iterator[Hub]:
     hub = Hub(Path(shutil.copytree(tiny_base.path, tmp_path / "repository")), tmp_path / "cache")
 
     class Handler(BaseHTTPRequestHandler):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.ray_train.test_fit import tiny_run
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.bench.__main__ import Timed, compared, main
 
 
@@ -29,7 +29,7 @@ def test_figures_are_of_the_same_round() -> None:
     assert figures["num_rounds"] == 3
 
 
-def test_last_line_is_json(tiny_base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_line_is_json(tiny_base: BaseCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_run(tiny_base, tmp_path).model_dump(mode="json", exclude_unset=True)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(json.dumps(config))

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from training.bench import time_slicing as turns
-from training.bench.time_slicing import TurnTaker, run_by_turns
+from training.bench.time_slicing import SlicedProcess, run_interleaved
 
 # Ticks on its own and in a child of its own, until it has ticked so often itself.
 _TICKER = """
@@ -35,7 +35,7 @@ def ticks_of(path: Path) -> list[float]:
 
 def test_active_seconds_are_those_of_the_turns() -> None:
     with subprocess.Popen([sys.executable, "-c", ""], text=True) as process:
-        taker = TurnTaker(process, sys.stdout, sys.stderr, [(10.0, 11.0), (13.0, 14.5), (16.0, 17.0)])
+        taker = SlicedProcess(process, sys.stdout, sys.stderr, [(10.0, 11.0), (13.0, 14.5), (16.0, 17.0)])
     assert taker.active_s(0, 100) == 3.5
     assert taker.active_s(10.5, 14.0) == 1.5
     assert taker.active_s(14.75, 15.5) == 0
@@ -45,7 +45,7 @@ def test_one_runs_at_a_time_with_its_children(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(turns, "_TURN_S", 0.2)
     files = {name: tmp_path / name for name in ("a", "b")}
     commands = {name: ticker(file, 120) for name, file in files.items()}
-    done = run_by_turns(commands, lambda name: files[name].exists())
+    done = run_interleaved(commands, lambda name: files[name].exists())
     assert [printed for _, printed in done.values()] == ["done\n", "done\n"]
     for name, (taker, _) in done.items():
         found = ticks_of(files[name])
@@ -63,6 +63,6 @@ def test_a_failure_is_named_and_ends_the_others(tmp_path: Path, monkeypatch: pyt
     fails = [sys.executable, "-c", "import sys, time; time.sleep(0.15); sys.exit('no such base')"]
     commands = {"long": ticker(tmp_path / "long", 100_000), "short": fails}
     with pytest.raises(RuntimeError, match=r"(?s)^short failed:\n.*no such base"):
-        run_by_turns(commands, lambda name: name == "short" or (tmp_path / name).exists())
+        run_interleaved(commands, lambda name: name == "short" or (tmp_path / name).exists())
     time.sleep(0.1)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]

@@ -16,8 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
-from training.base_models.resolve import EMBEDDED_MODEL, BaseModel, load_tokenizer, resolve_base_model
-from training.chat.chat_format import ChatFormat, ChatFormatName, Message, detect_chat_format, load_chat_format
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.resolve import BaseCheckpoint, resolve_base_model
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import detect_chat_format, load_chat_format
+from training.chat.messages import Message
+from training.chat.templates import ChatFormatName
 from training.errors import ChatFormatError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -360,7 +365,7 @@ def test_load_chat_format_on_the_embedded_model() -> None:
 def test_chatml_begins_with_bos_only_where_the_tokenizer_config_asks_for_it(tmp_path: Path) -> None:
     config = {"add_bos_token": True, "bos_token": {"content": "<|endoftext|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    base = BaseModel("tiny", str(tmp_path), tmp_path, None)
+    base = BaseCheckpoint("tiny", str(tmp_path), tmp_path, None)
     ids = load_chat_format("chatml", base, _tokenizer("chatml")).render_prompt([Message("user", "a")])
     assert ids[:2] == [0, 1]
 

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.training.chat.test_chat_format import FIXTURES
-from training.base_models.resolve import EMBEDDED_MODEL, resolve_base_model
-from training.chat.chat_format import ChatFormat, ChatFormatName, Message
+from training.base_models.embedded import EMBEDDED_MODEL
+from training.base_models.resolve import resolve_base_model
+from training.chat.chat_format import ChatFormat
 from training.chat.jinja_templates import chat_template
+from training.chat.messages import Message
+from training.chat.templates import ChatFormatName
 
 NAMES: tuple[ChatFormatName, ...] = get_args(ChatFormatName)
 # Ordinary text: what looks like a control token is one for other software.

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config.train_config import TrainConfig, check_resources, load_config, resolved
+from training.config.load import load_config, resolved
+from training.config.train_config import TrainConfig
 from training.errors import ConfigError, TrainingError
+from training.planning.resources import check_resources
 
 PROJECT = Path(__file__).parents[3]
 RECIPES = sorted((PROJECT / "configs" / "train").rglob("*.yaml"))

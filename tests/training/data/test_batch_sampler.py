@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data.batch_sampler import StepBatches, StepShape, deal, pack
+from training.data.batch_sampler import StepBatchSampler, StepLayout, distribute, pack
 
 lengths_of_rows = st.lists(st.integers(1, 64), min_size=1, max_size=80)
 
@@ -49,7 +49,7 @@ def test_packs_are_few() -> None:
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 8))
 def test_parts_have_like_many_tokens_and_none_too_many_examples(tokens: list[int], num_parts: int) -> None:
-    parts = deal(tokens, num_parts)
+    parts = distribute(tokens, num_parts)
     assert sorted(place for part in parts for place in part) == list(range(len(tokens)))
     assert max(map(len, parts)) <= -(-len(tokens) // num_parts)
     if len(tokens) >= num_parts:
@@ -58,8 +58,8 @@ def test_parts_have_like_many_tokens_and_none_too_many_examples(tokens: list[int
 
 def rows_by_step(lengths: list[int], num_workers: int, per_device: int, epoch: int, grouped: bool) -> list[list[int]]:
     """All workers' rows of each step, from their micro-batches."""
-    shape = StepShape(12, num_workers, per_device)
-    workers = [StepBatches(lengths, None, shape, r, 7, group_by_length=grouped) for r in range(num_workers)]
+    shape = StepLayout(12, num_workers, per_device)
+    workers = [StepBatchSampler(lengths, None, shape, r, 7, group_by_length=grouped) for r in range(num_workers)]
     for worker in workers:
         worker.set_epoch(epoch)
     micro_batches = [list(worker) for worker in workers]
@@ -97,5 +97,5 @@ def test_with_group_by_length_a_steps_rows_are_of_like_length() -> None:
 def test_packs_stay_together() -> None:
     lengths = [10, 20, 30, 40, 5]
     packs = pack(lengths, 50)
-    batches = list(StepBatches(lengths, packs, StepShape(2, 1, 1), 0, 0))
+    batches = list(StepBatchSampler(lengths, packs, StepLayout(2, 1, 1), 0, 0))
     assert sorted(map(sorted, batches)) == sorted(map(sorted, packs))

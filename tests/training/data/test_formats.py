@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.config.data_config import DataConfig, RowKind
-from training.data.formats import AnswerPair, BadRow, Dialog, Document, Example, RatedAnswer, parse_row
+from training.data.examples import BadRow, Dialog, Example, PreferencePair, TextExample, UnpairedExample
+from training.data.formats import parse_row
 from training.data.sources import RawRow, read_rows
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -71,7 +72,7 @@ def test_each_format_is_read_and_found_by_auto(
     rows = [*read_rows(source)]
     parsed = [parse_row(row, source, "sft") for row in rows]
     assert [(row.format, row.example) for row in parsed] == [(format_name, Dialog(m)) for m in expected]
-    assert [row.place for row in rows] == [f"{path}:1", f"{path}:2"]
+    assert [row.location for row in rows] == [f"{path}:1", f"{path}:2"]
 
 
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
@@ -171,7 +172,7 @@ def test_an_answer_that_is_judged_is_learned() -> None:
     """P B10: a comparison of answers that are not to be trained teaches nothing; earlier turns are context anyway."""
     turns = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "user", "content": "q2"}]
     row: dict[str, Any] = {"prompt": [{"role": "user", "content": "q"}, *turns], "rejected": "bad"}
-    assert isinstance(parse(row | {"chosen": "good"}, "preference")[1], AnswerPair)
+    assert isinstance(parse(row | {"chosen": "good"}, "preference")[1], PreferencePair)
     judged: dict[str, RowKind] = {"chosen": "preference", "completion": "unpaired_preference"}
     for key, kind in judged.items():
         with pytest.raises(BadRow, match="marks the answer that it judges as not to be trained"):
@@ -179,7 +180,7 @@ def test_an_answer_that_is_judged_is_learned() -> None:
 
 
 def test_a_plain_text_is_trained_only_where_it_is_asked_for() -> None:
-    assert parse({"text": "Once upon a time"}, format="text") == ("text", Document("Once upon a time"))
+    assert parse({"text": "Once upon a time"}, format="text") == ("text", TextExample("Once upon a time"))
     assert parse({"text": "### Human: q ### Assistant: a"}, format="text")[0] == "text"
     with pytest.raises(BadRow, match=r"set data\.format to text"):
         parse({"text": "Once upon a time"})
@@ -271,7 +272,7 @@ def test_keys_that_say_nothing_to_a_format_are_told(row: Any, kind: RowKind, col
     assert unused(row, kind, columns=columns) == expected
 
 
-PAIR = AnswerPair(dialog("q"), Message("assistant", "good"), Message("assistant", "bad"))
+PAIR = PreferencePair(dialog("q"), Message("assistant", "good"), Message("assistant", "bad"))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_every_shape_of_a_preference(row: Any) -> None:
 def test_preferences_share_whole_turns() -> None:
     turns = [{"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("user", "q2"))]
     row = {key: [*turns, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
-    assert parse(row, "preference")[1] == AnswerPair(
+    assert parse(row, "preference")[1] == PreferencePair(
         dialog("q", "a", "q2"), Message("assistant", "chosen"), Message("assistant", "rejected")
     )
 
@@ -348,7 +349,7 @@ def test_a_bad_preference_row(row: Any, reason: str) -> None:
 )
 def test_rated_answers(label: Any, expected: bool) -> None:
     row = {"prompt": "q", "completion": "a", "label": label}
-    rated = RatedAnswer(dialog("q"), Message("assistant", "a"), expected)
+    rated = UnpairedExample(dialog("q"), Message("assistant", "a"), expected)
     assert parse(row, "unpaired_preference") == ("unpaired_preference", rated)
 
 
@@ -371,7 +372,7 @@ def test_supervised_training_does_not_learn_the_worse_answer() -> None:
 def test_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
     """P B10: what one method takes for a bad answer must not be learned by the other."""
     row = {"prompt": "q", "completion": "a", "label": label}
-    assert isinstance(parse(row, "unpaired_preference")[1], RatedAnswer)
+    assert isinstance(parse(row, "unpaired_preference")[1], UnpairedExample)
     with pytest.raises(BadRow, match=r"rates an answer .*set method: kto"):
         parse(row)
     assert parse(row, format="prompt_completion")[1] == Dialog(dialog("q", "a"))

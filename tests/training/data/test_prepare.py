@@ -1,6 +1,5 @@
 """A dataset from its files to a run's rows: bad rows, lengths, duplicates, the held-out split, weights, the cache."""
 
-import ast
 import hashlib
 import json
 import os
@@ -17,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tests.repository.import_graph import import_graph, modules
 from tests.training.data.test_formats import FIXTURES, dialog
-from training.base_models.resolve import BaseModel, load_tokenizer
-from training.chat.chat_format import ChatFormat, load_chat_format
+from training.base_models.resolve import BaseCheckpoint
+from training.base_models.tokenizer import load_tokenizer
+from training.chat.chat_format import ChatFormat
+from training.chat.detect import load_chat_format
 from training.config.data_config import DataConfig
-from training.data import build_store as data_reading
-from training.data import prepare as data
+from training.data import build_store, store_cache
 from training.data.prepare import PreparedData, prepare_data
 from training.data.row_store import IGNORED_LABEL, PreferenceRow, UnpairedRow
 from training.errors import DatasetError
@@ -34,12 +35,12 @@ Prepare = Callable[..., PreparedData]
 
 
 @pytest.fixture(scope="module")
-def chatml(tiny_base: BaseModel) -> ChatFormat:
+def chatml(tiny_base: BaseCheckpoint) -> ChatFormat:
     return load_chat_format("chatml", tiny_base)
 
 
 @pytest.fixture(scope="module")
-def prepare(tiny_base: BaseModel, chatml: ChatFormat) -> Prepare:
+def prepare(tiny_base: BaseCheckpoint, chatml: ChatFormat) -> Prepare:
     tokenizer = load_tokenizer(tiny_base)
 
     def prepared(path: Any, max_length: int = 200, seed: int = 0, kind: Any = "sft", **values: Any) -> PreparedData:
@@ -406,7 +407,7 @@ def test_truncation_drops_whole_exchanges_and_says_so(prepare: Prepare, chatml: 
         [note] = prepared.report.truncated
         assert (note.source, prepared.report.num_truncated) == (f"{path}:1", 1)
         assert note.reason == f"has {whole} tokens: its last 2 messages are left out"
-        assert "1 shortened" in prepared.report.short()
+        assert "1 shortened" in prepared.report.summary()
     with pytest.raises(DatasetError, match="is too long"):  # not even the first exchange fits
         prepare(path, max_length=10, on_too_long="truncate")
 
@@ -508,7 +509,7 @@ def test_given_evaluation_rows_are_not_trained_on(prepare: Prepare, tmp_path: Pa
     assert asked(prepared, "held_out") == ["question 3", "question 5", "new"]
     assert asked(prepared) == [f"question {n}" for n in range(10) if n not in (3, 5)]
     assert (prepared.report.num_leaked, prepared.report.num_duplicates) == (3, 1)
-    assert "3 that are held out" in prepared.report.short()
+    assert "3 that are held out" in prepared.report.summary()
     with pytest.raises(DatasetError, match="leaves no training row that is not held out too"):
         prepare(train, held_out_path=train)
 
@@ -592,13 +593,13 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    real = data.read_into
+    real = build_store.read_into
 
     def counted(*args: Any, **options: Any) -> Any:
         written.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(data, "read_into", counted)
+    monkeypatch.setattr(store_cache, "read_into", counted)
     path = write(tmp_path / "d.jsonl", *questions(20))
     prepare(path)
     prepare(path, held_out=0.2, seed=4, deduplicate=False)  # decided after reading
@@ -617,11 +618,20 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
 
 def test_the_cache_knows_every_module_that_makes_a_store() -> None:
     """A changed rendering, hash or format must not find the rows of the old one."""
-    tree = ast.parse(Path(data_reading.__file__).read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    makers = {name for name in imported if name.startswith("training.")}
-    indifferent = {"training.config.data_config", "training.data.report", "training.errors"}  # settings are in the key
-    assert makers - indifferent == {module.__name__ for module in data.STORE_CODE} - {data_reading.__name__}
+    graph = import_graph()
+    makers, pending = set(), ["training.data.build_store"]
+    while pending:
+        module = pending.pop()
+        makers.add(module)
+        pending += [other for other in graph[module] if other not in makers]
+    indifferent = {  # settings are in the key, the base by its tokenizer's files
+        "training.config.data_config",
+        "training.errors",
+        "training.home",
+        "training.base_models.embedded",
+        "training.base_models.resolve",
+    }
+    assert {modules()[module] for module in makers - indifferent} <= set(store_cache.code_files())
 
 
 def test_a_store_that_was_not_finished_is_not_used(prepare: Prepare, tmp_path: Path) -> None:
@@ -650,7 +660,7 @@ def test_stores_that_nobody_used_for_long_are_removed(
     [kept] = stores()
     assert kept != old
     assert len(opened[0]["input_ids"]) > 0  # who has it open goes on reading
-    monkeypatch.setattr(data, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(store_cache, "_CACHE_BYTES", 1)
     prepare(write(tmp_path / "c.jsonl", *questions(22)))
     assert len(stores()) == 1
     assert kept not in stores()

@@ -58,7 +58,7 @@ def test_what_is_counted(prepare: Prepare, tmp_path: Path) -> None:
         assert [s.text.endswith("<|im_end|>") for s in sample if s.use == "trained"]
     assert DataReport.model_validate(json.loads(report.model_dump_json())) == report
     tokens = f"{report.num_train_tokens} tokens an epoch, {report.trained_share:.0%} of them trained"
-    assert report.short().splitlines()[0] == (
+    assert report.summary().splitlines()[0] == (
         f"data: 8 training and 2 held-out rows (prompt_completion, messages, sharegpt), {tokens}; "
         "left out: 1 duplicates"
     )
@@ -90,16 +90,16 @@ def test_warnings(prepare: Prepare, tmp_path: Path, rows: list[Any], options: An
         assert report.warnings == []
         return
     assert [found for found in report.warnings if warning in found], report.warnings
-    assert f"data: note: {report.warnings[0]}" in report.short()
+    assert f"data: note: {report.warnings[0]}" in report.summary()
 
 
 def test_keys_that_are_not_used_are_counted_in_one_line(prepare: Prepare, tmp_path: Path) -> None:
     rows: list[Any] = [*(row(f"q{n}", "an answer", id=n + 1) for n in range(5)), row("t", "a", tools=["x"])]
     report = prepare(write(tmp_path / "d.jsonl", *rows)).report
     assert report.unused_keys == {"id": 5, "tools": 1}
-    assert "data: keys that are not used: id (5 rows), tools (1 rows)" in report.short().splitlines()
+    assert "data: keys that are not used: id (5 rows), tools (1 rows)" in report.summary().splitlines()
     used = prepare(write(tmp_path / "u.jsonl", *MANY)).report
-    assert "not used" not in used.short()
+    assert "not used" not in used.summary()
     wild = [row(f"q{n}", "an answer", **{f"key {n}": 1}) for n in range(1100)]
     report = prepare(write(tmp_path / "w.jsonl", *wild)).report
     assert len(report.unused_keys) == 1000

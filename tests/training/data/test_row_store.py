@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.chat.chat_format import Message
+from training.chat.messages import Message
 from training.data.row_store import IGNORED_LABEL, Rows, RowStore, StoredRow, StoreWriter, TokenizedRow, trained_spans
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=8)
@@ -33,7 +33,7 @@ def stored_rows(draw: st.DrawFn, kind: str) -> StoredRow:
     return StoredRow(
         lists,
         label=draw(st.booleans()) if kind == "unpaired" else None,
-        place=draw(st.text(max_size=9)),
+        location=draw(st.text(max_size=9)),
         messages=draw(st.none() | st.tuples(st.builds(Message, st.just("user"), st.text(max_size=9), st.booleans()))),
         source=draw(st.integers(0, 9)),
         opening=draw(hashes),
@@ -71,7 +71,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
     store = write(directory, [plain] * (filler * 250) + rows)
     for at, row in enumerate(rows, start=filler * 250):
         assert store.row(at) == expected(row)
-        assert store.place(at) == row.place
+        assert store.location(at) == row.location
         conversation = store.conversation(at)
         assert (conversation.messages if conversation else None) == row.messages
         found = (store.sources[at], store.openings[at], store.contents[at], store.lengths[at], store.num_trained[at])

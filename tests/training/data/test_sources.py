@@ -25,7 +25,7 @@ def contents(path: Path | str) -> list[Any]:
 
 
 def places(path: Path | str) -> list[str]:
-    return [row.place.removeprefix(str(path)) for row in read_rows(DataSource(path=str(path)))]
+    return [row.location.removeprefix(str(path)) for row in read_rows(DataSource(path=str(path)))]
 
 
 def as_lines(rows: list[Any]) -> str:
@@ -107,7 +107,7 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
     assert [*map(str, source_files("set"))] == ["set/a.csv", "set/b.jsonl", "set/deep/c.jsonl"]
     assert [*map(str, source_files("set/**/*.jsonl"))] == ["set/b.jsonl", "set/deep/c.jsonl"]
     assert [*map(str, source_files("set/[ab].*"))] == ["set/a.csv", "set/b.jsonl"]
-    assert [row.place for row in read_rows(DataSource(path="set"))][::2] == [
+    assert [row.location for row in read_rows(DataSource(path="set"))][::2] == [
         "set/a.csv:2",
         *(f"set/{name}.jsonl:1" for name in ("b", "deep/c")),
     ]
@@ -174,7 +174,7 @@ def test_rows_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "owner" / "name" / "train.jsonl").write_text(as_lines(ROWS))
     rows = [*hub_rows(DataSource(path="owner/name"))]
     assert [row.content for row in rows] == ROWS
-    assert [row.place for row in rows] == ["owner/name:row 1", "owner/name:row 2"]
+    assert [row.location for row in rows] == ["owner/name:row 1", "owner/name:row 2"]
     assert not [*(tmp_path / "cache").rglob("*.arrow")]  # streamed, not copied
     with pytest.raises(DatasetError, match="hub dataset 'owner/name', split 'validation' cannot be loaded"):
         next(hub_rows(DataSource(path="owner/name", split="validation")))

@@ -18,18 +18,23 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized, resolve_base_model
-from training.chat.chat_format import Message, load_chat_format
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint, resolve_base_model
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import CorralError, ExportError
-from training.export.export import ExportRecord, Targets, export
+from training.export.export import ExportPaths, ExportRecord, export
 from training.export.gguf import GgufType, llama_3_rope_factors, write_gguf
 from training.export.gguf_vocabulary import read_vocabulary
 from training.export.losses import EvaluationRows, evaluation_rows
-from training.export.merge import MergedWeights, Onto
-from training.registry.adapter_files import LINEAR_LAYERS
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, LoraShape, SampleAnswer
+from training.export.merge import MergeBase, MergedWeights
+from training.registry.adapter_files import LoraParams
+from training.registry.manifest import AdapterManifest, SampleAnswer
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 from training.trainer.evaluate import num_labelled
 
 PROJECT = Path(__file__).parents[3]
@@ -47,7 +52,7 @@ def registry(tmp_path: Path) -> AdapterRegistry:
 
 
 @pytest.fixture
-def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> AdapterManifest:
+def manifest(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> AdapterManifest:
     draft = AdapterDraft(
         name="ranch",
         base=tiny_base,
@@ -56,7 +61,7 @@ def manifest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
         metrics={"eval_loss": 1.0, "base_eval_loss": 2.0},
         samples=[SampleAnswer(prompt="Where is the key?", reference="By the porch.", base="?", adapter="?")],
     )
-    return registry.register(tiny_adapter, draft)
+    return AdapterPublisher(registry).register(tiny_adapter, draft)
 
 
 @torch.no_grad()
@@ -68,9 +73,9 @@ def logits(model: Any) -> torch.Tensor:
 def run(
     registry: AdapterRegistry,
     manifest: AdapterManifest,
-    base: BaseModel,
-    targets: Targets,
-    onto: Onto = "nf4",
+    base: BaseCheckpoint,
+    targets: ExportPaths,
+    onto: MergeBase = "nf4",
     rows: EvaluationRows = NO_ROWS,
 ) -> ExportRecord:
     return export(manifest, registry.fetch(manifest), base, targets, onto=onto, rows=rows, device=CPU)
@@ -80,7 +85,9 @@ def run(
 
 
 @pytest.mark.promise("E2")
-def test_nf4_is_what_the_served_base_holds(tiny_base: BaseModel, tiny_adapter: Path, manifest: AdapterManifest) -> None:
+def test_nf4_is_what_the_served_base_holds(
+    tiny_base: BaseCheckpoint, tiny_adapter: Path, manifest: AdapterManifest
+) -> None:
     """Without an update, the dequantized weights are bit for bit those of the loaded base's linears."""
     no_update = manifest.lora.model_copy(update={"lora_alpha": 0})
     merged = MergedWeights(tiny_base, tiny_adapter, no_update, Quantization(), "nf4")
@@ -94,9 +101,9 @@ def test_nf4_is_what_the_served_base_holds(tiny_base: BaseModel, tiny_adapter: P
 
 @pytest.mark.parametrize("onto", ["nf4", "original"])
 def test_merged_folder_gives_the_logits_of_base_and_adapter(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path, onto: Onto
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path, onto: MergeBase
 ) -> None:
-    run(registry, manifest, tiny_base, Targets(tmp_path / "merged", None), onto)
+    run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", None), onto)
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     if onto == "nf4":
         base = load_quantized(tiny_base, FLOAT32)
@@ -110,14 +117,14 @@ def test_merged_folder_gives_the_logits_of_base_and_adapter(
 
 
 def test_sharded_base_keeps_its_shards(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     sharded = tmp_path / "tiny-llama"
     LlamaForCausalLM.from_pretrained(tiny_base.path).save_pretrained(sharded, max_shard_size="2MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny_base.path / name, sharded / name)
-    run(registry, manifest, tiny_base, Targets(tmp_path / "one", None))
-    run(registry, manifest, resolve_base_model(str(sharded)), Targets(tmp_path / "many", None))
+    run(registry, manifest, tiny_base, ExportPaths(tmp_path / "one", None))
+    run(registry, manifest, resolve_base_model(str(sharded)), ExportPaths(tmp_path / "many", None))
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert shards == sorted(path.name for path in sharded.glob("*.safetensors"))
     assert len(shards) > 1
@@ -126,9 +133,9 @@ def test_sharded_base_keeps_its_shards(
 
 
 def test_folder_asks_as_the_adapter_was_trained_and_stops_where_it_stops(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
-    run(registry, manifest, tiny_base, Targets(tmp_path / "merged", None))
+    run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", None))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     chat_format = load_chat_format("chatml", tiny_base)
     dialog = [Message("user", "a"), Message("assistant", "b"), Message("user", "Where is the key?")]
@@ -146,12 +153,12 @@ def test_folder_asks_as_the_adapter_was_trained_and_stops_where_it_stops(
 def test_gguf_loads_and_gives_the_logits_of_the_merged_model(
     registry: AdapterRegistry,
     manifest: AdapterManifest,
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tmp_path: Path,
     gguf_type: GgufType,
     tolerance: float,
 ) -> None:
-    run(registry, manifest, tiny_base, Targets(tmp_path / "merged", tmp_path / "tiny.gguf", gguf_type))
+    run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", tmp_path / "tiny.gguf", gguf_type))
     merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     apart = (logits(loaded) - merged).abs().mean() / merged.abs().mean()  # of unlike models about 1.4
@@ -159,7 +166,7 @@ def test_gguf_loads_and_gives_the_logits_of_the_merged_model(
 
 
 def test_gguf_of_untied_embeddings_has_an_output_matrix(
-    tmp_path: Path, tiny_adapter: Path, tiny_base: BaseModel
+    tmp_path: Path, tiny_adapter: Path, tiny_base: BaseCheckpoint
 ) -> None:
     header = _gguf(tiny_base, tiny_adapter, tmp_path).read_bytes()
     names = {"token_embd.weight", "output.weight", "output_norm.weight", "blk.1.attn_q.weight", "blk.0.ffn_down.weight"}
@@ -168,7 +175,7 @@ def test_gguf_of_untied_embeddings_has_an_output_matrix(
 
 @pytest.mark.parametrize("fixture", ["llama2", "llama3"])
 def test_gguf_vocabulary_tokenizes_as_the_original(
-    tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, fixture: str
+    tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, fixture: str
 ) -> None:
     """The two kinds: SentencePiece's with scores, and byte-level BPE."""
     original = PROJECT / "tests" / "fixtures" / f"{fixture}_reduced_tokenizer.json"
@@ -179,7 +186,7 @@ def test_gguf_vocabulary_tokenizes_as_the_original(
     (base / "tokenizer_config.json").write_text(json.dumps({"bos_token": names[0], "eos_token": names[1]}))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "vocab_size": size}))
-    vocabulary = read_vocabulary(BaseModel("base", str(base), base, None))
+    vocabulary = read_vocabulary(BaseCheckpoint("base", str(base), base, None))
 
     tokenizer = Tokenizer.from_file(str(original))
     assert len(vocabulary.tokens) == len(vocabulary.types) == size
@@ -221,7 +228,7 @@ def test_llama_3_1_frequencies_are_those_of_transformers() -> None:
     assert torch.allclose(plain / torch.from_numpy(llama_3_rope_factors(rope, 128)), expected, rtol=1e-5)
 
 
-def test_gguf_says_what_it_cannot_say(tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_gguf_says_what_it_cannot_say(tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path) -> None:
     odd = Path(shutil.copytree(tiny_base.path, tmp_path / "tiny-llama"))
     written = json.loads((odd / "tokenizer.json").read_text())
     written["pre_tokenizer"] = {"type": "Whitespace"}
@@ -236,8 +243,8 @@ def test_gguf_says_what_it_cannot_say(tiny_base: BaseModel, tiny_adapter: Path, 
         _gguf(resolve_base_model(str(odd)), tiny_adapter, tmp_path)
 
 
-def _gguf(base: BaseModel, adapter: Path, folder: Path) -> Path:
-    shape = LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
+def _gguf(base: BaseCheckpoint, adapter: Path, folder: Path) -> Path:
+    shape = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
     weights = MergedWeights(base, adapter, shape, FLOAT32, "nf4")
     write_gguf(weights, folder / "x.gguf", "F16", name="x", description="x", chat_template="x", eot_token_id=2)
     return folder / "x.gguf"
@@ -247,11 +254,11 @@ def _gguf(base: BaseModel, adapter: Path, folder: Path) -> Path:
 
 
 def test_losses_are_measured_on_the_recorded_samples_and_written_down(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     rows = evaluation_rows(manifest, tiny_base, None)
-    assert "1 recorded samples" in rows.words
-    targets = Targets(tmp_path / "merged", tmp_path / "tiny.gguf", "Q8_0")
+    assert "1 recorded samples" in rows.description
+    targets = ExportPaths(tmp_path / "merged", tmp_path / "tiny.gguf", "Q8_0")
     record = run(registry, manifest, tiny_base, targets, rows=rows)
     assert record.served_loss is not None
     assert record.merged_loss == pytest.approx(record.served_loss, rel=0.05)
@@ -265,7 +272,7 @@ def test_losses_are_measured_on_the_recorded_samples_and_written_down(
 
 
 def test_rows_may_come_from_a_text_or_a_dataset(
-    manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     text, dataset = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_text("The gate key hangs by the porch. " * 200)
@@ -279,11 +286,13 @@ def test_rows_may_come_from_a_text_or_a_dataset(
     with pytest.raises(CorralError, match="has 0 tokens"):
         evaluation_rows(manifest, tiny_base, text)
     bare = manifest.model_copy(update={"samples": []})
-    assert evaluation_rows(bare, tiny_base, None) == EvaluationRows([], evaluation_rows(bare, tiny_base, None).words)
+    assert evaluation_rows(bare, tiny_base, None) == EvaluationRows(
+        [], evaluation_rows(bare, tiny_base, None).description
+    )
 
 
 def test_held_out_rows_are_taken_only_where_they_are_those_of_the_run(
-    manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     dataset = tmp_path / "a.jsonl"
     rows = [{"prompt": f"Question {n}", "completion": f"Answer {n} " + "again " * n} for n in range(12)]
@@ -305,11 +314,11 @@ def test_held_out_rows_are_taken_only_where_they_are_those_of_the_run(
     of_run = manifest.model_copy(update=fields)
     found = evaluation_rows(of_run, tiny_base, None)
     assert list(found.rows) == list(inputs.held_out_rows)
-    assert "held-out rows" in found.words
+    assert "held-out rows" in found.description
     other_split = of_run.model_copy(update={"metrics": {**of_run.metrics, "eval_tokens": 1.0}})
-    assert "recorded samples" in evaluation_rows(other_split, tiny_base, None).words
+    assert "recorded samples" in evaluation_rows(other_split, tiny_base, None).description
     dataset.write_text(dataset.read_text() + json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    assert "recorded samples" in evaluation_rows(of_run, tiny_base, None).words
+    assert "recorded samples" in evaluation_rows(of_run, tiny_base, None).description
 
 
 # Whole or not at all
@@ -319,10 +328,10 @@ def test_targets_in_use_are_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     for targets, word in (
-        (Targets(tmp_path / "full", None), "is not empty"),
-        (Targets(tmp_path / "full" / "mine", None), "is a file"),
-        (Targets(None, tmp_path / "full" / "mine"), "is there already"),
-        (Targets(None, None), "nothing to export"),
+        (ExportPaths(tmp_path / "full", None), "is not empty"),
+        (ExportPaths(tmp_path / "full" / "mine", None), "is a file"),
+        (ExportPaths(None, tmp_path / "full" / "mine"), "is there already"),
+        (ExportPaths(None, None), "nothing to export"),
     ):
         with pytest.raises(ExportError, match=word):
             targets.check()
@@ -334,7 +343,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from training.base_models.resolve import resolve_base_model
-from training.export.export import Targets, export
+from training.export.export import ExportPaths, export
 from training.export.losses import EvaluationRows
 from training.registry.registry import AdapterRegistry
 registry = AdapterRegistry(sys.argv[1])
@@ -343,7 +352,7 @@ base = resolve_base_model(sys.argv[2])
 base.weights_sha256()
 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 target = Path(sys.argv[3])
-for targets in (Targets(target / "merged", None), Targets(None, target / "a.gguf")):
+for targets in (ExportPaths(target / "merged", None), ExportPaths(None, target / "a.gguf")):
     try:
         export(manifest, registry.fetch(manifest), base, targets, onto="nf4", rows=EvaluationRows([], ""),
                device=torch.device("cpu"))
@@ -354,7 +363,7 @@ for targets in (Targets(target / "merged", None), Targets(None, target / "a.gguf
 
 @pytest.mark.promise("D12")
 def test_disk_that_fills_up_leaves_nothing(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
     done = subprocess.run(
@@ -370,9 +379,9 @@ def test_disk_that_fills_up_leaves_nothing(
 
 
 def test_export_into_an_empty_folder_that_is_there(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     (tmp_path / "merged").mkdir()
-    run(registry, manifest, tiny_base, Targets(tmp_path / "merged", None))
+    run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", None))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "registry"]
     assert load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16

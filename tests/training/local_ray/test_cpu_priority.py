@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from training.local_ray.cpu_priority import standing_back, step_forward
+from training.local_ray.cpu_priority import low_priority, normal_priority
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the policies are Linux's")
 
@@ -40,7 +40,7 @@ def turn_ns() -> int:
 
 
 def test_what_is_started_in_the_block_stands_back() -> None:
-    with standing_back():
+    with low_priority():
         assert in_a_thread(policy) == os.SCHED_BATCH
         printed = subprocess.run([sys.executable, "-c", _PRINT_POLICY], capture_output=True, text=True, check=True)
         assert int(printed.stdout) == os.SCHED_BATCH
@@ -51,19 +51,19 @@ def test_what_is_started_in_the_block_stands_back() -> None:
 def test_one_thread_steps_forward_and_takes_its_helpers_along() -> None:
     def step() -> int:
         before = turn_ns()
-        step_forward()
+        normal_priority()
         assert policy() == os.SCHED_OTHER
         assert turn_ns() in (before, 100_000_000)
         if tuple(map(int, platform.release().split(".")[:2])) >= (6, 12):
             assert turn_ns() == in_a_thread(turn_ns) == 100_000_000
         return in_a_thread(policy)
 
-    with standing_back():
+    with low_priority():
         assert in_a_thread(step) == os.SCHED_OTHER
         assert policy() == os.SCHED_BATCH  # the others stay back
 
 
 def test_an_ordinary_thread_is_left_as_it_is() -> None:
     before = turn_ns()
-    step_forward()
+    normal_priority()
     assert (policy(), turn_ns()) == (os.SCHED_OTHER, before)

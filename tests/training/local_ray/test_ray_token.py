@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.ray_token import ask_for_a_token
+from training.local_ray.start import ask_for_a_token
 
 
 @pytest.fixture

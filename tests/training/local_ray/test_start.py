@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.training.ray_train.test_fit import tiny_run
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.runs.run_dir import RunDir
 
 
@@ -20,7 +20,7 @@ def policies(process: psutil.Process) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the policies are Linux's")
-def test_the_threads_of_a_step_come_before_ray(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_the_threads_of_a_step_come_before_ray(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     config = tiny_run(tiny_base, tmp_path).model_dump(mode="json")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config | {"run_name": "beside", "max_steps": 100_000, "save_steps": 50_000}))

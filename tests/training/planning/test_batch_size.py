@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import TrainConfig
 from training.data.run_inputs import RunInputs, read_inputs
 from training.errors import TrainingError
@@ -15,7 +15,7 @@ from training.planning.memory import TrainStep, estimate
 
 
 @pytest.fixture
-def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
     dataset = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Ask {n}", "completion": "so " * (n % 40 + 1)} for n in range(64)]
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -36,7 +36,7 @@ def inputs(config: TrainConfig, tmp_path: Path) -> RunInputs:
     """The rows of the tiny model, for a base of 7B shapes: nothing is loaded."""
     shapes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps(shapes | {"vocab_size": 32000}))
-    return replace(read_inputs(config), base=BaseModel("llama", "llama", tmp_path, None))
+    return replace(read_inputs(config), base=BaseCheckpoint("llama", "llama", tmp_path, None))
 
 
 def bytes_for(config: TrainConfig, inputs: RunInputs, batch_size: int, checkpointing: bool) -> int:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.base_models.llama_shape import LlamaShape
+from training.base_models.llama_shape import LlamaDims
 from training.config.train_config import LoraSettings
 from training.planning.flops import GPU_FLOPS, UTILISATION, estimate_time, training_flops
 
@@ -32,7 +32,7 @@ def test_operations_are_those_of_a_real_step(checkpointing: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         adapted(input_ids=ids, labels=ids).loss.backward()
 
-    shape = LlamaShape.of(config.to_dict())
+    shape = LlamaDims.of(config.to_dict())
     estimated = training_flops(shape, lora, 2 * LENGTH, LENGTH, labelled_share=1.0, checkpointing=checkpointing)
     attention = 2 * LENGTH * 2 * shape.num_layers * shape.attention * LENGTH * (4 if checkpointing else 3)
     assert estimated + attention == pytest.approx(counter.get_total_flops(), rel=0.05)
@@ -47,7 +47,7 @@ def test_time_is_operations_over_what_is_assumed_of_the_gpus() -> None:
 
 def test_guanaco_65b_takes_about_the_day_that_the_qlora_paper_gives_it() -> None:
     """On one GPU of 48 GB, with 155 TFLOP/s of dense bfloat16 (NVIDIA A6000 data sheet): half of an A100's."""
-    shape = LlamaShape.of({
+    shape = LlamaDims.of({
         "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
         "vocab_size": 32000,
     })  # fmt: skip

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.base_models.llama_shape import LlamaShape
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.llama_shape import LlamaDims
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import LoraSettings
 from training.planning.memory import EVAL_BATCH_TOKENS, LOGITS_CHUNK, SCORES_UP_TO, TrainStep, estimate, largest_batch
 from training.trainer import evaluate
@@ -109,7 +110,7 @@ def count(
     config = LlamaConfig(**{**sizes, "num_key_value_heads": 4, "vocab_size": 512, **shape})
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     quantization = step.quantization.model_copy(update={"compute_dtype": step.compute_dtype})
-    base = load_quantized(BaseModel("x", "x", folder, None), quantization, device)
+    base = load_quantized(BaseCheckpoint("x", "x", folder, None), quantization, device)
     model = attach_lora(base, step.lora).train()
     if step.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -214,10 +215,10 @@ def test_number_of_parameters_and_of_trained_ones(tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True)  # fmt: skip
     model = LlamaForCausalLM(config)
-    shape = LlamaShape.of(config.to_dict())
+    shape = LlamaDims.of(config.to_dict())
     assert shape.num_parameters == sum(p.numel() for p in model.parameters())
     lora = LoraSettings(r=3, target_modules=["v_proj", "down_proj"])
-    assert shape.num_trainable(lora) == 2 * 3 * ((64 + 32) + (128 + 64))
+    assert shape.num_trainable(lora.r, lora.targets) == 2 * 3 * ((64 + 32) + (128 + 64))
 
 
 def test_chunk_sizes_are_those_of_the_training_code() -> None:

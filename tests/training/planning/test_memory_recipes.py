@@ -24,8 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from tests.training.planning.test_memory import LLAMA_7B, LLAMA_13B, LLAMA_31_8B, PeakBytes
-from training.base_models.resolve import bitsandbytes_config
-from training.config.train_config import TrainConfig, load_config
+from training.base_models.nf4 import bitsandbytes_config
+from training.config.load import load_config
+from training.config.train_config import TrainConfig
 from training.planning import memory
 from training.planning.memory import TrainStep, estimate
 from training.trainer import varlen_attention as attention
@@ -95,7 +96,7 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         out: torch.Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
         return out
 
-    monkeypatch.setattr(attention, "document_attention", documents)
+    monkeypatch.setattr(attention, "varlen_attention", documents)
     monkeypatch.setattr(F, "dropout", lambda x, p, *_: torch.native_dropout(x, p, True)[0])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     yield

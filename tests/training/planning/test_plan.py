@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from training.__main__ import main
-from training.base_models.resolve import BaseModel, Quantization, load_quantized, resolve_base_model
-from training.config.train_config import TrainConfig, load_config, resolved
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint, resolve_base_model
+from training.config.load import load_config, resolved
+from training.config.train_config import TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import BaseModelError
 from training.planning.plan import dry_run, make_plan
@@ -20,7 +22,7 @@ from training.trainer.qlora import attach_lora
 
 
 @pytest.fixture
-def recipe(tiny_base: BaseModel, tmp_path: Path) -> Path:
+def recipe(tiny_base: BaseCheckpoint, tmp_path: Path) -> Path:
     """43 rows of several lengths, two of them the same and one too long."""
     rows = [{"prompt": f"Where is post {n}?" + " please" * (n % 9), "completion": f"By creek {n}."} for n in range(41)]
     rows += [rows[0], {"prompt": "word " * 200, "completion": "No."}]
@@ -76,7 +78,7 @@ def test_both_commands_print_the_same_dry_run(recipe: Path, capsys: pytest.Captu
     assert plan["resources_per_worker"]["CPU"] >= 1
 
 
-def test_dry_run_needs_no_weights(recipe: Path, tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_dry_run_needs_no_weights(recipe: Path, tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(tiny_base.path, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     config = load_config(recipe, [f"base_model={bare}"])
@@ -86,7 +88,7 @@ def test_dry_run_needs_no_weights(recipe: Path, tiny_base: BaseModel, tmp_path: 
 
 
 def test_dry_run_with_fsdp_has_a_workers_part_of_the_base_and_two_whole_layers(
-    recipe: Path, tiny_base: BaseModel, tmp_path: Path
+    recipe: Path, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     deep = tmp_path / "deep"
     shutil.copytree(tiny_base.path, deep, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -14,13 +14,16 @@ import psutil
 import pytest
 
 from tests.conftest import train_workers
-from training.__main__ import register, run_training
-from training.base_models.resolve import BaseModel
+from training.__main__ import run_training
+from training.base_models.resolve import BaseCheckpoint
 from training.config.data_config import DataConfig
 from training.config.train_config import GateConfig, TrainConfig
 from training.errors import AdapterRefused, ConfigError, TrainingError
-from training.ray_train.fit import FitResult, fit, fresh_run_name, open_run
+from training.ray_train.fit import fit
 from training.ray_train.worker import _is_whole
+from training.runs.register import register
+from training.runs.result import RunResult
+from training.runs.resume import fresh_run_name, open_run
 from training.runs.run_dir import RunDir
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
@@ -38,7 +41,7 @@ def ray_cluster() -> Iterator[None]:
     shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def tiny_run(base: BaseModel, folder: Path) -> TrainConfig:
+def tiny_run(base: BaseCheckpoint, folder: Path) -> TrainConfig:
     """Twelve steps on the tiny model, with a checkpoint every fourth; rows and runs are in `folder`."""
     rows = [
         {"prompt": f"Where is the {word} number {n}?", "completion": f"The {word} is by post {n}."}
@@ -67,7 +70,7 @@ def tiny_run(base: BaseModel, folder: Path) -> TrainConfig:
 
 
 @pytest.fixture
-def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
     return tiny_run(tiny_base, tmp_path)
 
 
@@ -92,7 +95,7 @@ def when_step(run_dir: RunDir, step: int, act: Callable[[list[psutil.Process]], 
 
 
 @pytest.fixture(scope="module")
-def two_workers(ray_cluster: None, tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> FitResult:
+def two_workers(ray_cluster: None, tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run on two workers, its data named by a relative path."""
     folder = tmp_path_factory.mktemp("two")
     config = tiny_run(tiny_base, folder)
@@ -101,7 +104,7 @@ def two_workers(ray_cluster: None, tiny_base: BaseModel, tmp_path_factory: pytes
         return fit(config.model_copy(update={"num_workers": 2, "data": data}))
 
 
-def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: FitResult) -> None:
+def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: RunResult) -> None:
     assert steps_of(two_workers.run_dir) == list(range(1, 13))
     assert (two_workers.adapter_dir / "adapter_model.safetensors").is_file()
     assert two_workers.metrics["eval_loss"] < two_workers.metrics["base_eval_loss"]
@@ -111,7 +114,7 @@ def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: Fi
 
 @pytest.mark.promise("D13")
 def test_sharded_base_one_of_two_workers_killed_gives_the_adapter_of_whole_bases_to_the_bit(
-    two_workers: FitResult, config: TrainConfig
+    two_workers: RunResult, config: TrainConfig
 ) -> None:
     sharded = config.model_copy(update={"num_workers": 2, "fsdp": True, "run_name": "sharded", "max_failures": 1})
     killed = when_step(RunDir(str(config.storage_path), "sharded"), 6, lambda workers: workers[0].kill())
@@ -146,7 +149,7 @@ def test_killed_worker_goes_on_from_the_last_whole_checkpoint_to_the_loss_of_the
     assert_same_run(resumed, whole)
 
 
-def assert_same_run(resumed: FitResult, whole: FitResult) -> None:
+def assert_same_run(resumed: RunResult, whole: RunResult) -> None:
     assert resumed.metrics["num_steps"] == 12
     assert steps_of(resumed.run_dir) == list(range(1, 13))
     assert resumed.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], abs=1e-3)

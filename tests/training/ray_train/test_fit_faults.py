@@ -14,14 +14,14 @@ import pytest
 import yaml
 
 from tests.training.ray_train.test_fit import assert_same_run, tiny_run, when_step
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import TrainConfig
 from training.ray_train.fit import fit
 from training.runs.run_dir import RunDir
 
 
 @pytest.fixture
-def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
     return tiny_run(tiny_base, tmp_path)
 
 

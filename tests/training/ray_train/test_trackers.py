@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.conftest import free_port
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import TrainConfig
 from training.errors import ConfigError
 from training.ray_train import trackers
@@ -104,7 +104,7 @@ def ray_with_metrics() -> Iterator[int]:
 
 
 def test_a_run_is_seen_live_at_rays_prometheus_endpoint_and_afterwards_in_tensorboard(
-    ray_with_metrics: int, tiny_base: BaseModel, tmp_path: Path
+    ray_with_metrics: int, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Where is post {n}?", "completion": f"By creek {n}."} for n in range(40)]

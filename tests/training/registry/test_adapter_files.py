@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.base_models.resolve import BaseModel
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused
-from training.registry.adapter_files import LINEAR_LAYERS, LoraShape, lora_shapes, read_adapter, read_safetensors_header
+from training.registry.adapter_files import LoraParams, lora_shapes, read_adapter
+from training.registry.safetensors_header import read_safetensors_header
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -25,7 +27,7 @@ def adapter(tiny_adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
 
 
-def refusal(folder: Path, base: BaseModel) -> str:
+def refusal(folder: Path, base: BaseCheckpoint) -> str:
     with pytest.raises(AdapterRefused) as refused:
         read_adapter(folder, base)
     message = str(refused.value)
@@ -64,9 +66,9 @@ def load_weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.promise("E4")
-def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny_base: BaseModel) -> None:
+def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     files = read_adapter(adapter, tiny_base)
-    assert files.lora == LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
+    assert files.lora == LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
     assert files.lora.scaling == 2
     assert json.loads(files.config_json) == {
         "peft_type": "LORA",
@@ -77,27 +79,27 @@ def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny
         "r": 4,
         "lora_alpha": 8,
         "lora_dropout": 0.1,
-        "target_modules": sorted(LINEAR_LAYERS),
+        "target_modules": sorted(LLAMA_LINEARS),
         "use_rslora": False,
         "bias": "none",
     }
 
 
-def test_published_config_names_hub_id_and_revision(adapter: Path, tiny_base: BaseModel) -> None:
-    base = BaseModel("tiny-llama", "acme/tiny-llama", tiny_base.path, "0123abc")
+def test_published_config_names_hub_id_and_revision(adapter: Path, tiny_base: BaseCheckpoint) -> None:
+    base = BaseCheckpoint("tiny-llama", "acme/tiny-llama", tiny_base.path, "0123abc")
     config = json.loads(read_adapter(adapter, base).config_json)
     assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny-llama", "0123abc")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_adapters_are_accepted(adapter: Path, tiny_base: BaseModel, dtype: str) -> None:
+def test_half_precision_adapters_are_accepted(adapter: Path, tiny_base: BaseCheckpoint, dtype: str) -> None:
     import torch
 
     save_weights(adapter, {name: value.to(getattr(torch, dtype)) for name, value in load_weights(adapter).items()})
     read_adapter(adapter, tiny_base)
 
 
-def test_rslora_scales_by_the_root_of_r(adapter: Path, tiny_base: BaseModel) -> None:
+def test_rslora_scales_by_the_root_of_r(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     set_config(adapter, use_rslora=True)
     assert read_adapter(adapter, tiny_base).lora.scaling == 4
 
@@ -138,14 +140,16 @@ def test_rslora_scales_by_the_root_of_r(adapter: Path, tiny_base: BaseModel) -> 
     ],
 )
 def test_config_that_is_not_plain_lora_is_refused_by_key(
-    adapter: Path, tiny_base: BaseModel, key: str, value: Any
+    adapter: Path, tiny_base: BaseCheckpoint, key: str, value: Any
 ) -> None:
     set_config(adapter, **{key: value})
     assert key in refusal(adapter, tiny_base)
 
 
 @pytest.mark.parametrize("value", [True, False, "gaussian"])
-def test_initialisation_that_keeps_the_base_is_accepted(adapter: Path, tiny_base: BaseModel, value: object) -> None:
+def test_initialisation_that_keeps_the_base_is_accepted(
+    adapter: Path, tiny_base: BaseCheckpoint, value: object
+) -> None:
     set_config(adapter, init_lora_weights=value)
     read_adapter(adapter, tiny_base)
 
@@ -165,21 +169,21 @@ def test_initialisation_that_keeps_the_base_is_accepted(adapter: Path, tiny_base
     ],
     ids=["empty", "list", "bytes", "nan", "twice", "deep", "long number", "large"],
 )
-def test_broken_config_is_refused(adapter: Path, tiny_base: BaseModel, text: bytes) -> None:
+def test_broken_config_is_refused(adapter: Path, tiny_base: BaseCheckpoint, text: bytes) -> None:
     (adapter / "adapter_config.json").write_bytes(text)
     assert "adapter_config.json" in refusal(adapter, tiny_base)
 
 
 @pytest.mark.parametrize("named", ["", None, "acme/Tiny-Llama", "/home/somebody/models/tiny-llama"])
 def test_base_named_elsewhere_by_the_same_last_component_is_accepted(
-    adapter: Path, tiny_base: BaseModel, named: str | None
+    adapter: Path, tiny_base: BaseCheckpoint, named: str | None
 ) -> None:
     set_config(adapter, base_model_name_or_path=named)
     read_adapter(adapter, tiny_base)
 
 
 @pytest.mark.promise("C4")
-def test_adapter_of_another_base_is_refused_with_both_names(adapter: Path, tiny_base: BaseModel) -> None:
+def test_adapter_of_another_base_is_refused_with_both_names(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     set_config(adapter, base_model_name_or_path="meta-llama/Llama-2-7b-hf")
     message = refusal(adapter, tiny_base)
     assert "meta-llama/Llama-2-7b-hf" in message
@@ -197,7 +201,7 @@ class _Boom:
 @pytest.mark.promise("C4")
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter.pkl", "adapter.pt", "modeling.py"])
 def test_files_that_run_code_are_refused_by_name_and_not_run(
-    adapter: Path, tiny_base: BaseModel, tmp_path: Path, name: str
+    adapter: Path, tiny_base: BaseCheckpoint, tmp_path: Path, name: str
 ) -> None:
     trap = tmp_path / "ran"
     (adapter / "adapter_model.safetensors").unlink()
@@ -206,7 +210,7 @@ def test_files_that_run_code_are_refused_by_name_and_not_run(
     assert not trap.exists()
 
 
-def test_folder_without_adapter_is_refused(tmp_path: Path, tiny_base: BaseModel) -> None:
+def test_folder_without_adapter_is_refused(tmp_path: Path, tiny_base: BaseCheckpoint) -> None:
     assert "is not a folder" in refusal(tmp_path / "absent", tiny_base)
     assert "adapter_config.json" in refusal(tmp_path, tiny_base)
 
@@ -259,7 +263,7 @@ def _with(**fields: Any) -> Callable[[dict[str, Any], bytes], tuple[dict[str, An
 )
 def test_hostile_tensor_entries_are_refused_with_the_reason(
     adapter: Path,
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     spoil: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]],
     reason: str,
 ) -> None:
@@ -282,7 +286,7 @@ def test_hostile_tensor_entries_are_refused_with_the_reason(
     ],
 )
 def test_hostile_headers_are_refused_with_the_reason(
-    adapter: Path, tiny_base: BaseModel, header: bytes, length: int | None, reason: str
+    adapter: Path, tiny_base: BaseCheckpoint, header: bytes, length: int | None, reason: str
 ) -> None:
     write_weights(adapter, header, b"", length)
     message = refusal(adapter, tiny_base)
@@ -292,7 +296,7 @@ def test_hostile_headers_are_refused_with_the_reason(
 @pytest.mark.promise("C5")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_truncated_file_is_refused(adapter: Path, tiny_adapter: Path, tiny_base: BaseModel, data: Any) -> None:
+def test_any_truncated_file_is_refused(adapter: Path, tiny_adapter: Path, tiny_base: BaseCheckpoint, data: Any) -> None:
     whole = (tiny_adapter / "adapter_model.safetensors").read_bytes()
     kept = data.draw(st.integers(0, len(whole) - 1))
     (adapter / "adapter_model.safetensors").write_bytes(whole[:kept])
@@ -303,7 +307,7 @@ def test_any_truncated_file_is_refused(adapter: Path, tiny_adapter: Path, tiny_b
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_header_is_refused_or_harmless(
-    adapter: Path, tiny_adapter: Path, tiny_base: BaseModel, data: Any
+    adapter: Path, tiny_adapter: Path, tiny_base: BaseCheckpoint, data: Any
 ) -> None:
     content = bytearray((tiny_adapter / "adapter_model.safetensors").read_bytes())
     end = 8 + struct.unpack("<Q", content[:8])[0]
@@ -323,7 +327,7 @@ def test_any_damage_to_the_header_is_refused_or_harmless(
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_are_refused_naming_the_tensor(
-    adapter: Path, tiny_base: BaseModel, dtype: str, value: float
+    adapter: Path, tiny_base: BaseCheckpoint, dtype: str, value: float
 ) -> None:
     import torch
 
@@ -335,7 +339,7 @@ def test_nan_and_inf_are_refused_naming_the_tensor(
     assert Q_A in message
 
 
-def test_largest_finite_values_are_not_taken_for_inf(adapter: Path, tiny_base: BaseModel) -> None:
+def test_largest_finite_values_are_not_taken_for_inf(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     tensors = load_weights(adapter)
     tensors[Q_A][0, 0] = float(np.finfo(np.float32).max)
     save_weights(adapter, tensors)
@@ -343,7 +347,7 @@ def test_largest_finite_values_are_not_taken_for_inf(adapter: Path, tiny_base: B
 
 
 @pytest.mark.promise("C5")
-def test_wrong_rank_missing_and_extra_tensors_are_refused(adapter: Path, tiny_base: BaseModel) -> None:
+def test_wrong_rank_missing_and_extra_tensors_are_refused(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     import torch
 
     tensors = load_weights(adapter)
@@ -364,9 +368,9 @@ def test_wrong_rank_missing_and_extra_tensors_are_refused(adapter: Path, tiny_ba
 @pytest.mark.parametrize(
     "targets", ["all-linear", ["q_proj", "v_proj"], ["self_attn.k_proj", "model.layers.0.mlp.up_proj"]]
 )
-def test_targets_are_checked_against_the_tensors(adapter: Path, tiny_base: BaseModel, targets: Any) -> None:
+def test_targets_are_checked_against_the_tensors(adapter: Path, tiny_base: BaseCheckpoint, targets: Any) -> None:
     set_config(adapter, target_modules=targets)
-    wanted = set(LINEAR_LAYERS if targets == "all-linear" else {name.rpartition(".")[2] for name in targets})
+    wanted = set(LLAMA_LINEARS if targets == "all-linear" else {name.rpartition(".")[2] for name in targets})
     save_weights(adapter, {k: v for k, v in load_weights(adapter).items() if k.split(".")[-3] in wanted})
     assert read_adapter(adapter, tiny_base).lora.target_modules == sorted(wanted)
 
@@ -374,8 +378,8 @@ def test_targets_are_checked_against_the_tensors(adapter: Path, tiny_base: BaseM
     assert "layers.1." in refusal(adapter, tiny_base)
 
 
-def test_adapter_of_a_larger_model_is_refused(adapter: Path, tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_adapter_of_a_larger_model_is_refused(adapter: Path, tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     other = tmp_path / "tiny-llama"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({**tiny_base.llama_config(), "num_hidden_layers": 3}))
-    assert "layers.2" in refusal(adapter, BaseModel("tiny-llama", str(other), other, None))
+    assert "layers.2" in refusal(adapter, BaseCheckpoint("tiny-llama", str(other), other, None))

@@ -10,17 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import register_three
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import RegistryConflict, RegistryError
-from training.registry.aliases import Canary, draw
-from training.registry.registry import AdapterDraft, AdapterRegistry, Traffic
+from training.registry.aliases import Canary, Traffic, draw
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
 IDENTITIES = [f"user:{number}" for number in range(2000)]
 
 
 @pytest.fixture(params=["disk", "object store"])
 def registry(
-    request: pytest.FixtureRequest, tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    request: pytest.FixtureRequest, tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> Iterator[AdapterRegistry]:
     """Three versions of `ranch`, the second of them the champion."""
     root = str(tmp_path / "registry") if request.param == "disk" else f"memory://{tmp_path.name}/registry"
@@ -64,7 +66,7 @@ def test_draws_are_spread_evenly_and_anew_for_another_pair_of_versions() -> None
 
 def test_a_canary_takes_its_share_of_what_is_asked_of_the_champion(registry: AdapterRegistry) -> None:
     before = registry.traffic("ranch")
-    change = registry.promote("ranch", 3, percent=10)
+    change = AdapterPromoter(registry).promote("ranch", 3, percent=10)
     assert (change.before, change.manifest.version) == (before, 3)
     assert change.after.record() == {"version": 2, "canary": 3, "percent": 10}
     expected = sum(draw("ranch", 2, 3, identity) < 10 for identity in IDENTITIES) / len(IDENTITIES) * 100
@@ -72,71 +74,75 @@ def test_a_canary_takes_its_share_of_what_is_asked_of_the_champion(registry: Ada
     assert share(registry, 3) == share(registry, 3, "champion") == expected
     assert registry.resolve("ranch").version == 2  # nobody asks: a command, not traffic
     assert share(registry, 1, "1") == 100
-    registry.promote("ranch", 3, "next")
+    AdapterPromoter(registry).promote("ranch", 3, "next")
     assert registry.aliases("ranch") == {"champion": 2, "next": 3}
 
-    registry.promote("ranch", 3, percent=50)
+    AdapterPromoter(registry).promote("ranch", 3, percent=50)
     assert 45 < share(registry, 3) < 55
-    finished = registry.promote("ranch", 3)
+    finished = AdapterPromoter(registry).promote("ranch", 3)
     assert (finished.after, share(registry, 3)) == (Traffic(3), 100)
-    assert registry.rollback("ranch").after == Traffic(2)
+    assert AdapterPromoter(registry).rollback("ranch").after == Traffic(2)
 
 
 def test_rollback_ends_a_canary_and_leaves_the_champion(registry: AdapterRegistry) -> None:
-    registry.promote("ranch", 3, percent=10)
-    change = registry.rollback("ranch")
+    AdapterPromoter(registry).promote("ranch", 3, percent=10)
+    change = AdapterPromoter(registry).rollback("ranch")
     assert (change.manifest.version, change.after) == (2, Traffic(2))
     assert share(registry, 2) == 100
-    assert registry.rollback("ranch").after == Traffic(1)  # the one before, as ever
-    registry.promote("ranch", 3, percent=10)
-    assert registry.promote("ranch", 1).after == Traffic(1)  # the champion, promoted again
+    assert AdapterPromoter(registry).rollback("ranch").after == Traffic(1)  # the one before, as ever
+    AdapterPromoter(registry).promote("ranch", 3, percent=10)
+    assert AdapterPromoter(registry).promote("ranch", 1).after == Traffic(1)  # the champion, promoted again
 
 
 def test_a_canary_ends_with_the_alias_it_stood_beside_whoever_moves_it(
     registry: AdapterRegistry, tmp_path: Path
 ) -> None:
-    registry.promote("ranch", 3, percent=10)
-    storage = registry._storage
+    AdapterPromoter(registry).promote("ranch", 3, percent=10)
+    storage = registry.storage
     kept, alias = storage.read("ranch/canary.json"), json.loads(storage.read("ranch/aliases/champion.json"))
-    registry.promote("ranch", 1)
+    AdapterPromoter(registry).promote("ranch", 1)
     storage.write("ranch/canary.json", kept)  # as a writer leaves it that dies, or knows of no canaries
     assert registry.traffic("ranch") == Traffic(1)
-    registry.promote("ranch", 2)
+    AdapterPromoter(registry).promote("ranch", 2)
     storage.write("ranch/canary.json", kept)
     assert registry.traffic("ranch") == Traffic(2)  # the same champion as then, but not the same promotion
     assert set(alias) == {"version", "previous", "updated"}  # what every Corral reads
 
 
 def test_damage_and_deletion_by_other_hands_leave_the_champion(registry: AdapterRegistry) -> None:
-    registry.promote("ranch", 3, percent=99)
-    registry._storage.remove("ranch/versions/000003/manifest.json")
+    AdapterPromoter(registry).promote("ranch", 3, percent=99)
+    registry.storage.remove("ranch/versions/000003/manifest.json")
     assert share(registry, 2) == 100
-    registry._storage.write("ranch/canary.json", b"{")
+    registry.storage.write("ranch/canary.json", b"{")
     assert share(registry, 2) == 100
-    assert registry.promote("ranch", 1, percent=10).after.record() == {"version": 2, "canary": 1, "percent": 10}
+    assert AdapterPromoter(registry).promote("ranch", 1, percent=10).after.record() == {
+        "version": 2,
+        "canary": 1,
+        "percent": 10,
+    }
 
 
 def test_what_stands_against_a_change_is_said(registry: AdapterRegistry) -> None:
-    registry.promote("ranch", 3, percent=10)
+    AdapterPromoter(registry).promote("ranch", 3, percent=10)
     with pytest.raises(RegistryConflict, match="ranch@3 is the canary for 10 % of the traffic: roll back first"):
-        registry.delete("ranch", 3)
+        AdapterPromoter(registry).delete("ranch", 3)
     with pytest.raises(RegistryConflict, match="alias 'champion' points at"):
-        registry.delete("ranch", 2)
+        AdapterPromoter(registry).delete("ranch", 2)
     with pytest.raises(RegistryConflict, match="ranch@2 is the champion: name another version"):
-        registry.promote("ranch", 2, percent=10)
+        AdapterPromoter(registry).promote("ranch", 2, percent=10)
     for percent in (0, -1, 100.1, float("nan")):
         with pytest.raises(RegistryError, match="more than 0 and at most 100"):
-            registry.promote("ranch", 3, percent=percent)
+            AdapterPromoter(registry).promote("ranch", 3, percent=percent)
     with pytest.raises(RegistryError, match="only 'champion' can"):
-        registry.promote("ranch", 3, "next", 10)
+        AdapterPromoter(registry).promote("ranch", 3, "next", 10)
     assert registry.traffic("ranch").record() == {"version": 2, "canary": 3, "percent": 10}
 
 
 def test_without_a_champion_there_is_nothing_to_compare_with(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     registry = AdapterRegistry(tmp_path / "registry")
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
-    registry.register(tiny_adapter, draft, force=True)
+    AdapterPublisher(registry).register(tiny_adapter, draft, force=True)
     with pytest.raises(RegistryConflict, match="has no champion, so its newest version gets everything"):
-        registry.promote("ranch", 1, percent=10)
+        AdapterPromoter(registry).promote("ranch", 1, percent=10)

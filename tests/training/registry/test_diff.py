@@ -7,12 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.base_models.resolve import BaseModel
-from training.registry.adapter_files import LINEAR_LAYERS
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.resolve import BaseCheckpoint
+from training.registry.adapter_files import LoraParams
 from training.registry.diff import WeightChange, diff_manifests, diff_weights
-from training.registry.registry import AdapterDraft, AdapterRegistry, DatasetRef, Environment, LoraShape
+from training.registry.manifest import DatasetRef, Environment
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 
-SHAPE = LoraShape(r=4, lora_alpha=8, target_modules=sorted(LINEAR_LAYERS))
+SHAPE = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
 
 
 def changed(adapter: Path, folder: Path, noise: float) -> Path:
@@ -24,7 +27,7 @@ def changed(adapter: Path, folder: Path, noise: float) -> Path:
     return copy
 
 
-def dense(folder: Path, shape: LoraShape) -> dict[str, torch.Tensor]:
+def dense(folder: Path, shape: LoraParams) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
     names = [name.partition(".lora_A.")[0] for name in tensors if ".lora_A." in name]
     return {
@@ -76,7 +79,7 @@ def test_module_that_one_side_does_not_adapt_counts_as_zero_there(tiny_adapter: 
 
 
 def test_fields_that_differ_are_named_with_both_values(
-    tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     registry = AdapterRegistry(tmp_path)
 
@@ -90,7 +93,7 @@ def test_fields_that_differ_are_named_with_both_values(
             config={"learning_rate": rate, "lora": {"r": 4}},
             environment=Environment(code_version="1", git_commit=None, libraries={"peft": peft}, devices=["CPU"]),
         )
-        return registry.register(tiny_adapter, draft)
+        return AdapterPublisher(registry).register(tiny_adapter, draft)
 
     one, two, three = register(1e-3, 1.0, "a", "1"), register(2e-3, 1.5, "b", "2"), register(1e-3, 1.0, "a", "1")
     assert [(change.key, change.a, change.b) for change in diff_manifests(one, two)] == [

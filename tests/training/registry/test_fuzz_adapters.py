@@ -13,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused, RegistryError
 from training.registry.adapter_files import lora_shapes
-from training.registry.registry import AdapterManifest, AdapterRegistry, import_adapter
+from training.registry.manifest import AdapterManifest
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import import_adapter
+from training.registry.registry import AdapterRegistry
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Register = Callable[[bytes, bytes], bool]
@@ -42,7 +45,7 @@ values = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def register(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Register:
+def register(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Register:
     """Registers an adapter of these two files; False where it is refused as it should be."""
     import torch
     from safetensors.torch import load_file
@@ -61,7 +64,7 @@ def register(tiny_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> 
             message = str(refused)
         else:
             check_whole(manifest)
-            registry.delete("fuzz", manifest.version)
+            AdapterPromoter(registry).delete("fuzz", manifest.version)
             return True
         assert "\n" not in message
         assert len(message) < 800
@@ -154,7 +157,7 @@ def test_the_largest_header_costs_bounded_memory_and_time(register: Register, fi
 
 @pytest.mark.promise("C4")
 def test_code_beside_an_adapter_is_not_run_and_not_published(
-    tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     folder, canary = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter")), tmp_path / "canary"
     touch = f"open({str(canary)!r}, 'w').close()\n"

@@ -12,24 +12,20 @@ from typing import Any
 
 import pytest
 
-from training.base_models.resolve import BaseModel, Quantization
+from training.base_models.nf4 import Quantization
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterNotFound, AdapterRefused, RegistryError
-from training.registry.registry import (
-    AdapterDraft,
-    AdapterManifest,
-    AdapterRegistry,
-    DatasetRef,
-    ModelId,
-    check_base,
-    import_adapter,
-    parse_model_id,
-)
+from training.names import ModelId, parse_model_id
+from training.registry.manifest import AdapterManifest, DatasetRef, check_base
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher, import_adapter
+from training.registry.registry import AdapterRegistry
 
 GOOD = {"eval_loss": 1.0, "base_eval_loss": 2.0}
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: BaseModel) -> None:
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: BaseCheckpoint) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
 
 
@@ -38,7 +34,7 @@ def registry(tmp_path: Path) -> AdapterRegistry:
     return AdapterRegistry(tmp_path / "registry")
 
 
-def draft(base: BaseModel, name: str = "ranch", metrics: dict[str, float] | None = None) -> AdapterDraft:
+def draft(base: BaseCheckpoint, name: str = "ranch", metrics: dict[str, float] | None = None) -> AdapterDraft:
     return AdapterDraft(name=name, base=base, chat_format="chatml", metrics=GOOD if metrics is None else metrics)
 
 
@@ -75,7 +71,7 @@ def test_other_model_ids_are_refused_with_the_forms(text: str) -> None:
 # Versions
 
 
-def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     full = AdapterDraft(
         name="ranch",
         base=tiny_base,
@@ -86,14 +82,14 @@ def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseModel,
         config={"lr": 1e-3, "lora": {"r": 4}},
         run_name="run-1",
     )
-    manifest = registry.register(tiny_adapter, full)
+    manifest = AdapterPublisher(registry).register(tiny_adapter, full)
     assert manifest.model_id == "tiny-llama:ranch@1"
     assert manifest.base.weights_sha256 == tiny_base.weights_sha256()
     assert (manifest.lora.r, manifest.lora.lora_alpha, len(manifest.lora.target_modules)) == (4, 8, 7)
     assert (manifest.dataset, manifest.config, manifest.quantization) == (full.dataset, full.config, full.quantization)
     assert (manifest.forced, manifest.created.tzname()) == (False, "UTC")
 
-    second = registry.register(tiny_adapter, draft(tiny_base))
+    second = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     assert second.version == 2
     assert registry.names() == ["ranch"]
     assert registry.versions("ranch") == [1, 2]
@@ -113,13 +109,13 @@ def test_register_resolve_fetch(registry: AdapterRegistry, tiny_base: BaseModel,
 
 @pytest.mark.promise("E4")
 def test_registered_folder_loads_with_peft_and_answers_the_same(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     import torch
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import LlamaForCausalLM
 
-    folder = registry.fetch(registry.register(tiny_adapter, draft(tiny_base)))
+    folder = registry.fetch(AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base)))
     prompt = torch.tensor([[5, 6, 7, 8]])
     plain = LlamaForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32)
     base_answer = plain.generate(prompt, max_new_tokens=12, do_sample=False)
@@ -134,22 +130,22 @@ def test_registered_folder_loads_with_peft_and_answers_the_same(
 
 @pytest.mark.promise("C4")
 def test_harmless_files_beside_the_adapter_stay_behind(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_adapter, tmp_path / "checkpoint"))
     for name in ("training_args.bin", "optimizer.pt", "README.md", "evil.py"):
         (source / name).write_bytes(b"x")
-    folder = registry.fetch(registry.register(source, draft(tiny_base)))
+    folder = registry.fetch(AdapterPublisher(registry).register(source, draft(tiny_base)))
     assert len(list(folder.iterdir())) == 3
 
 
 @pytest.mark.promise("C4")
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "-a", ".a", "a" * 64, "a\n", "ä", "a\0"])
 def test_names_that_could_leave_the_root_are_refused(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, name: str
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(RegistryError, match="is not accepted"):
-        registry.register(tiny_adapter, draft(tiny_base, name))
+        AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, name))
     for read in (registry.resolve, registry.versions, registry.aliases):
         with pytest.raises(AdapterNotFound):
             read(name)
@@ -158,18 +154,20 @@ def test_names_that_could_leave_the_root_are_refused(
 
 @pytest.mark.parametrize("ref", ["", "..", "../../x", "0", "3", "9" * 62, "a/b", "²"])
 def test_unknown_references_are_not_found(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, ref: str
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, ref: str
 ) -> None:
-    registry.register(tiny_adapter, draft(tiny_base))
+    AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     with pytest.raises(AdapterNotFound, match="ranch"):
         registry.resolve("ranch", ref)
 
 
-def test_not_found_names_what_is_nearest(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_not_found_names_what_is_nearest(
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
     with pytest.raises(AdapterNotFound, match="there is none yet"):
         registry.resolve("ranch")
-    registry.register(tiny_adapter, draft(tiny_base, "ranch-hand"))
-    registry.promote("ranch-hand", 1)
+    AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base, "ranch-hand"))
+    AdapterPromoter(registry).promote("ranch-hand", 1)
     with pytest.raises(AdapterNotFound, match="did you mean 'ranch-hand'"):
         registry.resolve("ranch-hnad")
     with pytest.raises(AdapterNotFound, match="did you mean 'champion'"):
@@ -194,7 +192,7 @@ def test_not_found_names_what_is_nearest(registry: AdapterRegistry, tiny_base: B
 )
 def test_adapter_no_better_than_allowed_is_refused_unless_forced(
     registry: AdapterRegistry,
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tiny_adapter: Path,
     metrics: dict[str, float],
     min_improvement: float,
@@ -202,118 +200,118 @@ def test_adapter_no_better_than_allowed_is_refused_unless_forced(
 ) -> None:
     bad = draft(tiny_base, metrics=metrics)
     with pytest.raises(AdapterRefused, match=reason):
-        registry.register(tiny_adapter, bad, min_improvement=min_improvement)
+        AdapterPublisher(registry).register(tiny_adapter, bad, min_improvement=min_improvement)
     assert registry.names() == []
-    forced = registry.register(tiny_adapter, bad, force=True, min_improvement=min_improvement)
+    forced = AdapterPublisher(registry).register(tiny_adapter, bad, force=True, min_improvement=min_improvement)
     assert forced.forced
     assert str(registry.manifest("ranch", 1).metrics) == str(metrics)
 
 
 def test_force_is_recorded_only_where_it_was_needed(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
-    assert not registry.register(tiny_adapter, draft(tiny_base), force=True).forced
+    assert not AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base), force=True).forced
 
 
 @pytest.mark.promise("C4")
 def test_files_are_checked_also_when_forced(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(tiny_adapter, tmp_path / "spoilt"))
     with (source / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(5000)
     with pytest.raises(AdapterRefused):
-        registry.register(source, draft(tiny_base), force=True)
+        AdapterPublisher(registry).register(source, draft(tiny_base), force=True)
     assert registry.names() == []
 
 
 def test_import_needs_figures_or_force_and_the_same_base(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdapterRefused, match="eval_loss"):
         import_adapter(registry, tiny_adapter, "guest", tiny_base, chat_format="chatml")
     assert import_adapter(registry, tiny_adapter, "guest", tiny_base, chat_format="chatml", force=True).forced
     assert not import_adapter(registry, tiny_adapter, "guest", tiny_base, chat_format="chatml", metrics=GOOD).forced
-    other = BaseModel("llama-2-7b", "meta-llama/Llama-2-7b", tiny_base.path.parent / "elsewhere", None)
+    other = BaseCheckpoint("llama-2-7b", "meta-llama/Llama-2-7b", tiny_base.path.parent / "elsewhere", None)
     with pytest.raises(AdapterRefused, match=r"tiny-llama.*meta-llama/Llama-2-7b"):
         import_adapter(registry, tiny_adapter, "guest", other, chat_format="chatml", force=True)
 
 
 @pytest.mark.promise("C4")
 def test_serving_on_another_base_is_refused(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    manifest = registry.register(tiny_adapter, draft(tiny_base))
+    manifest = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     check_base(manifest, tiny_base)
     other = Path(shutil.copytree(tiny_base.path, tmp_path / "tiny-llama"))
-    check_base(manifest, BaseModel("tiny-llama", str(other), other, None))  # the same weights elsewhere
+    check_base(manifest, BaseCheckpoint("tiny-llama", str(other), other, None))  # the same weights elsewhere
 
     with pytest.raises(AdapterRefused, match="base 'tiny-llama' and not 'other'"):
-        check_base(manifest, BaseModel("other", str(other), other, None))
+        check_base(manifest, BaseCheckpoint("other", str(other), other, None))
     with (other / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x01")
     with pytest.raises(AdapterRefused, match="weights with sha256"):
-        check_base(manifest, BaseModel("tiny-llama", str(other), other, None))
+        check_base(manifest, BaseCheckpoint("tiny-llama", str(other), other, None))
 
     from_hub = manifest.model_copy(update={"base": manifest.base.model_copy(update={"revision": "abc"})})
     with pytest.raises(AdapterRefused, match="revision 'abc' and not 'def'"):
-        check_base(from_hub, BaseModel("tiny-llama", "acme/tiny-llama", tiny_base.path, "def"))
+        check_base(from_hub, BaseCheckpoint("tiny-llama", "acme/tiny-llama", tiny_base.path, "def"))
 
 
 # Aliases and deletion
 
 
-def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_promote_and_rollback(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> None:
     for _ in range(3):
-        registry.register(tiny_adapter, draft(tiny_base))
+        AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     assert registry.resolve("ranch").version == 3
-    assert registry.promote("ranch", 1).manifest.version == 1
+    assert AdapterPromoter(registry).promote("ranch", 1).manifest.version == 1
     assert registry.resolve("ranch").version == 1
-    registry.promote("ranch", 2)
-    registry.promote("ranch", 2)
-    registry.promote("ranch", 3, "canary")
+    AdapterPromoter(registry).promote("ranch", 2)
+    AdapterPromoter(registry).promote("ranch", 2)
+    AdapterPromoter(registry).promote("ranch", 3, "canary")
     assert registry.aliases("ranch") == {"champion": 2, "canary": 3}
     assert registry.resolve("ranch", "canary").version == 3
 
-    assert registry.rollback("ranch").manifest.version == 1
+    assert AdapterPromoter(registry).rollback("ranch").manifest.version == 1
     assert registry.resolve("ranch", "champion").version == 1
     with pytest.raises(RegistryError, match="pointed at nothing before version 1"):
-        registry.rollback("ranch")
+        AdapterPromoter(registry).rollback("ranch")
     with pytest.raises(AdapterNotFound, match="no alias 'beta'"):
-        registry.rollback("ranch", "beta")
+        AdapterPromoter(registry).rollback("ranch", "beta")
     with pytest.raises(AdapterNotFound, match="no version 9"):
-        registry.promote("ranch", 9)
+        AdapterPromoter(registry).promote("ranch", 9)
     with pytest.raises(RegistryError, match="not a number"):
-        registry.promote("ranch", 1, "2")
+        AdapterPromoter(registry).promote("ranch", 1, "2")
 
 
 def test_delete_keeps_aliased_versions_and_never_gives_a_number_again(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     for _ in range(3):
-        registry.register(tiny_adapter, draft(tiny_base))
-    registry.promote("ranch", 2)
-    registry.promote("ranch", 1)
+        AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
+    AdapterPromoter(registry).promote("ranch", 2)
+    AdapterPromoter(registry).promote("ranch", 1)
     with pytest.raises(RegistryError, match="alias 'champion' points at: promote another"):
-        registry.delete("ranch", 1)
+        AdapterPromoter(registry).delete("ranch", 1)
     gone = registry.manifest("ranch", 3)
-    registry.delete("ranch", 3)
-    registry.delete("ranch", 2)
+    AdapterPromoter(registry).delete("ranch", 3)
+    AdapterPromoter(registry).delete("ranch", 2)
     assert registry.versions("ranch") == [1]
-    for call in (lambda: registry.delete("ranch", 3), lambda: registry.fetch(gone)):
+    for call in (lambda: AdapterPromoter(registry).delete("ranch", 3), lambda: registry.fetch(gone)):
         with pytest.raises(AdapterNotFound, match="no version 3: it has 1"):
             call()
     with pytest.raises(RegistryError, match="promote a version instead"):
-        registry.rollback("ranch")  # version 2 is gone
-    assert registry.register(tiny_adapter, draft(tiny_base)).version == 4
+        AdapterPromoter(registry).rollback("ranch")  # version 2 is gone
+    assert AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base)).version == 4
 
 
 @pytest.mark.promise("D12")
 def test_reader_racing_a_delete_gets_not_found_and_never_half(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
-    registry.register(tiny_adapter, draft(tiny_base))
+    AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     failures: list[Exception] = []
     whole = 0
     done = threading.Event()
@@ -333,8 +331,8 @@ def test_reader_racing_a_delete_gets_not_found_and_never_half(
     reading = threading.Thread(target=read)
     reading.start()
     for version in range(2, 22):
-        registry.register(tiny_adapter, draft(tiny_base))
-        registry.delete("ranch", version)
+        AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
+        AdapterPromoter(registry).delete("ranch", version)
     done.set()
     reading.join()
     assert failures == []
@@ -346,9 +344,9 @@ def test_reader_racing_a_delete_gets_not_found_and_never_half(
 
 @pytest.mark.promise("C4")
 def test_changed_added_or_linked_files_are_refused_at_load(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    manifest = registry.register(tiny_adapter, draft(tiny_base))
+    manifest = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     folder = registry.fetch(manifest)
     weights = folder / "adapter_model.safetensors"
 
@@ -383,16 +381,16 @@ def test_changed_added_or_linked_files_are_refused_at_load(
     ],
 )
 def test_damaged_manifest_is_an_error_of_that_version_only(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, change: dict[str, Any], reason: str
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, change: dict[str, Any], reason: str
 ) -> None:
-    manifest = registry.register(tiny_adapter, draft(tiny_base))
-    second = registry.register(tiny_adapter, draft(tiny_base))
+    manifest = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
+    second = AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     path = registry.fetch(manifest) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(RegistryError, match=reason):
         registry.resolve("ranch", "1")
     assert registry.list() == [second]
-    registry.delete("ranch", 1)
+    AdapterPromoter(registry).delete("ranch", 1)
     assert registry.versions("ranch") == [2]
 
 
@@ -401,13 +399,15 @@ def test_damaged_manifest_is_an_error_of_that_version_only(
 PRELUDE = """
 import json, os, resource, signal, sys
 from pathlib import Path
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterNotFound, RegistryError
-from training.registry.registry import AdapterDraft, AdapterRegistry
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
 import numpy
 
 root, source, base_path = map(Path, sys.argv[1:4])
-base = BaseModel("tiny-llama", str(base_path), base_path, None)
+base = BaseCheckpoint("tiny-llama", str(base_path), base_path, None)
 base.weights_sha256()
 draft = AdapterDraft(
     name="ranch", base=base, chat_format="chatml", metrics={"eval_loss": 1.0, "base_eval_loss": 2.0}
@@ -457,7 +457,7 @@ def whole():
 """
 
 
-def run_script(script: str, root: Path, base: BaseModel, adapter: Path) -> str:
+def run_script(script: str, root: Path, base: BaseCheckpoint, adapter: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script), str(root), str(adapter), str(base.path)],
         capture_output=True,
@@ -471,13 +471,13 @@ def run_script(script: str, root: Path, base: BaseModel, adapter: Path) -> str:
 
 @pytest.mark.promise("D12")
 def test_kill_at_every_step_of_register_leaves_whole_versions(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     out = run_script(
         """
-        registry.register(source, draft)
+        AdapterPublisher(registry).register(source, draft)
         step, before = 0, whole()
-        while killed_at(step, lambda: registry.register(source, draft)):
+        while killed_at(step, lambda: AdapterPublisher(registry).register(source, draft)):
             now = whole()
             assert now[:len(before)] == before and len(now) - len(before) <= 1, (step, before, now)
             step, before = step + 1, now
@@ -495,24 +495,24 @@ def test_kill_at_every_step_of_register_leaves_whole_versions(
 
 @pytest.mark.promise("D12")
 def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     run_script(
         """
         for _ in range(2):
-            registry.register(source, draft)
-        registry.promote("ranch", 1)
+            AdapterPublisher(registry).register(source, draft)
+        AdapterPromoter(registry).promote("ranch", 1)
         step, old, new = 0, 1, 2
-        while killed_at(step, lambda: registry.promote("ranch", new)):
+        while killed_at(step, lambda: AdapterPromoter(registry).promote("ranch", new)):
             assert registry.resolve("ranch").version in (1, 2)
-            registry.promote("ranch", old)
+            AdapterPromoter(registry).promote("ranch", old)
             step += 1
         assert step > 3 and registry.resolve("ranch").version == new
 
         step = 0
         while True:
-            version = registry.register(source, draft).version
-            went_on = killed_at(step, lambda: registry.delete("ranch", version))
+            version = AdapterPublisher(registry).register(source, draft).version
+            went_on = killed_at(step, lambda: AdapterPromoter(registry).delete("ranch", version))
             assert set(whole()) <= set(registry.versions("ranch"))
             if not went_on:
                 break
@@ -527,13 +527,13 @@ def test_kill_at_every_step_of_promote_and_delete_leaves_old_or_new(
 
 @pytest.mark.promise("D12")
 def test_eight_writers_get_eight_versions_and_one_alias_winner(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     out = run_script(
         """
         def work():
             for _ in range(3):
-                registry.promote("ranch", registry.register(source, draft).version)
+                AdapterPromoter(registry).promote("ranch", AdapterPublisher(registry).register(source, draft).version)
         children = [in_child(work) for _ in range(8)]
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
         history = json.loads((root / "ranch/aliases/champion.json").read_text())
@@ -549,14 +549,16 @@ def test_eight_writers_get_eight_versions_and_one_alias_winner(
 
 
 @pytest.mark.promise("D12")
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
     root = tmp_path / "registry"
     out = run_script(
         """
-        registry.register(source, draft)
+        AdapterPublisher(registry).register(source, draft)
         def work():
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-            registry.register(source, draft)
+            AdapterPublisher(registry).register(source, draft)
         assert os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == 1
         assert whole() == [1]
         """,
@@ -571,12 +573,12 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, tiny_base: Bas
 
 @pytest.mark.promise("D12")
 def test_read_only_registry_serves_on_and_refuses_in_one_line(
-    tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     out = run_script(
         """
         import ctypes
-        registry.register(source, draft)
+        AdapterPublisher(registry).register(source, draft)
         folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
         def work():
             for folder in folders:
@@ -586,9 +588,9 @@ def test_read_only_registry_serves_on_and_refuses_in_one_line(
                 assert ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) == 0
             assert whole() == [1] and registry.resolve("ranch").version == 1
             for change in (
-                lambda: registry.register(source, draft),
-                lambda: registry.promote("ranch", 1),
-                lambda: registry.delete("ranch", 1),
+                lambda: AdapterPublisher(registry).register(source, draft),
+                lambda: AdapterPromoter(registry).promote("ranch", 1),
+                lambda: AdapterPromoter(registry).delete("ranch", 1),
             ):
                 try:
                     change()
@@ -612,18 +614,24 @@ def test_read_only_registry_serves_on_and_refuses_in_one_line(
     assert all("read-only for this user" in line for line in lines)
 
 
-def test_file_in_place_of_the_registry_is_one_line(tmp_path: Path, tiny_base: BaseModel, tiny_adapter: Path) -> None:
+def test_file_in_place_of_the_registry_is_one_line(
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
     (tmp_path / "registry").write_text("not a folder")
     registry = AdapterRegistry(tmp_path / "registry")
-    for call in (registry.names, registry.list, lambda: registry.register(tiny_adapter, draft(tiny_base))):
+    for call in (
+        registry.names,
+        registry.list,
+        lambda: AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base)),
+    ):
         with pytest.raises(RegistryError, match="Not a directory"):
             call()
 
 
 def test_what_dead_writers_left_is_swept_after_a_day_and_not_before(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    registry.register(tiny_adapter, draft(tiny_base))
+    AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     versions = tmp_path / "registry" / "ranch" / "versions"
     old, young = versions / "000002" / "adapter_config.json", versions / "000003" / ".tmp-1"
     for path in (old, young):
@@ -631,7 +639,7 @@ def test_what_dead_writers_left_is_swept_after_a_day_and_not_before(
         path.write_text("{}")
     os.utime(old, (0, 0))
     assert registry.versions("ranch") == [1]
-    assert registry.register(tiny_adapter, draft(tiny_base)).version == 4
+    assert AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base)).version == 4
     assert not old.exists()
     assert young.exists()
 
@@ -646,20 +654,20 @@ def bucket(tmp_path: Path) -> AdapterRegistry:
 
 @pytest.mark.promise("D12", "D17")
 def test_object_store_keeps_the_same_rules(
-    bucket: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    bucket: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     import fsspec
 
-    first = bucket.register(tiny_adapter, draft(tiny_base))
-    second = bucket.register(tiny_adapter, draft(tiny_base))
+    first = AdapterPublisher(bucket).register(tiny_adapter, draft(tiny_base))
+    second = AdapterPublisher(bucket).register(tiny_adapter, draft(tiny_base))
     assert bucket.list() == [first, second]
-    bucket.promote("ranch", 1)
-    bucket.promote("ranch", 2)
-    assert bucket.rollback("ranch").manifest == bucket.resolve("ranch") == first
-    bucket.delete("ranch", 2)
+    AdapterPromoter(bucket).promote("ranch", 1)
+    AdapterPromoter(bucket).promote("ranch", 2)
+    assert AdapterPromoter(bucket).rollback("ranch").manifest == bucket.resolve("ranch") == first
+    AdapterPromoter(bucket).delete("ranch", 2)
     with pytest.raises(AdapterNotFound):
         bucket.fetch(second)
-    assert bucket.register(tiny_adapter, draft(tiny_base)).version == 3
+    assert AdapterPublisher(bucket).register(tiny_adapter, draft(tiny_base)).version == 3
 
     folder = bucket.fetch(first)
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -678,16 +686,16 @@ def test_object_store_keeps_the_same_rules(
 
 @pytest.mark.promise("D12", "D17")
 def test_version_without_manifest_does_not_exist_on_an_object_store(
-    bucket: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    bucket: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
-    manifest = bucket.register(tiny_adapter, draft(tiny_base))
+    manifest = AdapterPublisher(bucket).register(tiny_adapter, draft(tiny_base))
     memory.pipe_file(f"/{tmp_path.name}/registry/ranch/versions/000002/adapter_config.json", b"{}")
     memory.pipe_file(f"/{tmp_path.name}/registry/ranch/claims/000003", b"")
     assert bucket.resolve("ranch") == manifest
-    assert bucket.register(tiny_adapter, draft(tiny_base)).version == 4
+    assert AdapterPublisher(bucket).register(tiny_adapter, draft(tiny_base)).version == 4
 
 
 def test_store_that_cannot_be_opened_is_one_line() -> None:
@@ -696,8 +704,8 @@ def test_store_that_cannot_be_opened_is_one_line() -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_default_root_is_in_corral_home(tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path) -> None:
-    manifest: AdapterManifest = AdapterRegistry().register(tiny_adapter, draft(tiny_base))
+def test_default_root_is_in_corral_home(tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path) -> None:
+    manifest: AdapterManifest = AdapterPublisher(AdapterRegistry()).register(tiny_adapter, draft(tiny_base))
     assert AdapterRegistry().fetch(manifest).is_relative_to(tmp_path / "home" / "registry")
 
 

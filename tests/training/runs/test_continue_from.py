@@ -13,14 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from training.__main__ import run_training
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import AdapterNotFound, AdapterRefused, ConfigError
-from training.registry.registry import AdapterDraft, AdapterManifest, AdapterRegistry, ParentRef
-from training.runs.continue_from import copy_parent, parent_ref, resolve_parent, with_warning
+from training.registry.manifest import AdapterManifest, ParentRef
+from training.registry.promotion import AdapterPromoter
+from training.registry.publish import AdapterDraft, AdapterPublisher
+from training.registry.registry import AdapterRegistry
+from training.runs.continue_from import copy_parent, parent_ref, resolve_parent_adapter, with_warning
 from training.runs.run_dir import RunDir
-from training.trainer.callback import Watch
+from training.trainer.callback import TrainingCallback
 from training.trainer.preference_losses import ScoredPairs, completion_logps
 from training.trainer.preference_trainer import preference_trainer
 from training.trainer.qlora import exact_adapters, start_adapter
@@ -55,13 +59,13 @@ def registry(tmp_path: Path) -> AdapterRegistry:
 
 
 @pytest.fixture
-def parent(registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path) -> AdapterManifest:
+def parent(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> AdapterManifest:
     """tiny-hand@1: LoRA r 4, alpha 8, not zero; trained elsewhere, hence forced."""
     draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
-    return registry.register(tiny_adapter, draft, force=True)
+    return AdapterPublisher(registry).register(tiny_adapter, draft, force=True)
 
 
-def config_of(tiny_base: BaseModel, tmp_path: Path, **changes: Any) -> TrainConfig:
+def config_of(tiny_base: BaseCheckpoint, tmp_path: Path, **changes: Any) -> TrainConfig:
     rows = [{"prompt": f"Ask {n}", "chosen": f"Answer {n % 3}.", "rejected": "No."} for n in range(20)]
     if changes.get("method", "sft") == "sft":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
@@ -84,30 +88,30 @@ def config_of(tiny_base: BaseModel, tmp_path: Path, **changes: Any) -> TrainConf
 
 
 def test_version_shape_and_format_are_written_out(
-    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
-    registry.promote("tiny-hand", 1, "stable")
+    AdapterPromoter(registry).promote("tiny-hand", 1, "stable")
     config = config_of(tiny_base, tmp_path, continue_from="tiny-hand@stable", lora={"lora_dropout": 0.3})
-    resolved, found = resolve_parent(config, tiny_base, registry)
+    resolved, found = resolve_parent_adapter(config, tiny_base, registry)
     assert found == parent
     assert resolved.continue_from == "tiny-hand@1"
     assert (resolved.lora.r, resolved.lora.lora_alpha, resolved.lora.lora_dropout) == (4, 8, 0.3)
     assert resolved.chat_format == "chatml"
-    assert resolve_parent(resolved, tiny_base, registry)[0] == resolved
+    assert resolve_parent_adapter(resolved, tiny_base, registry)[0] == resolved
     assert TrainConfig.model_validate(resolved.model_dump(mode="json")) == resolved
     fresh = config.model_copy(update={"continue_from": None})
-    assert resolve_parent(fresh, tiny_base, registry) == (fresh, None)
+    assert resolve_parent_adapter(fresh, tiny_base, registry) == (fresh, None)
 
 
 def split_between(
-    registry: AdapterRegistry, base: BaseModel, adapter: Path, parents: TrainConfig, childs: TrainConfig
+    registry: AdapterRegistry, base: BaseCheckpoint, adapter: Path, parents: TrainConfig, childs: TrainConfig
 ) -> tuple[str | None, list[str]]:
     """What the registry records of the split, and what the report warns of, where a run goes on from `parents`."""
     trained_on = read_inputs(parents).dataset
     draft = AdapterDraft(
         name="known", base=base, chat_format="chatml", dataset=trained_on, config=parents.model_dump(mode="json")
     )
-    parent = registry.register(adapter, draft, force=True)
+    parent = AdapterPublisher(registry).register(adapter, draft, force=True)
     inputs = read_inputs(childs)
     warned = with_warning(inputs, childs, parent).report.warnings
     return parent_ref(childs, inputs.dataset, parent).other_split, [
@@ -116,7 +120,7 @@ def split_between(
 
 
 def test_parent_with_the_same_split_knows_no_held_out_row(
-    registry: AdapterRegistry, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     parents = config_of(tiny_base, tmp_path, seed=0)
     smaller = {**parents.data.model_dump(), "held_out": 0.1}
@@ -136,7 +140,7 @@ def test_parent_with_the_same_split_knows_no_held_out_row(
 )
 def test_parent_that_may_know_held_out_rows_is_warned_of_in_one_line(
     registry: AdapterRegistry,
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tiny_adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -158,7 +162,7 @@ def test_parent_that_may_know_held_out_rows_is_warned_of_in_one_line(
 
 
 def test_parent_of_unknown_data_is_warned_of_unless_nothing_is_held_out(
-    parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    parent: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     config = config_of(tiny_base, tmp_path)
     dataset = read_inputs(config).dataset
@@ -179,36 +183,36 @@ def test_parent_of_unknown_data_is_warned_of_unless_nothing_is_held_out(
 def test_contradiction_is_refused_naming_both(
     registry: AdapterRegistry,
     parent: AdapterManifest,
-    tiny_base: BaseModel,
+    tiny_base: BaseCheckpoint,
     tmp_path: Path,
     changes: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        resolve_parent(config_of(tiny_base, tmp_path, **changes), tiny_base, registry)
+        resolve_parent_adapter(config_of(tiny_base, tmp_path, **changes), tiny_base, registry)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_parent_and_another_base_are_refused(
     registry: AdapterRegistry,
     parent: AdapterManifest,
-    tiny_base: BaseModel,
-    embedded_base: BaseModel,
+    tiny_base: BaseCheckpoint,
+    embedded_base: BaseCheckpoint,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(AdapterNotFound, match="tiny-hnd"):
-        resolve_parent(config_of(tiny_base, tmp_path, continue_from="tiny-hnd"), tiny_base, registry)
+        resolve_parent_adapter(config_of(tiny_base, tmp_path, continue_from="tiny-hnd"), tiny_base, registry)
     with pytest.raises(AdapterRefused, match="was trained on base 'tiny-llama' and not 'smollm2-135m'"):
-        resolve_parent(config_of(tiny_base, tmp_path), embedded_base, registry)
+        resolve_parent_adapter(config_of(tiny_base, tmp_path), embedded_base, registry)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_outputs_at_step_0_are_the_parents_bit_for_bit(
-    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path, method: str
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:
     from peft import PeftModel
 
-    config, _ = resolve_parent(config_of(tiny_base, tmp_path, method=method), tiny_base, registry)
+    config, _ = resolve_parent_adapter(config_of(tiny_base, tmp_path, method=method), tiny_base, registry)
     served = PeftModel.from_pretrained(load_quantized(tiny_base, config.quantization), str(registry.fetch(parent)))
     copy_parent(parent, RunDir(tmp_path, "run"), registry)
     model = start_adapter(
@@ -218,7 +222,7 @@ def test_outputs_at_step_0_are_the_parents_bit_for_bit(
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
 
-    watch = Watch(config, cast(Any, None), 10, "")
+    watch = TrainingCallback(config, cast(Any, None), 10, "")
     trainer = _trainer(config, read_inputs(config), model, watch, tmp_path / "scratch")  # TRL rounds to bfloat16
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(IDS).logits, served.eval()(IDS).logits)
@@ -229,10 +233,10 @@ def test_outputs_at_step_0_are_the_parents_bit_for_bit(
 
 @pytest.mark.parametrize("reference", ["initial", "base"])
 def test_dpo_is_measured_against_the_parent_or_the_base(
-    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path, reference: str
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path, reference: str
 ) -> None:
     config = config_of(tiny_base, tmp_path, method="dpo", preference={"reference": reference})
-    config, _ = resolve_parent(config, tiny_base, registry)
+    config, _ = resolve_parent_adapter(config, tiny_base, registry)
     inputs = read_inputs(config)
     rows = inputs.train_rows
     model = start_adapter(
@@ -253,9 +257,9 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
 
 
 def test_continued_run_reports_what_the_parent_had(
-    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseModel, tmp_path: Path
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
-    config, _ = resolve_parent(config_of(tiny_base, tmp_path, learning_rate=1e-2), tiny_base, registry)
+    config, _ = resolve_parent_adapter(config_of(tiny_base, tmp_path, learning_rate=1e-2), tiny_base, registry)
     from tests.training.trainer.test_preferences import Recorder
 
     result = train(
@@ -274,7 +278,7 @@ def test_continued_run_reports_what_the_parent_had(
     assert not all(torch.equal(trained[name], before[name]) for name in trained)
 
 
-def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseModel) -> None:
+def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseCheckpoint) -> None:
     model = start_adapter(load_quantized(tiny_base, Quantization()), LoraSettings(r=4))
     before = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     with exact_adapters(model):
@@ -286,11 +290,11 @@ def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseModel) -
 
 
 def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
-    ray_cluster: None, tiny_base: BaseModel, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # the driver's only: workers have the run's directory
     draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
-    parent = AdapterRegistry().register(tiny_adapter, draft, force=True)
+    parent = AdapterPublisher(AdapterRegistry()).register(tiny_adapter, draft, force=True)
     config = config_of(
         tiny_base,
         tmp_path,

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from training.errors import TrainingError
-from training.runs.run_dir import MetricsLog, RunDir
+from training.runs.metrics_log import MetricsLog
+from training.runs.run_dir import RunDir
 
 
 @pytest.fixture(params=["disk", "store"])

@@ -17,7 +17,7 @@ import pytest
 from training.errors import ConfigError, RunStopped, TrainingError
 from training.runs import run_lock as driver
 from training.runs.run_dir import RunDir
-from training.runs.run_lock import driving, read_driver
+from training.runs.run_lock import hold_run_lock, read_lock_holder
 
 _DRIVE = """
 import sys, time
@@ -29,7 +29,7 @@ driver._SEEN_EVERY_S = float(sys.argv[3])
 RunDir(sys.argv[1], "run").files("drivers")  # imports and connects
 time.sleep(max(0.0, float(sys.argv[4]) - time.time()))
 try:
-    with driver.driving(RunDir(sys.argv[1], "run")):
+    with driver.hold_run_lock(RunDir(sys.argv[1], "run")):
         print("drives", flush=True)
         time.sleep(float(sys.argv[2]))
 except CorralError as error:
@@ -70,7 +70,7 @@ def driven(run_dir: RunDir, *, seen_every_s: float = 15.0, host: str = "") -> It
 
 
 def refusal(run_dir: RunDir) -> str:
-    with pytest.raises(TrainingError) as refused, driving(run_dir):
+    with pytest.raises(TrainingError) as refused, hold_run_lock(run_dir):
         pass
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -91,16 +91,16 @@ def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunD
         assert run_dir.files("drivers") == ["drivers/0001.json"]
         first.send_signal(signal.SIGKILL)
         first.wait()
-    with driving(run_dir):
-        now = read_driver(run_dir)
+    with hold_run_lock(run_dir):
+        now = read_lock_holder(run_dir)
         assert now
         assert (now.pid, now.ended) == (os.getpid(), None)
         assert f"driven by process {os.getpid()} on" in refusal(run_dir)
-    ended = read_driver(run_dir)
+    ended = read_lock_holder(run_dir)
     assert ended
     assert ended.is_same(now)
     assert ended.ended is not None
-    with driving(run_dir):
+    with hold_run_lock(run_dir):
         assert run_dir.files("drivers") == [f"drivers/000{n}.json" for n in (1, 2, 3)]
 
 
@@ -118,41 +118,43 @@ def test_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
 def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_SILENT_S", 5.0)
     with driven(run_dir, seen_every_s=0.5, host="elsewhere") as far:
-        first = read_driver(run_dir)
+        first = read_lock_holder(run_dir)
         assert first
-        wait_until(lambda: (last := read_driver(run_dir)) is not None and last.seen > first.seen + driver._SILENT_S)
+        wait_until(
+            lambda: (last := read_lock_holder(run_dir)) is not None and last.seen > first.seen + driver._SILENT_S
+        )
         assert re.search(r" on elsewhere, started .* UTC, seen \d+ s ago: .* end it there with .*", refusal(run_dir))
 
         far.send_signal(signal.SIGSTOP)
-        wait_until(lambda: (last := read_driver(run_dir)) is not None and not last.is_alive)
-        with driving(run_dir):
+        wait_until(lambda: (last := read_lock_holder(run_dir)) is not None and not last.is_alive)
+        with hold_run_lock(run_dir):
             far.send_signal(signal.SIGCONT)
             assert said(far) == (
-                f"TrainingError: run 'run' was taken over by {read_driver(run_dir)}, as this process gave no sign of "
-                "life for 120 s: it goes on there and has ended here"
+                f"TrainingError: run 'run' was taken over by {read_lock_holder(run_dir)}, as this process gave no sign "
+                "of life for 120 s: it goes on there and has ended here"
             )
-            last = read_driver(run_dir)
+            last = read_lock_holder(run_dir)
             assert last
             assert last.pid == os.getpid()
 
 
 def test_a_driver_that_is_stopped_says_so_and_when(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path, "run")
-    with pytest.raises(RunStopped, match="run_name=run resumes it"), driving(run_dir):
+    with pytest.raises(RunStopped, match="run_name=run resumes it"), hold_run_lock(run_dir):
         raise KeyboardInterrupt
-    last = read_driver(run_dir)
+    last = read_lock_holder(run_dir)
     assert last
     assert last.ended
 
 
 def test_a_driver_that_was_told_wrong_leaves_no_trace(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path, "run")
-    with driving(run_dir):
+    with hold_run_lock(run_dir):
         pass
-    before = read_driver(run_dir)
-    with pytest.raises(ConfigError), driving(run_dir):
+    before = read_lock_holder(run_dir)
+    with pytest.raises(ConfigError), hold_run_lock(run_dir):
         raise ConfigError("another learning_rate")
-    assert read_driver(run_dir) == before
+    assert read_lock_holder(run_dir) == before
 
 
 def test_a_number_that_another_process_has_now_is_no_driver(tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_a_number_that_another_process_has_now_is_no_driver(tmp_path: Path) -> N
     now = time.time()
     reused = {"pid": os.getpid(), "host": socket.gethostname(), "started": now - 10**8, "seen": now, "ended": None}
     run_dir.write_json("drivers/0001.json", reused)
-    with driving(run_dir):
+    with hold_run_lock(run_dir):
         assert json.loads((tmp_path / "run/drivers/0002.json").read_text())["pid"] == os.getpid()
 
 

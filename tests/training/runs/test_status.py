@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from clients.cli.runs import sparkline
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.registry import AdapterRegistry
 from training.runs.status import RunError, read_metrics, read_run, read_runs, stop_run
 
@@ -156,7 +156,7 @@ def test_sparkline() -> None:
 
 @pytest.mark.promise("D14")
 def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_resumes_them(
-    tiny_base: BaseModel, tmp_path: Path
+    tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"It is {n}."}) + "\n" for n in range(40)))

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from training.__main__ import main
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import ConfigError, TrainingError
 from training.registry.registry import AdapterRegistry
 from training.sweep.config import SweepConfig, load_sweep, plan
@@ -38,7 +38,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def content(tiny_base: BaseModel, tmp_path: Path) -> dict[str, Any]:
+def content(tiny_base: BaseCheckpoint, tmp_path: Path) -> dict[str, Any]:
     rows = [{"prompt": f"Where is number {n}?", "completion": f"Number {n} is by post {n % 5}."} for n in range(30)]
     dataset = tmp_path / "rows.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in rows))

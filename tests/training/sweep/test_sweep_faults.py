@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from tests.conftest import descendants
-from training.base_models.resolve import BaseModel
+from training.base_models.resolve import BaseCheckpoint
 from training.registry.registry import AdapterRegistry
 from training.runs.run_dir import RunDir
 from training.runs.status import read_run
@@ -26,7 +26,7 @@ _STEPS = 40
 @pytest.mark.slow
 @pytest.mark.promise("D14")
 def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
-    tiny_base: BaseModel, tmp_path: Path, s3: str
+    tiny_base: BaseCheckpoint, tmp_path: Path, s3: str
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"It is {n}."}) + "\n" for n in range(40)))

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from tests.conftest import free_port
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 from training.data.row_store import IGNORED_LABEL, Rows, RowStore, StoredRow, StoreWriter, TokenizedRow
 from training.errors import AdapterRefused
 from training.trainer.evaluate import evaluate_files, held_out_loss
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def base(tiny_base: BaseModel) -> LlamaForCausalLM:
+def base(tiny_base: BaseCheckpoint) -> LlamaForCausalLM:
     return load_quantized(tiny_base, Quantization(compute_dtype="float32"))
 
 
@@ -112,7 +113,8 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 from pathlib import Path
-from training.base_models.resolve import Quantization, load_quantized, resolve_base_model
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import resolve_base_model
 from training.trainer.evaluate import evaluate_files
 torch.set_num_threads(1)
 rank, port, base, adapter, rows = int(sys.argv[1]), *sys.argv[2:6]
@@ -125,7 +127,7 @@ dist.destroy_process_group()
 
 
 def test_two_gloo_ranks_share_the_rows_and_get_what_one_gets(
-    base: LlamaForCausalLM, tiny_base: BaseModel, tiny_adapter: Path
+    base: LlamaForCausalLM, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
     alone = evaluate_files(tiny_adapter, base, ROWS)
     arguments = [str(free_port()), str(tiny_base.path), str(tiny_adapter), json.dumps(ROWS)]

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import free_port
-from training.base_models.llama_shape import LlamaShape
-from training.base_models.resolve import BaseModel
-from training.config.train_config import TrainConfig, build_config, check_resources
+from training.base_models.llama_shape import LlamaDims
+from training.base_models.resolve import BaseCheckpoint
+from training.config.load import build_config
+from training.config.train_config import TrainConfig
 from training.errors import ConfigError, TrainingError
+from training.planning.resources import check_resources
 
 PROJECT = Path(__file__).parents[3]
 NUM_LAYERS = 5
@@ -34,7 +36,8 @@ from pathlib import Path
 import torch, torch.distributed as dist
 from tests.training.trainer.test_train import Recorder
 from training.trainer import fsdp_qlora as sharding
-from training.base_models.resolve import Quantization, load_quantized, resolve_base_model
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import resolve_base_model
 from training.config.train_config import TrainConfig
 from training.trainer.train import train
 
@@ -144,7 +147,7 @@ def two_workers(folder: Path, device: str) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def prepare(folder: Path, tiny_base: BaseModel) -> None:
+def prepare(folder: Path, tiny_base: BaseCheckpoint) -> None:
     """A base of more layers in float16, as Llama 2 has it, and the runs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -174,7 +177,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, tiny_base: BaseModel) -> list[dict[str, Any]]:
+def found(folder: Path, tiny_base: BaseCheckpoint) -> list[dict[str, Any]]:
     prepare(folder, tiny_base)
     return two_workers(folder, "cpu")
 
@@ -229,7 +232,7 @@ def test_worker_holds_its_half_of_the_base_and_two_whole_layers(
     found: list[dict[str, Any]], folder: Path, run: str, scale_bytes: float
 ) -> None:
     """While it loads, trains, evaluates and answers; counted in bytes of storages."""
-    linears = LlamaShape.of(json.loads((folder / "base" / "config.json").read_text())).linears
+    linears = LlamaDims.of(json.loads((folder / "base" / "config.json").read_text())).linears
     layer = sum(a * b for a, b in linears.values()) * (0.5 + scale_bytes / 64)
     for worker in found:
         sharded = worker[f"{run} True"]
@@ -264,7 +267,7 @@ def test_where_workers_are_too_few_to_share_a_base_the_error_says_to_leave_that(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_with_nccl_train_as_whole_bases_do(tmp_path: Path, tiny_base: BaseModel) -> None:
+def test_two_gpus_with_nccl_train_as_whole_bases_do(tmp_path: Path, tiny_base: BaseCheckpoint) -> None:
     prepare(tmp_path, tiny_base)
     for worker in two_workers(tmp_path, "cuda"):
         assert [worker[name] for name in worker if name.startswith("weights")] == [True, True]

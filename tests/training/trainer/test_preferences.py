@@ -17,7 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.conftest import free_port
-from training.base_models.resolve import BaseModel, load_quantized
+from training.base_models.nf4 import load_quantized
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import PreferenceSettings, TrainConfig
 from training.data.row_store import PreferenceRow, Rows, UnpairedRow
 from training.data.run_inputs import RunInputs, read_inputs
@@ -33,7 +34,7 @@ from training.trainer.preference_losses import (
 )
 from training.trainer.preference_trainer import preference_trainer
 from training.trainer.qlora import start_adapter
-from training.trainer.train import SftResult, step_batches, train, training_arguments
+from training.trainer.train import TrainResult, step_batches, train, training_arguments
 
 WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
@@ -68,7 +69,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def config_of(method: str, tiny_base: BaseModel, tmp_path: Path, **changes: Any) -> TrainConfig:
+def config_of(method: str, tiny_base: BaseCheckpoint, tmp_path: Path, **changes: Any) -> TrainConfig:
     rows: list[dict[str, Any]] = []
     for number, word in enumerate(WORDS * 3):
         prompt = f"Where is the {word} number {number}?"
@@ -99,7 +100,7 @@ def config_of(method: str, tiny_base: BaseModel, tmp_path: Path, **changes: Any)
     )
 
 
-def run(config: TrainConfig, folder: Path, recorder: Recorder, **options: Any) -> SftResult:
+def run(config: TrainConfig, folder: Path, recorder: Recorder, **options: Any) -> TrainResult:
     return train(
         config,
         recorder,
@@ -146,7 +147,9 @@ def first_step(trainer: Any) -> tuple[list[dict[str, Any]], torch.Tensor]:
     return rows, trainer.compute_loss(trainer.model, batch, num_items_in_batch=num_rows).detach()
 
 
-def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(
+    tiny_base: BaseCheckpoint, tmp_path: Path
+) -> None:
     config = config_of("dpo", tiny_base, tmp_path, preference={"beta": 0.3, "reference": "base"})
     model = shaken(config)
     trainer = trainer_for(config, model, tmp_path)
@@ -165,7 +168,7 @@ def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(tiny_base:
 
 
 def test_kto_loss_of_a_batch_is_the_papers_with_the_kl_of_mismatched_pairs(
-    tiny_base: BaseModel, tmp_path: Path
+    tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     config = config_of("kto", tiny_base, tmp_path, seed=3, preference={"beta": 0.3, "reference": "base", **weights})
@@ -194,7 +197,7 @@ def test_kto_loss_of_a_batch_is_the_papers_with_the_kl_of_mismatched_pairs(
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down"])
 def test_every_dpo_loss_that_is_evaluated_is_the_one_that_trains(
-    tiny_base: BaseModel, tmp_path: Path, loss_type: str
+    tiny_base: BaseCheckpoint, tmp_path: Path, loss_type: str
 ) -> None:
     smoothing = 0.1 if loss_type == "robust" else 0.0
     preference = {"loss_type": loss_type, "label_smoothing": smoothing, "reference": "base"}
@@ -220,7 +223,7 @@ def test_loss_at_the_reference_is_ln_2_and_half_the_weights() -> None:
     assert kto_losses(weights, zeros, labels, torch.tensor(0.0)).tolist() == pytest.approx([0.5, 0.5, 1.5])
 
 
-def test_sequence_log_probability_does_not_depend_on_the_batch(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_sequence_log_probability_does_not_depend_on_the_batch(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     config = config_of("dpo", tiny_base, tmp_path)
     model = shaken(config).eval()
     pairs = ScoredPairs(read_inputs(config).train_rows)
@@ -271,7 +274,7 @@ class _WatchedRows(Rows[Any]):
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_rows_are_read_from_the_store_and_never_held_in_memory(
-    tiny_base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tiny_base: BaseCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Data may be larger than memory: what is held are the tokens of a forward or micro-batch and those of the next."""
     monkeypatch.setattr("training.trainer.evaluate._BATCH_TOKENS", 256)
@@ -308,7 +311,7 @@ def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_step_is_train_batch_size_rows_however_they_are_divided(
-    tiny_base: BaseModel, tmp_path: Path, method: str
+    tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:
     """Steps of 10, the last of an epoch shorter: a divisor of neither 8 nor 3."""
     shape = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
@@ -349,7 +352,7 @@ for rows_a_step in map(int, sys.argv[2:]):
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
-    tiny_base: BaseModel, tmp_path: Path, method: str
+    tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:
     """Steps of 7, and steps that leave one row for the last of an epoch: a worker has fewer rows, or none."""
     config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=2, sample_prompts=0)
@@ -373,7 +376,7 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_training_prefers_what_it_was_shown_and_keeps_adapters_in_float32(
-    tiny_base: BaseModel, tmp_path: Path, method: str
+    tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:
     config = config_of(method, tiny_base, tmp_path, max_steps=16)
     recorder = Recorder()
@@ -392,7 +395,7 @@ def test_training_prefers_what_it_was_shown_and_keeps_adapters_in_float32(
 
 @pytest.mark.promise("D13")
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseModel, tmp_path: Path, method: str) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseCheckpoint, tmp_path: Path, method: str) -> None:
     config = config_of(method, tiny_base, tmp_path)
     whole = Recorder(keep=tmp_path / "kept")
     result = run(config, tmp_path / "whole", whole)
@@ -406,7 +409,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseModel, tmp_path
 
 
 @pytest.mark.promise("D15")
-def test_diverged_preference_run_stops_with_step_and_reason(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_diverged_preference_run_stops_with_step_and_reason(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     config = config_of("dpo", tiny_base, tmp_path, learning_rate=0.9, preference={"beta": 5.0}, max_grad_norm=1e4)
     with pytest.raises(TrainingError, match=r"training stopped at step \d+: the loss rose to .* ten times the 0\.69"):
         run(config, tmp_path, Recorder())
@@ -414,7 +417,7 @@ def test_diverged_preference_run_stops_with_step_and_reason(tiny_base: BaseModel
 
 
 @pytest.mark.promise("E5")
-def test_answers_are_rendered_as_in_serving_and_end_with_the_turn(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_answers_are_rendered_as_in_serving_and_end_with_the_turn(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     inputs = read_inputs(config_of("dpo", tiny_base, tmp_path))
     row = cast(PreferenceRow, inputs.train_rows[0])
     decode = lambda ids: inputs.tokenizer.decode(ids, skip_special_tokens=False)  # noqa: E731

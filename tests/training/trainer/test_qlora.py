@@ -9,19 +9,21 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
-from training.config.train_config import LLAMA_LINEARS, LoraSettings
+from training.base_models.llama_shape import LLAMA_LINEARS
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
+from training.config.train_config import LoraSettings
 from training.trainer.qlora import attach_lora
 
 IDS = torch.tensor([[3, 50, 700, 12, 9, 4000, 31, 8]])
 
 
-def adapted(base: BaseModel, settings: LoraSettings) -> PeftModel:
+def adapted(base: BaseCheckpoint, settings: LoraSettings) -> PeftModel:
     torch.manual_seed(0)
     return attach_lora(load_quantized(base, Quantization()), settings, base.path)
 
 
-def test_only_the_adapter_trains_in_float32_on_every_linear_layer_but_lm_head(tiny_base: BaseModel) -> None:
+def test_only_the_adapter_trains_in_float32_on_every_linear_layer_but_lm_head(tiny_base: BaseCheckpoint) -> None:
     model = adapted(tiny_base, LoraSettings(r=4))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
@@ -29,13 +31,13 @@ def test_only_the_adapter_trains_in_float32_on_every_linear_layer_but_lm_head(ti
     assert not any("lm_head" in name for name in trainable)
 
 
-def test_target_modules_can_be_chosen(tiny_base: BaseModel) -> None:
+def test_target_modules_can_be_chosen(tiny_base: BaseCheckpoint) -> None:
     model = adapted(tiny_base, LoraSettings(r=4, target_modules=["v_proj", "q_proj"]))
     names = {name.split(".lora_")[0].rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad}
     assert names == {"q_proj", "v_proj"}
 
 
-def test_fresh_adapter_answers_like_the_base(tiny_base: BaseModel) -> None:
+def test_fresh_adapter_answers_like_the_base(tiny_base: BaseCheckpoint) -> None:
     model = adapted(tiny_base, LoraSettings(r=4)).eval()
     with torch.no_grad():
         adapter = model(IDS).logits
@@ -45,7 +47,9 @@ def test_fresh_adapter_answers_like_the_base(tiny_base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
-def test_gradients_are_equal_with_and_without_an_evaluation_before(tiny_base: BaseModel, compute_dtype: str) -> None:
+def test_gradients_are_equal_with_and_without_an_evaluation_before(
+    tiny_base: BaseCheckpoint, compute_dtype: str
+) -> None:
     def gradients(evaluate_first: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         quantization = Quantization.model_validate({"compute_dtype": compute_dtype})
@@ -69,7 +73,7 @@ def test_gradients_are_equal_with_and_without_an_evaluation_before(tiny_base: Ba
     assert all(torch.equal(a, b) for a, b in zip(without, with_evaluation, strict=True))
 
 
-def test_saved_adapter_is_float32_safetensors(tiny_base: BaseModel, tmp_path: Path) -> None:
+def test_saved_adapter_is_float32_safetensors(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     adapted(tiny_base, LoraSettings(r=4)).save_pretrained(str(tmp_path), save_embedding_layers=False)
@@ -77,7 +81,7 @@ def test_saved_adapter_is_float32_safetensors(tiny_base: BaseModel, tmp_path: Pa
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_loftq_starts_from_the_best_rank_r_part_of_what_4_bit_loses(tiny_base: BaseModel) -> None:
+def test_loftq_starts_from_the_best_rank_r_part_of_what_4_bit_loses(tiny_base: BaseCheckpoint) -> None:
     model = adapted(tiny_base, LoraSettings(r=4, lora_alpha=16, init_lora_weights="loftq"))
     weights = load_file(next(tiny_base.path.glob("*.safetensors")))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

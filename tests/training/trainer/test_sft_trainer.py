@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 from training.config.data_config import DataConfig
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
@@ -41,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
     """No dropout, float32: two ways to compute the same may differ by rounding only."""
     dataset = tmp_path / "rows.jsonl"
     rows = [
@@ -124,7 +125,7 @@ def test_losses_and_adapter_are_those_of_a_plain_pytorch_loop(config: TrainConfi
     assert_same((losses, adapter), (expected, {name: names[name].detach() for name in adapter}))
 
 
-def test_packed_loss_and_gradients_are_those_of_rows_alone(tiny_base: BaseModel, config: TrainConfig) -> None:
+def test_packed_loss_and_gradients_are_those_of_rows_alone(tiny_base: BaseCheckpoint, config: TrainConfig) -> None:
     model = attach_lora(load_quantized(tiny_base, config.quantization), config.lora).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide the gradient of A
@@ -220,7 +221,7 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(config: Train
             assert_same((losses, load_file(folder / "a" / "adapter_model.safetensors")), one)
 
 
-def test_neftune_noise_has_the_papers_scale_for_every_document(tiny_base: BaseModel, config: TrainConfig) -> None:
+def test_neftune_noise_has_the_papers_scale_for_every_document(tiny_base: BaseCheckpoint, config: TrainConfig) -> None:
     model = attach_lora(load_quantized(tiny_base, Quantization()), config.lora).train()
     embed_tokens = model.get_base_model().model.embed_tokens
     seen: list[torch.Tensor] = []

@@ -22,15 +22,16 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState, TrainingAr
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL
 from training.data.run_inputs import read_inputs
 from training.errors import TrainingError
-from training.trainer.callback import Watch
+from training.trainer.callback import TrainingCallback
 from training.trainer.evaluate import held_out_loss
 from training.trainer.qlora import adapters_to_float32, attach_lora
-from training.trainer.train import SftResult, step_batches, train
+from training.trainer.train import TrainResult, step_batches, train
 
 PROJECT = Path(__file__).parents[3]
 
@@ -66,7 +67,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
+def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
     rows = [
         {
             "messages": [
@@ -95,7 +96,9 @@ def config(tiny_base: BaseModel, tmp_path: Path) -> TrainConfig:
     )
 
 
-def run(config: TrainConfig, tmp_path: Path, name: str, resume_from: Path | None = None) -> tuple[Recorder, SftResult]:
+def run(
+    config: TrainConfig, tmp_path: Path, name: str, resume_from: Path | None = None
+) -> tuple[Recorder, TrainResult]:
     recorder = Recorder()
     result = train(
         config,
@@ -148,7 +151,7 @@ class Keeper(Recorder):
             shutil.copytree(directory, self._kept)
 
 
-def whole_run(config: TrainConfig, recorder: Recorder, tmp_path: Path) -> SftResult:
+def whole_run(config: TrainConfig, recorder: Recorder, tmp_path: Path) -> TrainResult:
     return train(config, recorder, adapter_dir=tmp_path / "a", scratch_dir=tmp_path / "s", device=torch.device("cpu"))
 
 
@@ -186,7 +189,7 @@ def test_weights_of_the_lowest_held_out_loss_come_back(config: TrainConfig) -> N
     model = attach_lora(load_quantized(inputs.base, config.quantization, "cpu"), config.lora)
     losses = iter([3.0, 1.0, 2.0])
     config = config.model_copy(update={"eval_steps": 2, "load_best_model_at_end": True})
-    watch = Watch(config, Recorder(), 9.0, "nothing", lambda _: {"eval_loss": next(losses)})
+    watch = TrainingCallback(config, Recorder(), 9.0, "nothing", lambda _: {"eval_loss": next(losses)})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for step in range(1, 7):
         with torch.no_grad():
@@ -298,7 +301,7 @@ def test_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_path
 )
 def test_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
     recorder = Recorder()
-    watch = Watch(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
+    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
     logs = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
     with pytest.raises(TrainingError, match=re.escape(f"training stopped at {reason}")) as caught:
         watch.on_log(TrainingArguments(use_cpu=True), TrainerState(global_step=7), TrainerControl(), logs)
@@ -308,7 +311,7 @@ def test_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, gra
 
 def test_overflow_in_float16_is_a_skipped_step_and_no_divergence(config: TrainConfig) -> None:
     recorder = Recorder()
-    watch = Watch(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
+    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of blind guessing")
     in_float16 = TrainingArguments(use_cpu=True)
     in_float16.fp16 = True  # which transformers refuses to be told on a CPU
     logs = {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from training.trainer.varlen_attention import cumulative, document_attention
+from training.trainer.varlen_attention import cumulative, varlen_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
@@ -26,7 +26,7 @@ def check(lengths: list[int], device: str, dtype: torch.dtype, tolerance: float)
     upstream = torch.randn(shapes[0], device=device, dtype=dtype)
     results = []
     for attended in (
-        document_attention(tensors[0], tensors[1], tensors[2], cumulative(lengths), HEAD_DIM**-0.5),
+        varlen_attention(tensors[0], tensors[1], tensors[2], cumulative(lengths), HEAD_DIM**-0.5),
         one_by_one(tensors[0], tensors[1], tensors[2], lengths),
     ):
         results.append([attended, *torch.autograd.grad(attended, tensors, upstream)])

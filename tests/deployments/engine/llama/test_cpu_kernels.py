@@ -12,41 +12,42 @@ from deployments.engine.bench import random_adapter
 from deployments.engine.llama import cpu_kernels
 from deployments.engine.llama.cpu_kernels import KernelsUnavailable
 from deployments.engine.llama.cpu_llama import CpuLlama
-from deployments.engine.llama.interface import TARGETS, ForwardBatch
+from deployments.engine.llama.interface import ForwardBatch
 from deployments.engine.llama.lora import LoraWeights
-from training.base_models.resolve import BaseModel, ComputeDtype, Quantization, load_quantized
+from training.base_models.llama_shape import LLAMA_LINEARS, LlamaLinear, module_path
+from training.base_models.nf4 import ComputeDtype, Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 
 TOKENS = list(range(3000, 3100))
 NO_ADAPTER, TABLE = -1, list(range(3, 11))
 
 
-def cpu_llama(base: BaseModel, quantization: Quantization) -> CpuLlama:
+def cpu_llama(base: BaseCheckpoint, quantization: Quantization) -> CpuLlama:
     model = load_quantized(base, quantization)
     return CpuLlama(model, max_model_len=128, max_num_seqs=10, kv_cache_bytes=1 << 30, max_loras=2)
 
 
-def linear(model: torch.nn.Module, layer: int, target: str) -> torch.nn.Module:
-    block = "self_attn" if target in TARGETS[:4] else "mlp"
-    return model.get_submodule(f"model.layers.{layer}.{block}.{target}")
+def linear(model: torch.nn.Module, layer: int, target: LlamaLinear) -> torch.nn.Module:
+    return model.get_submodule(f"model.layers.{layer}.{module_path(target)}")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_are_bit_equal_to_those_that_training_multiplies_by(
-    embedded_base: BaseModel, dtype: ComputeDtype, double_quant: bool
+    embedded_base: BaseCheckpoint, dtype: ComputeDtype, double_quant: bool
 ) -> None:
     quantization = Quantization(compute_dtype=dtype, double_quant=double_quant)
     trained = load_quantized(embedded_base, quantization)
     served = cpu_llama(embedded_base, quantization)
     for layer in (0, 13, 29):
-        for target in TARGETS:
+        for target in LLAMA_LINEARS:
             weight = linear(trained, layer, target).weight
             expected = bnb.dequantize_4bit(weight.data, weight.quant_state)
             assert expected.dtype == getattr(torch, dtype)
             assert torch.equal(served.dequantized(layer, target), expected.float())
 
 
-def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseModel) -> None:
+def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseCheckpoint) -> None:
     served = cpu_llama(embedded_base, Quantization())
     num_parameters = sum(w.n * w.k for layer in served._layers for w in layer.linears)
     assert num_parameters == 106_168_320
@@ -55,7 +56,9 @@ def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseModel) -> None:
 
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(embedded_base: BaseModel, dtype: ComputeDtype) -> None:
+def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(
+    embedded_base: BaseCheckpoint, dtype: ComputeDtype
+) -> None:
     llama = cpu_llama(embedded_base, Quantization(compute_dtype=dtype))
     config = load_quantized(embedded_base, Quantization()).config
     for slot, r in enumerate((8, 16)):
@@ -66,10 +69,10 @@ def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(embedded_base: Base
         batch = ForwardBatch(
             token_ids=[token for tokens, _, _, _ in chunks for token in tokens],
             positions=[start + i for tokens, start, _, _ in chunks for i in range(len(tokens))],
-            slots=[slot for tokens, _, slot, _ in chunks for _ in tokens],
-            sequences=[row for row, (tokens, _, _, _) in enumerate(chunks) for _ in tokens],
+            adapter_slots=[slot for tokens, _, slot, _ in chunks for _ in tokens],
+            seq_index=[row for row, (tokens, _, _, _) in enumerate(chunks) for _ in tokens],
             block_tables=[blocks for _, _, _, blocks in chunks],
-            out_rows=list(range(sum(len(tokens) for tokens, _, _, _ in chunks))),
+            output_rows=list(range(sum(len(tokens) for tokens, _, _, _ in chunks))),
         )
         return llama.logits(llama.forward(batch))
 
@@ -87,7 +90,7 @@ def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(embedded_base: Base
     assert not torch.equal(logits((TOKENS, 0, 0, TABLE)), alone)  # the adapter matters
 
 
-def test_one_thread_gives_the_bits_of_two(tiny_base: BaseModel) -> None:
+def test_one_thread_gives_the_bits_of_two(tiny_base: BaseCheckpoint) -> None:
     results = []
     for num_threads in (1, 2):
         llama = cpu_llama(tiny_base, Quantization())

@@ -7,15 +7,17 @@ import torch
 
 from deployments.engine.bench import random_adapter, random_llama
 from deployments.engine.engine import Engine
-from deployments.engine.llama import torch_llama
+from deployments.engine.llama import paged_attention
 from deployments.engine.llama.cuda_graphs import decode_sizes
 from deployments.engine.llama.interface import ForwardBatch
 from deployments.engine.llama.lora import LoraWeights
+from deployments.engine.llama.paged_attention import varlen_attn_reads_blocks
 from deployments.engine.llama.step_tensors import padded
-from deployments.engine.llama.torch_llama import TorchLlama, varlen_attn_reads_blocks
+from deployments.engine.llama.torch_llama import TorchLlama
 from deployments.engine.request import EngineRequest
 from tests.deployments.engine.test_engine import Answers, drain, greedy
-from training.base_models.resolve import BaseModel, Quantization, load_quantized
+from training.base_models.nf4 import Quantization, load_quantized
+from training.base_models.resolve import BaseCheckpoint
 
 CPU = torch.device("cpu")
 LENGTHS = [3, 17, 40]
@@ -32,7 +34,7 @@ def prompts_and_next() -> tuple[ForwardBatch, ForwardBatch]:
 
 
 @pytest.fixture
-def llama(tiny_base: BaseModel) -> TorchLlama:
+def llama(tiny_base: BaseCheckpoint) -> TorchLlama:
     model = load_quantized(tiny_base, Quantization(compute_dtype="float32"))
     llama = TorchLlama(model, max_model_len=64, max_num_seqs=2, kv_cache_bytes=1 << 20)
     for slot, r in enumerate((4, 16)):
@@ -68,11 +70,11 @@ def test_attention_over_blocks_is_used_only_where_it_gives_what_gathering_gives(
         return varlen_attn_reads_blocks(CPU, torch.float32, 4, 2, 16)
 
     assert not usable()  # there is none for CPUs
-    right: Callable[..., torch.Tensor] = torch_llama._attend_gathered
-    monkeypatch.setattr(torch_llama, "_attend_in_blocks", right)
+    right: Callable[..., torch.Tensor] = paged_attention.attend_gathered
+    monkeypatch.setattr(paged_attention, "attend_in_blocks", right)
     assert usable()
     caplog.clear()
-    monkeypatch.setattr(torch_llama, "_attend_in_blocks", lambda *args: right(*args) + 0.2)
+    monkeypatch.setattr(paged_attention, "attend_in_blocks", lambda *args: right(*args) + 0.2)
     assert not usable()
     assert "its results are off by 0.2" in caplog.text
 

@@ -1,0 +1,103 @@
+"""The fields that chat completions and completions share: how tokens are sampled and where an answer ends."""
+
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from deployments.protocol.base import Closed
+
+MAX_STOP_STRINGS = 16
+MAX_LOGIT_BIASES = 1024
+MAX_ANSWERS = 8
+MAX_LOGPROBS = 20
+
+
+class StreamOptions(Closed):
+    """`stream_options` of a request."""
+
+    include_usage: bool = False
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """In the docs too, every field that has a default may be null."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"] and {"type": "null"} not in field.get("anyOf", []):
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **about}
+
+
+class GenerationFields(Closed):
+    """What both kinds of completion take. A field that is null has its default, as OpenAI has it.
+
+    Names, defaults and ranges are OpenAI's; top_k, min_p, repetition_penalty, min_tokens and ignore_eos are vLLM's.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_nullable)
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 keeps all tokens")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, max_length=MAX_LOGIT_BIASES, description="token id -> what is added to its logit"
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    n: int = Field(1, ge=1, le=MAX_ANSWERS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="whose request it is: a canary takes all of a user's requests or none")
+    ignore_eos: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {field: value for field, value in body.items() if value is not None}
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _biases_of_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
+        for key in logit_bias:
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise ValueError(f'{key[:20]!r} is no token id: its keys are token ids, such as "42"')
+        return logit_bias
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stop_strings(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > MAX_STOP_STRINGS or any(not 0 < len(s) <= 256 for s in strings):
+            raise ValueError(f"give up to {MAX_STOP_STRINGS} stop strings of 1 to 256 characters")
+        return stop
+
+    @field_validator("stream_options")
+    @classmethod
+    def _options_of_a_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("it needs stream: true")
+        return options
+
+    @field_validator("min_tokens", check_fields=False)
+    @classmethod
+    def _min_within_max(cls, min_tokens: int, info: ValidationInfo) -> int:
+        for name in ("max_tokens", "max_completion_tokens"):
+            limit = info.data.get(name)
+            if limit is not None and min_tokens > limit:
+                raise ValueError(f"it may be from 0 to {name}, which is {limit}")
+        return min_tokens
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def token_biases(self) -> dict[int, float]:
+        """`logit_bias` by token id."""
+        return {int(token_id): bias for token_id, bias in self.logit_bias.items()}

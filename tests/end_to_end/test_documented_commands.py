@@ -1,0 +1,92 @@
+"""Commands of the READMEs that no other test runs, as they are typed; training is cut to a few steps."""
+
+import os
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.launch.certificates import certificate_files, create_certificate
+from tests.conftest import free_port
+from tests.deployments.launch.test_certificates import https_server
+from training.registry.manifest import AdapterManifest
+
+_BIN = Path(sys.executable).parent
+
+
+def run(*command: str, **environment: str) -> str:
+    """A command that must succeed; returns what it printed."""
+    result = subprocess.run(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+def corral(*arguments: str) -> str:
+    return run(sys.executable, "-m", "clients.cli", *arguments)
+
+
+@pytest.mark.slow
+def test_demo_asks_base_and_adapter_and_stops(quickstart: AdapterManifest) -> None:
+    printed = corral("demo", "--once", "--port", str(free_port()))
+    assert f"{quickstart.model_id} is in the registry already" in printed
+    assert "taught facts answered: base 0/20, adapter " in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train", "configs/train/quickstart_dpo.yaml", "max_steps=2"),
+        ("train", "configs/train/quickstart_kto.yaml", "max_steps=2"),
+        ("sweep", "configs/sweep/quickstart.yaml", "max_steps=2", "sweep.num_samples=1", "sweep.scheduler=fifo"),
+    ],
+    ids=lambda command: Path(command[1]).stem,
+)
+def test_recipe_trains(quickstart: AdapterManifest, command: tuple[str, ...]) -> None:
+    printed = corral(*command, "--force", f"adapter={'-'.join(Path(command[1]).stem.split('_'))}-cut")
+    assert "@1 is registered" in printed
+
+
+@pytest.mark.slow
+def test_runs_are_listed_shown_and_followed(tmp_path: Path) -> None:
+    recipe = ("configs/train/quickstart.yaml", "max_steps=2", "adapter=listed", "run_name=listed-run")
+    corral("train", *recipe, "--force")
+    assert "listed-run" in corral("runs", "list")
+    assert "finished" in corral("runs", "show", "listed-run")
+    assert len(corral("runs", "logs", "listed-run", "--follow").splitlines()) >= 2
+
+
+@pytest.mark.slow
+def test_the_bare_engine_is_measured_without_a_compiler() -> None:
+    levels = ("--concurrency", "1", "--num-requests", "1", "--max-tokens", "4")
+    printed = run(sys.executable, "-m", "deployments.engine.bench", *levels, CXX="none")
+    assert "tokens/s" in printed
+
+
+def test_ssl_cert_file_is_what_python_programs_trust() -> None:
+    create_certificate([])
+    certificate, key = certificate_files()
+    with https_server(certificate, key) as url:
+        code = f"import httpx; print(httpx.get({url!r}).status_code)"
+        trusting = {"SSL_CERT_FILE": str(certificate), "NO_PROXY": "127.0.0.1"}
+        assert run(sys.executable, "-c", code, **trusting) == "200\n"
+        default = ssl.create_default_context()
+        assert default.verify_mode is ssl.CERT_REQUIRED
+        refused = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NO_PROXY": "127.0.0.1"}, check=False,
+                                 capture_output=True, text=True)  # fmt: skip
+        assert "CERTIFICATE_VERIFY_FAILED" in refused.stderr
+
+
+def test_ray_makes_a_token(tmp_path: Path) -> None:
+    run(str(_BIN / "ray"), "get-auth-token", "--generate", HOME=str(tmp_path), RAY_AUTH_MODE="token")
+    assert (tmp_path / ".ray" / "auth_token").read_text().strip()
