@@ -35,32 +35,30 @@ from training.registry.registry import AdapterRegistry
 
 pytest_plugins = ("tests.tiers", "tests.workers")
 
-_IS_CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
-if _IS_CONTROLLER:
+_BEGINS_SESSION = "CORRAL_TEST_SCRATCH" not in os.environ  # neither a worker nor another process that a test started
+if _BEGINS_SESSION:
     os.environ["CORRAL_TEST_SCRATCH"] = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 _SCRATCH = Path(os.environ["CORRAL_TEST_SCRATCH"])
 _QUICKSTART_HOME = _SCRATCH / "home"
-_OWN = _SCRATCH if _IS_CONTROLLER else _SCRATCH / os.environ["PYTEST_XDIST_WORKER"]
+_OWN = _SCRATCH / os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ["CORRAL_HOME"] = str(_OWN / "home")
 os.environ["RAY_TMPDIR"] = str(_OWN / "ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = (
-    "0.3"  # of a run's end and its failures Ray Train hears in these steps
-)
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"  # how often Ray Train looks whether a run has ended
 os.environ.pop("RAY_ADDRESS", None)
+for _home in (_QUICKSTART_HOME, _OWN / "home"):
+    _home.mkdir(mode=0o700, parents=True, exist_ok=True)
 for _name in ("models", "kernels"):  # made under a lock, and the same for all
-    _shared = _QUICKSTART_HOME / _name
-    _shared.mkdir(parents=True, exist_ok=True)
-    if not _IS_CONTROLLER:
-        (_OWN / "home").mkdir(mode=0o700, parents=True, exist_ok=True)
-        (_OWN / "home" / _name).symlink_to(_shared)
+    (_QUICKSTART_HOME / _name).mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (_OWN / "home" / _name).symlink_to(_QUICKSTART_HOME / _name)
 
 _training: subprocess.Popen[bytes] | None = None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     needed = any("quickstart" in getattr(item, "fixturenames", ()) for item in session.items)
-    if _IS_CONTROLLER and needed and not session.config.option.collectonly:
+    if _BEGINS_SESSION and needed and not session.config.option.collectonly:
         _train_quickstart()
 
 
@@ -73,11 +71,11 @@ def pytest_xdist_node_collection_finished() -> None:
 
 
 def pytest_unconfigure() -> None:
-    if not _IS_CONTROLLER:
+    if not _BEGINS_SESSION:
         return
     if _training is not None and _training.poll() is None:
         os.killpg(_training.pid, signal.SIGTERM)
-        _training.wait(timeout=60)
+        _training.wait(timeout=300)
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
@@ -87,19 +85,10 @@ def _train_quickstart() -> None:
     if _training is None:
         # on one core: two threads that wait for each other at every step suffer most from busy neighbours
         recipe = ["--config", "configs/train/quickstart.yaml", "resources_per_worker.CPU=1"]
-        command = [
-            "sh",
-            "-c",
-            '"$@"; echo $? >"$0"',
-            str(_SCRATCH / "training.status"),
-            sys.executable,
-            "-m",
-            "training",
-        ]
+        train = [sys.executable, "-m", "training", *recipe]
+        command = ["sh", "-c", '"$@"; echo $? >"$0"', str(_SCRATCH / "training.status"), *train]
         with (_SCRATCH / "training.log").open("wb") as log:
-            _training = subprocess.Popen(
-                [*command, *recipe], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            _training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def free_port() -> int:
@@ -114,7 +103,7 @@ def free_port() -> int:
 def is_up(url: str, headers: dict[str, str] | None = None) -> bool:
     """Whether a GET is answered with 200."""
     try:
-        return httpx.get(url, headers=headers, timeout=30).status_code == 200
+        return httpx.get(url, headers=headers, timeout=120).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -139,6 +128,27 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def own_ray(num_cpus: int = 2, **options: Any) -> Iterator[None]:
+    """A Ray of this process, which knows its environment, for the block."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
+        fixed = {"address": "local", "num_gpus": 0, "include_dashboard": False, "log_to_driver": False}
+        for tries_left in (2, 1, 0):  # Ray gives a node 30 s to start, beside other load too
+            try:
+                ray.init(num_cpus=num_cpus, _temp_dir=temp_dir, **fixed, **options)
+                break
+            except Exception:
+                ray.shutdown()
+                if not tries_left:
+                    raise
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
 def ray_head(env: dict[str, str], num_cpus: int = 4) -> Iterator[str]:
     """A cluster of one node with ports and a directory of its own; yields its dashboard's address.
 
@@ -157,11 +167,11 @@ def ray_head(env: dict[str, str], num_cpus: int = 4) -> Iterator[str]:
             head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             address = f"http://127.0.0.1:{port}"
-            wait_until_up(f"{address}/api/version", 90, {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"})
+            wait_until_up(f"{address}/api/version", 300, {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"})
             yield address
         finally:
             os.killpg(head.pid, signal.SIGKILL)  # on SIGTERM it would drain the node for half a minute
-            head.wait(timeout=60)
+            head.wait(timeout=300)
 
 
 def wait_until_up(url: str, seconds: float, headers: dict[str, str] | None = None) -> None:
@@ -229,7 +239,7 @@ def quickstart(embedded_base: BaseCheckpoint) -> AdapterManifest:
         assert time.monotonic() < deadline, "the quickstart is not trained"
         time.sleep(0.2)
     assert status.read_text() == "0\n", (_SCRATCH / "training.log").read_text()[-4000:]
-    if not _IS_CONTROLLER:
+    if _OWN != _SCRATCH:
         shutil.copytree(_QUICKSTART_HOME / "registry", _OWN / "home" / "registry", dirs_exist_ok=True)
     return AdapterRegistry().resolve("ranch-hand")
 
@@ -255,7 +265,7 @@ def start_server(
     prefix = content["applications"][0]["route_prefix"].rstrip("/")
     url = f"http://127.0.0.1:{content['http_options']['port']}"
     ui_url = url + content["applications"][1]["route_prefix"] + "/"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
             server = RunningServer(
@@ -270,7 +280,7 @@ def start_server(
 def stop_server(process: subprocess.Popen[bytes]) -> int:
     """End it as a service manager would; returns its exit code."""
     process.send_signal(signal.SIGTERM)
-    return process.wait(timeout=90)
+    return process.wait(timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def serving(args: ServeArgs, model: Any) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
-    assert started.wait(timeout=60)
+    assert started.wait(timeout=300)
     yield f"http://127.0.0.1:{port}"
     servers[0].should_exit = True
-    thread.join(timeout=30)
+    thread.join(timeout=300)

@@ -63,7 +63,7 @@ def test_nothing_that_a_request_names_is_fetched(
 ) -> None:
     url = f"http://127.0.0.1:{outside.getsockname()[1]}"
     own_port = httpx.URL(tiny_api.url).port
-    with httpx.Client(base_url=tiny_api.url, timeout=30) as client:
+    with httpx.Client(base_url=tiny_api.url, timeout=120) as client:
         for name, change, param in asked(url):
             messages = [{"role": "user", "content": f"Open {url}/page and file:///etc/passwd"}]
             body = {"model": tiny_api.adapter, "messages": messages, "max_tokens": 2, **change}

@@ -41,6 +41,7 @@ def _run(*command: str, dashboard: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_job_trains_what_a_deployed_server_answers_with(
     dashboard: str, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
@@ -49,8 +50,8 @@ def test_a_job_trains_what_a_deployed_server_answers_with(
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(content))
     url = f"http://127.0.0.1:{content['http_options']['port']}"
     _run("serve", "deploy", str(tmp_path / "serve.yaml"), dashboard=dashboard)
-    wait_until_up(f"{url}/readyz", 240)
-    wait_until_up(f"{url}/ui/", 60)
+    wait_until_up(f"{url}/readyz", 300)
+    wait_until_up(f"{url}/ui/", 300)
 
     changes = [f"base_model={tiny_base.path}", "adapter=from-a-job", "max_steps=3", "max_length=128"]
     recipe = ["--config", "configs/train/quickstart.yaml", *changes]
@@ -65,7 +66,7 @@ def test_a_job_trains_what_a_deployed_server_answers_with(
             "messages": [{"role": "user", "content": "hi"}],
             "max_tokens": 4,
         },
-        timeout=60,
+        timeout=300,
     )
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == "tiny-llama:from-a-job@1"

@@ -19,7 +19,7 @@ def chapter_commands() -> list[list[str]]:
 
 def corral(*words: str) -> str:
     command = [sys.executable, "-m", "clients.cli", *words]
-    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -41,13 +41,13 @@ class Server:
 
     def post(self, key: str, **changes: Any) -> httpx.Response:
         url, headers = f"{self.url}/v1/chat/completions", {"authorization": f"Bearer {key}"}
-        return httpx.post(url, json=self.body(ignore_eos=True, **changes), headers=headers, timeout=60)
+        return httpx.post(url, json=self.body(ignore_eos=True, **changes), headers=headers, timeout=120)
 
     def stream(self, up: ExitStack, key: str) -> httpx.Response:
         """A stream that lasts for a while: it has begun, and it ends with `up`."""
         url, headers = f"{self.url}/v1/chat/completions", {"authorization": f"Bearer {key}"}
         body = self.body(ignore_eos=True, stream=True, max_tokens=480, n=8)
-        response = up.enter_context(httpx.stream("POST", url, json=body, headers=headers, timeout=60))
+        response = up.enter_context(httpx.stream("POST", url, json=body, headers=headers, timeout=120))
         if response.status_code == 200:
             lines = response.iter_lines()
             next(lines)
@@ -96,7 +96,7 @@ def test_a_limit_holds_over_all_replicas_of_the_api(server: Server) -> None:
     for refused in (answer for answer in answers if answer.status_code == 429):
         assert 1 <= int(refused.headers["retry-after"]) <= 61
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-    wait_for(lambda: usage_of("six a minute").requests == 20, 60)
+    wait_for(lambda: usage_of("six a minute").requests == 20, 300)
     with closing(sqlite3.connect(usage_path())) as db:
         assert db.execute("SELECT count(*) FROM reports").fetchone() == (2,)  # both have served some
 
@@ -110,7 +110,7 @@ def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(ser
         assert [answer.status_code for answer in refused] == [429] * 4
         assert "2 requests at a time" in refused[0].json()["error"]["message"]
         first.close()
-        wait_for(lambda: server.post(key).status_code == 200, 60)
+        wait_for(lambda: server.post(key).status_code == 200, 300)
     for _ in range(5):  # one after the other, nothing is in the way
         assert server.post(key, stream=True).status_code == 200
 
@@ -120,18 +120,18 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
     answers = [server.post(key, max_tokens=n).json()["usage"] for n in (1, 2, 3)]
     assert server.post(key, temperature=3).status_code == 400  # names no model yet
     assert server.post(key, messages=[]).status_code == 400
-    wait_for(lambda: usage_of("alice").requests == 4, 60)
+    wait_for(lambda: usage_of("alice").requests == 4, 300)
     row = usage_of("alice")
     assert (row.model, row.errors) == (server.base, 1)
     assert row.prompt_tokens == sum(answer["prompt_tokens"] for answer in answers)
     assert row.completion_tokens == sum(answer["completion_tokens"] for answer in answers) == 6
     command = [sys.executable, "-m", "clients.cli", "usage", "--json", "--by", "key"]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
     assert next(entry for entry in told if entry["key"] == "alice")["completion_tokens"] == 6
 
     headers = {"authorization": f"Bearer {key}"}
-    assert httpx.get(f"{server.url}/metrics", timeout=30).status_code == 401
-    found = series(httpx.get(f"{server.url}/metrics", headers=headers, timeout=30).text)
+    assert httpx.get(f"{server.url}/metrics", timeout=120).status_code == 401
+    found = series(httpx.get(f"{server.url}/metrics", headers=headers, timeout=120).text)
     assert found["corral_key_requests_total", ("alice",)] >= 4
     assert found["corral_key_generation_tokens_total", ("alice",)] == 6
     assert found["corral_requests_total", (server.base, "/v1/chat/completions", "429")] >= 18
@@ -143,11 +143,11 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
 def test_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Server) -> None:
     limited, free = server.key("limited", rpm=1000), server.key("free")
     assert server.post(limited).status_code == server.post(free).status_code == 200
-    wait_for(lambda: usage_of("limited").requests == usage_of("free").requests == 1, 60)
+    wait_for(lambda: usage_of("limited").requests == usage_of("free").requests == 1, 300)
     server.kill("Ledger")
     num_limited = num_free = 1
     refused = 0
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         answer = server.post(limited)
         num_limited += 1
@@ -162,7 +162,7 @@ def test_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Se
     assert refused
     assert server.post(limited).status_code == 200
     num_limited += 1
-    wait_for(lambda: (usage_of("limited").requests, usage_of("free").requests) == (num_limited, num_free), 20)
+    wait_for(lambda: (usage_of("limited").requests, usage_of("free").requests) == (num_limited, num_free), 300)
     assert usage_of("limited").errors == refused
     assert usage_of("free").errors == 0
 
@@ -181,4 +181,4 @@ def test_what_a_killed_replica_of_the_api_left_running_frees_its_place(server: S
             except httpx.HTTPError:
                 return False
 
-        wait_for(passes, 60)
+        wait_for(passes, 300)

@@ -123,7 +123,7 @@ class Api:
     async def reported(self) -> None:
         """Wait until the ledger has all."""
         client = self.ingress.ledger
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while client._unreported or client._report or client._running:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
@@ -139,7 +139,7 @@ def run(tiny_base: BaseCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             api = await build(tiny_base, replica or Replica())
             context = SimpleNamespace(servable_object=api.ingress)  # where the routes find their `self`
             monkeypatch.setattr(serve, "get_replica_context", lambda: context)
-            await asyncio.wait_for(scenario(api), 60)
+            await asyncio.wait_for(scenario(api), 300)
 
         asyncio.run(main())
 

@@ -112,7 +112,7 @@ for number in itertools.count(1):
         assert rows[0].requests >= 3 * acknowledged
     os.kill(writer.pid, signal.SIGKILL)
     acknowledged = max(map(int, writer.stdout.read().split()), default=acknowledged)
-    writer.wait(timeout=30)
+    writer.wait(timeout=300)
     requests = read_usage(path, LONG_AGO)[0].requests
     assert requests in (3 * acknowledged, 3 * (acknowledged + 1))
 

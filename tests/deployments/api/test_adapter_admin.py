@@ -70,7 +70,7 @@ def api(
     for name in registry.names():
         registry._storage.remove_folder(name)
     register_three(registry, tiny_base, tiny_adapter)
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=120) as http:
         yield Api(http, registry, tiny_base.name, model, tmp_path / "home")
 
 

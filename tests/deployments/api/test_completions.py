@@ -80,7 +80,9 @@ def test_the_ids_of_a_dialog_are_answered_as_the_chat_route_does(
     chat_format = load_chat_format("auto", embedded_base)
     (text,) = choices(server, prompt=chat_format.render_prompt([Message("user", question)]))
     body = {"model": server.base_model, "messages": [{"role": "user", "content": question}]}
-    chat = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "temperature": 0, "max_tokens": 8}, timeout=60)
+    chat = httpx.post(
+        f"{server.url}/v1/chat/completions", json={**body, "temperature": 0, "max_tokens": 8}, timeout=120
+    )
     assert text["text"] == chat.json()["choices"][0]["message"]["content"]
 
 

@@ -184,7 +184,7 @@ def address(store: KeyStore) -> Iterator[tuple[str, int]]:
 
 def status_of(address: tuple[str, int], target: bytes, *headers: bytes) -> int:
     """The status that a raw request gets; 0 where the connection is closed without one."""
-    with socket.create_connection(address, timeout=10) as connection:
+    with socket.create_connection(address, timeout=120) as connection:
         connection.sendall(b"\r\n".join([b"GET " + target + b" HTTP/1.1", *headers, b"Connection: close", b"", b""]))
         first = connection.makefile("rb").readline()
     return int(first.split()[1]) if first else 0

@@ -45,7 +45,7 @@ def test_the_first_key_closes_the_running_server(server: RunningServer, key: str
     with CorralClient(server.url, key) as with_key:
         assert with_key.models()[0].id == server.base_model
     for path in ("/healthz", "/readyz"):
-        assert httpx.get(f"{server.url}{path}", timeout=30).status_code == 200
+        assert httpx.get(f"{server.url}{path}", timeout=120).status_code == 200
 
     page = httpx.get(server.ui_url, headers={"accept": "text/html"})
     assert (page.status_code, page.headers["location"]) == (303, "/ui/login")
@@ -87,7 +87,7 @@ def test_neither_keys_nor_prompts_are_in_the_logs(server: RunningServer, key: st
     ask = {"model": server.base_model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
     for given, body in ((key, ask), (key[:-1], ask), (key, ask | {"stop": 5}), (key, ask | {"model": "nobody"})):
         headers = {"authorization": f"Bearer {given}"}
-        response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
         assert secret[:-1] not in response.text
         assert PROMPT not in response.text or response.status_code == 200
     httpx.post(f"{server.ui_url}login", data={"key": key[:-1]})

@@ -85,7 +85,7 @@ def test_same_seed_same_text_alone_and_in_any_crowd(tiny_api: InProcessApi, whic
 def test_and_a_reused_prefix_changes_the_count_and_not_the_text(tiny_api: InProcessApi) -> None:
     prompt = [random.Random(0).randint(10, 49_000) for _ in range(90)]
     body = {"model": tiny_api.adapter, "prompt": prompt, "seed": 5, "temperature": 1.5, "max_tokens": 20}
-    first, second = (httpx.post(f"{tiny_api.url}/v1/completions", json=body, timeout=60).json() for _ in range(2))
+    first, second = (httpx.post(f"{tiny_api.url}/v1/completions", json=body, timeout=120).json() for _ in range(2))
     assert first["choices"] == second["choices"]
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second)]
     assert cached[0] == 0
@@ -102,7 +102,7 @@ def test_counts_are_those_of_the_tokenizer(tiny_api: InProcessApi) -> None:
     chat_format = load_chat_format("auto", tiny_api.base, load_tokenizer(tiny_api.base))
     dialog = [{"role": "system", "content": "Be brief. é漢👩"}, {"role": "user", "content": HORSES}]
     body = {"model": tiny_api.base.name, "messages": dialog, "max_tokens": 9, "n": 3, "seed": 1, "logprobs": True}
-    answer = httpx.post(f"{tiny_api.url}/v1/chat/completions", json=body, timeout=60).json()
+    answer = httpx.post(f"{tiny_api.url}/v1/chat/completions", json=body, timeout=120).json()
     rendered = chat_format.render_prompt([Message(m["role"], m["content"]) for m in dialog])  # type: ignore[arg-type]
     num_made = sum(len(choice["logprobs"]["content"]) for choice in answer["choices"])
     assert answer["usage"]["prompt_tokens"] == len(rendered)

@@ -118,7 +118,7 @@ backend gone
 
     haproxy = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)])
     try:
-        wait_until_up(f"http://127.0.0.1:{port}/-/healthz", 20)
+        wait_until_up(f"http://127.0.0.1:{port}/-/healthz", 300)
         for path, status in (("/-/healthz", 200), ("/nope", 404), ("/v1/models", 503)):
             drawn = {httpx.get(f"http://127.0.0.1:{port}{path}").headers["x-request-id"] for _ in range(2)}
             assert len(drawn) == 2
@@ -126,7 +126,7 @@ backend gone
             assert (answer.status_code, answer.headers.get_list("x-request-id")) == (status, ["mine"])
     finally:
         haproxy.terminate()
-        haproxy.wait(timeout=10)
+        haproxy.wait(timeout=300)
 
 
 @pytest.mark.promise("A8")
@@ -164,7 +164,7 @@ def test_without_an_ingress_replica_requests_wait_or_get_503_until_there_is_a_ne
     refusals, num_lost, deadline = [], 0, time.monotonic() + 180
     while True:
         try:
-            response = httpx.get(f"{server.url}/v1/models", timeout=60)
+            response = httpx.get(f"{server.url}/v1/models", timeout=120)
         except httpx.RemoteProtocolError:  # on its way through the HAProxy that Ray replaces at this moment
             num_lost += 1
             continue

@@ -121,7 +121,7 @@ class Hub:
         """What `resolve_base_model` answers in a process of its own, which knows no other hub."""
         environment = os.environ | {"HF_ENDPOINT": self.url, "HF_HOME": str(self.cache), "HF_TOKEN": ""}
         command = [*run_by, sys.executable, "-c", _RESOLVE, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

@@ -741,7 +741,7 @@ def test_workers_of_one_machine_prepare_once(tmp_path: Path) -> None:
     before = {entry for entry in stores.glob("*") if entry.is_dir()}
     command = [sys.executable, "-c", script, path]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = {worker.communicate(timeout=120)[0] for worker in workers}
+    outputs = {worker.communicate(timeout=300)[0] for worker in workers}
     assert len(outputs) == 1
     assert len(outputs.pop()) == 65
     assert len({entry for entry in stores.glob("*") if entry.is_dir()} - before) == 1

@@ -44,5 +44,5 @@ def test_the_threads_of_a_step_come_before_ray(tiny_base: BaseCheckpoint, tmp_pa
             assert os.sched_getscheduler(run.pid) == os.SCHED_OTHER
         finally:
             run.terminate()
-            run.communicate(timeout=60)
+            run.communicate(timeout=300)
     assert not [process for process in others if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

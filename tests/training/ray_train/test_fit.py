@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import train_workers
+from tests.conftest import own_ray, train_workers
 from training.__main__ import run_training
 from training.base_models.resolve import BaseCheckpoint
 from training.config.data_config import DataConfig
@@ -31,14 +29,9 @@ WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A Ray of this module's own, with a short socket path, gone afterwards."""
-    import ray
-
-    temp_dir = f"/tmp/corral-{os.getpid()}"
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
-    yield
-    ray.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)
+    """A Ray of this module's own."""
+    with own_ray():
+        yield
 
 
 def tiny_run(base: BaseCheckpoint, folder: Path) -> TrainConfig:

@@ -1,11 +1,7 @@
 """What a run survives: an object store for its directory, a node that leaves, a disk that fills up. Real Ray."""
 
-import contextlib
-import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -13,6 +9,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.conftest import own_ray
 from tests.training.ray_train.test_fit import assert_same_run, tiny_run, when_step
 from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import TrainConfig
@@ -25,30 +22,15 @@ def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
     return tiny_run(tiny_base, tmp_path)
 
 
-@contextlib.contextmanager
-def private_ray(num_cpus: int) -> Iterator[None]:
-    """A Ray that knows this process's environment."""
-    import ray
-
-    temp_dir = f"/tmp/corral-{os.getpid()}-f"
-    ray.init(
-        address="local", num_cpus=num_cpus, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
-
-
 def kill(workers: list[psutil.Process]) -> None:
     for worker in workers:
         worker.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D13")
 def test_a_run_in_an_object_store_goes_on_there_and_keeps_two_checkpoints(config: TrainConfig, s3: str) -> None:
-    with private_ray(2):
+    with own_ray():
         whole = fit(config.model_copy(update={"run_name": "whole"}))
         run_dir = RunDir(s3, "stored")
         killed = when_step(run_dir, 5, kill)
@@ -110,6 +92,7 @@ mount -o remount,size=100m "$1" || exit 92
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: TrainConfig, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -119,7 +102,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(config: 
     recipe.write_text(yaml.safe_dump(told))
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", _FILL_AND_RESUME, "sh"]
     done = subprocess.run(
-        [*command, str(disk), sys.executable, str(recipe)], capture_output=True, text=True, timeout=280, check=False
+        [*command, str(disk), sys.executable, str(recipe)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

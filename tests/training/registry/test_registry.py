@@ -462,7 +462,7 @@ def run_script(script: str, root: Path, base: BaseCheckpoint, adapter: Path) -> 
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script), str(root), str(adapter), str(base.path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         cwd=Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -48,7 +48,7 @@ def test_a_log_gets_a_line_for_each_phase_and_not_for_each_step(capsys: pytest.C
         return state
 
     with show_progress(next_state, "ranch [hand]", poll_s=0.001):
-        assert all_shown.wait(timeout=60)
+        assert all_shown.wait(timeout=300)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"ranch [hand]: {p}" for p in ("loading", "training", "end")]
 
@@ -70,7 +70,7 @@ with show_progress(lambda: Progress("training", 3, 12, 1.25, 1234.0, 65.0), "ran
                 shown += os.read(ours, 65536)
             except OSError:  # the terminal is closed
                 break
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=300) == 0
     os.close(ours)
     text = shown.decode()
     assert "3/12  loss 1.250  1,234 tokens/s  1:05 left" in text

@@ -157,7 +157,6 @@ def test_sparkline() -> None:
 
 
 @pytest.mark.promise("D14")
-@pytest.mark.timeout(600)
 def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_resumes_them(
     tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
@@ -203,7 +202,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     wait_until(lambda: step() >= 7, driver)
     assert state() == "running"
     second = start()
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=300)
     assert second.returncode == 1
     assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {driver.pid} on ")
     assert driver.poll() is None
@@ -213,11 +212,11 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     stop = [sys.executable, "-m", "clients.cli", "runs", "stop", "often", "--storage", str(tmp_path / "runs")]
     stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
     assert "run_name=often resumes it" in stopped.stdout, stopped.stderr
-    assert driver.wait(timeout=60) == 1
+    assert driver.wait(timeout=300) == 1
     assert driver.stderr.read().splitlines()[-1] == (
         "error: run 'often' was stopped: run_name=often resumes it from its last checkpoint"
     )
-    assert psutil.wait_procs(started, timeout=15)[1] == []
+    assert psutil.wait_procs(started, timeout=300)[1] == []
     assert state() == "stopped"
 
     stopped_at = step()
@@ -227,18 +226,18 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     at_work = [process for process in started if not is_agent(process)]
     driver.kill()
     driver.wait()
-    assert psutil.wait_procs(at_work, timeout=60)[1] == []
+    assert psutil.wait_procs(at_work, timeout=300)[1] == []
     assert state() == "interrupted"
     assert "stopped-often" not in AdapterRegistry().names()
 
     driver = start()
-    printed, errors = driver.communicate(timeout=240)
+    printed, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     assert "tiny-llama:stopped-often@1 is registered" in printed
     assert state() == "finished"
     assert read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps == list(range(1, 61))
     # Ray's idle agents try for a minute to tell a dead GCS that its raylet died.
-    assert psutil.wait_procs(started, timeout=120)[1] == []
+    assert psutil.wait_procs(started, timeout=300)[1] == []
     shown = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
     assert "registered     tiny-llama:stopped-often@1" in shown
 
@@ -251,7 +250,7 @@ def is_agent(process: psutil.Process) -> bool:
 
 
 def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.stderr.read()

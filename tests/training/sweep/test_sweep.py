@@ -1,8 +1,6 @@
 """Sweeps: the plan and what is refused of it, and a real one on Ray Tune, of which only the best is registered."""
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from clients.cli.main import app
+from tests.conftest import own_ray
 from training.__main__ import main
 from training.base_models.resolve import BaseCheckpoint
 from training.errors import ConfigError, TrainingError
@@ -27,14 +26,9 @@ SWEEPS = sorted((PROJECT / "configs" / "sweep").rglob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """A Ray of this module's own, with a short socket path, gone afterwards."""
-    import ray
-
-    temp_dir = f"/tmp/corral-s{os.getpid()}"
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
-    yield
-    ray.shutdown()
-    shutil.rmtree(temp_dir, ignore_errors=True)
+    """A Ray of this module's own."""
+    with own_ray():
+        yield
 
 
 @pytest.fixture
@@ -229,7 +223,7 @@ def test_asha_stops_a_trial_that_lags(ray_cluster: None, content: dict[str, Any]
 def test_trials_give_back_what_they_held(ray_cluster: None) -> None:
     import ray
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 2

@@ -23,8 +23,8 @@ from training.runs.status import read_run
 _STEPS = 40
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D14")
-@pytest.mark.timeout(600)
 def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     tiny_base: BaseCheckpoint, tmp_path: Path, s3: str
 ) -> None:
@@ -52,15 +52,15 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     wait_until(lambda: bool(first.read_json("result.json")), driver)
     assert read_run(s3, "stored").state == "running"
     other = start(tmp_path)
-    _, errors = other.communicate(timeout=60)
+    _, errors = other.communicate(timeout=300)
     assert other.returncode == 1
     assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {driver.pid} on ")
     at_work = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGTERM)
-    _, errors = driver.communicate(timeout=60)
+    _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 1
     assert errors.splitlines()[-1].startswith("error: run 'stored' was stopped: run_name=stored resumes it")
-    assert psutil.wait_procs(at_work, timeout=30)[1] == []
+    assert psutil.wait_procs(at_work, timeout=300)[1] == []
     assert read_run(s3, "stored").state == "stopped"
     assert not own_state_of_tune(s3)
     result = first.read_json("result.json")
@@ -70,7 +70,7 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     at_work = descendants(driver.pid, "_run_trial")
     driver.kill()
     driver.communicate()
-    assert psutil.wait_procs(at_work, timeout=60)[1] == []
+    assert psutil.wait_procs(at_work, timeout=300)[1] == []
     assert read_run(s3, "stored").state == "interrupted"
     assert "searched-often" not in AdapterRegistry().names()
 
@@ -107,7 +107,7 @@ def own_state_of_tune(s3: str) -> set[str]:
 
 
 def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""

@@ -135,6 +135,6 @@ def test_two_gloo_ranks_share_the_rows_and_get_what_one_gets(
         subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments], stdout=subprocess.PIPE, cwd=PROJECT)
         for rank in range(2)
     ]
-    found = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+    found = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
     assert found[0] == found[1]
     assert found[0] == pytest.approx([alone.eval_loss, alone.base_eval_loss, alone.eval_tokens], abs=1e-5)

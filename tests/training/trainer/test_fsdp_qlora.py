@@ -182,6 +182,7 @@ def found(folder: Path, tiny_base: BaseCheckpoint) -> list[dict[str, Any]]:
     return two_workers(folder, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "double_quant"), [("float32", True), ("bfloat16", False)])
 def test_gathered_weights_are_those_of_the_whole_base_to_the_bit(
     found: list[dict[str, Any]], dtype: str, double_quant: bool
@@ -189,6 +190,7 @@ def test_gathered_weights_are_those_of_the_whole_base_to_the_bit(
     assert [worker[f"weights {dtype} {double_quant}"] for worker in found] == [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_losses_gradients_and_adapters_are_those_of_whole_bases_to_the_bit(
     found: list[dict[str, Any]], folder: Path, run: str
@@ -208,6 +210,7 @@ def test_losses_gradients_and_adapters_are_those_of_whole_bases_to_the_bit(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D13")
 def test_sharded_run_resumed_from_its_checkpoint_goes_on_as_if_uninterrupted(found: list[dict[str, Any]]) -> None:
     for worker in found:
@@ -217,11 +220,13 @@ def test_sharded_run_resumed_from_its_checkpoint_goes_on_as_if_uninterrupted(fou
         assert resumed["sha256"] == whole["sha256"]
 
 
+@pytest.mark.slow
 def test_every_rank_takes_part_in_sample_answers(found: list[dict[str, Any]]) -> None:
     assert found[0]["plain True"]["samples"] == found[0]["plain False"]["samples"] == found[1]["plain True"]["samples"]
     assert len(found[0]["plain True"]["samples"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("run", "scale_bytes"), [("plain", 1 + 4 / 256), ("checkpointing", 4)])
 def test_worker_holds_its_half_of_the_base_and_two_whole_layers(
     found: list[dict[str, Any]], folder: Path, run: str, scale_bytes: float

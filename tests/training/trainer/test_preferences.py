@@ -362,7 +362,7 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", _WORKER, str(tmp_path), *map(str, sizes)]
     workers = [subprocess.Popen(command, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
-    assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     for size in sizes:
         whole = Recorder()
         run(config.model_copy(update={"train_batch_size": size}), tmp_path / f"one-{size}", whole)

@@ -212,7 +212,7 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(config: Train
         subprocess.Popen([sys.executable, "-c", _WORKER, str(tmp_path)], env=common | {"RANK": r, "LOCAL_RANK": r})
         for r in ("0", "1")
     ]
-    assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     for rows_a_step in (4, 7):
         one = trained(config, tmp_path / f"one-{rows_a_step}", train_batch_size=rows_a_step)
         for rank in ("0", "1"):
