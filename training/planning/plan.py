@@ -87,8 +87,7 @@ class Plan:
             "rows": rows,
             "steps": f"{self.num_steps:,} ({epochs:.3g} epochs), each of {step}",
             "workers": f"{first}{workers}, each with {resources or 'resources of the cluster'}; "
-            f"computing in {self.compute_dtype}"
-            + ("; the 4-bit base is sharded over them" if self.fsdp else ""),
+            f"computing in {self.compute_dtype}" + ("; the 4-bit base is sharded over them" if self.fsdp else ""),
             **({"time": str(self.time)} if self.time else {}),
             "memory": f"{_gib(self.memory.total_bytes)} per worker at its peak{self._available()}",
         }

@@ -121,8 +121,10 @@ def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch:
         first = read_lock_holder(run_dir)
         assert first
         wait_until(
-            lambda: (last := read_lock_holder(run_dir)) is not None
-            and last.heartbeat_at > first.heartbeat_at + driver._HEARTBEAT_TIMEOUT_S
+            lambda: (
+                (last := read_lock_holder(run_dir)) is not None
+                and last.heartbeat_at > first.heartbeat_at + driver._HEARTBEAT_TIMEOUT_S
+            )
         )
         assert re.search(
             r" on elsewhere, started .* UTC, last heartbeat \d+ s ago: .* stop it on that host with .*",
