@@ -74,7 +74,9 @@ def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
 def _out_of_order(messages: Sequence[Message], index: int, expected: tuple[str, ...]) -> str:
     role = messages[index].role
     if role == "system":
-        problem = "is a second system message" if messages[0].role == "system" else "is a system message, but not first"
+        problem = (
+            "is a second system message" if messages[0].role == "system" else "is a system message after the start"
+        )
     elif index == 0:
         problem = f"is the first message, but from the {role}"
     else:

@@ -72,10 +72,8 @@ class Plan:
     def __str__(self) -> str:
         workers = "" if isinstance(self.num_workers, int) else f" to {self.num_workers[1]}"
         first = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
-        share = self.resources_per_worker
-        resources = (
-            ", ".join(f"{amount:g} {name}" for name, amount in share.items()) if share else "resources of the cluster"
-        )
+        resources = ", ".join(f"{amount:g} {name}" for name, amount in (self.resources_per_worker or {}).items())
+        resources = resources or "resources of the cluster"
         epochs = self.num_steps / self.steps_per_epoch
         unit = "rows" if self.num_examples == self.num_train_rows else "packs"
         rows = f"{self.num_train_rows:,} training and {self.num_held_out:,} held out"
@@ -86,8 +84,8 @@ class Plan:
             "adapter": f"{self.num_trainable:,} trainable parameters, {self.num_trainable / self.num_parameters:.2%}",
             "rows": rows,
             "steps": f"{self.num_steps:,} ({epochs:.3g} epochs), each of {step}",
-            "workers": f"{first}{workers}, each with {resources or 'resources of the cluster'}; "
-            f"computing in {self.compute_dtype}" + ("; the 4-bit base is sharded over them" if self.fsdp else ""),
+            "workers": f"{first}{workers}, each with {resources}; computing in {self.compute_dtype}"
+            + ("; the 4-bit base is sharded over them" if self.fsdp else ""),
             **({"time": str(self.time)} if self.time else {}),
             "memory": f"{_gib(self.memory.total_bytes)} per worker at its peak{self._available()}",
         }
