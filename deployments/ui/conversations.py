@@ -24,7 +24,7 @@ from deployments.ui.sessions import Sessions
 from training.errors import CorralError
 from training.names import parse_model_id
 
-_REDRAW_INTERVAL_S = 0.05  # the least time between two updates of the page
+_REDRAW_INTERVAL_S = 0.05  # minimum time between two updates of the page
 _MODELS_TIMEOUT_S = 15.0
 _ACCOUNT = '<form method="post" action="logout"><span>{}</span> <button>Log out</button></form>'
 
