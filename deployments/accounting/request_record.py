@@ -44,7 +44,7 @@ class RequestRecord:
 
     @property
     def failed(self) -> bool:
-        """Whether the server refused or aborted it; a client that disconnects is no failure."""
+        """Whether the server refused or aborted it; a client that disconnects is not a failure."""
         return self.status >= 400 and self.status != CLIENT_CLOSED_REQUEST
 
 

@@ -270,7 +270,7 @@ class ChatIngress:
         caller: Caller,
         trace: RequestTrace,
     ) -> Response:
-        """Generate the completions, and respond with one JSON object or with an event stream as the body asks."""
+        """Generate the completions, and respond with one JSON object or an event stream, as requested."""
         batches = self._admit_and_generate(outputs, caller, trace)
         if not body.stream:
             content = await collect(formatter, outputs, batches)

@@ -66,8 +66,8 @@ class _KeyFile(BaseModel):
 
 _Version = tuple[int, int, int]  # of a file: mtime in ns, size, inode
 
-# Compared with keys of unknown id, so that these take as long as keys of a known id.
-_DUMMY_KEY = ApiKey(id="0" * 10, name="nobody", sha256="0" * 64, scopes=("chat",), created=datetime.now(UTC))
+# Keys with an unknown id are compared with this one, so that they take as long to refuse as keys with a known id.
+_DUMMY_KEY = ApiKey(id="0" * 10, name="dummy", sha256="0" * 64, scopes=("chat",), created=datetime.now(UTC))
 
 
 class KeyStore:
@@ -86,7 +86,7 @@ class KeyStore:
 
     @property
     def required(self) -> bool:
-        """Whether requests need a key: once a key was created, even if none is valid any more."""
+        """Whether requests need a key: true once a key exists, even if none is valid."""
         return bool(self._keys())
 
     @property

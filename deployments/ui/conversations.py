@@ -1,7 +1,7 @@
-"""What happens when somebody sends, stops, retries, undoes or edits on the chat page.
+"""Event handlers of the chat page: send, stop, retry, undo, edit.
 
-A conversation travels with every event and comes back changed: nothing is kept here but which answer is running in
-which browser session. Nothing that a user typed is lost: a message that was not answered goes back to the input box.
+Every event carries the conversation and returns it changed, so the only state here is which completion runs in which
+browser session. User input is never lost: a message without a reply goes back to the input box.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from deployments.ui.sessions import Sessions
 from training.errors import CorralError
 from training.names import parse_model_id
 
-_SHOW_INTERVAL_S = 0.05  # the page is redrawn at most this often
+_REDRAW_INTERVAL_S = 0.05  # minimum time between two updates of the page
 _MODELS_TIMEOUT_S = 15.0
 _ACCOUNT = '<form method="post" action="logout"><span>{}</span> <button>Log out</button></form>'
 
@@ -34,38 +34,41 @@ Turn = dict[str, Any]  # a message of gr.Chatbot: {"role": ..., "content": [{"ty
 Update = tuple[Any, Any]  # for the conversation and the input box
 
 
-class Answer(AsyncIterable[str], Protocol):
-    """Pieces of an answer."""
+class TextStream(AsyncIterable[str], Protocol):
+    """The text of a completion while it is generated."""
 
     def cancel(self) -> None:
-        """End it: the next piece is a `TaskCancelledError`."""
+        """Stop the generation: iterating further raises `TaskCancelledError`."""
 
 
 class Backend(Protocol):
-    """Where answers come from."""
+    """The API as the chat page uses it."""
 
     api_app: str
 
     async def models(self) -> list[Model]:
-        """The base first, then every adapter version, newest first."""
+        """The base model first, then every version of its adapters, newest first."""
 
-    def chat(self, request: ChatCompletionRequest, caller: Caller) -> Answer:
-        """Ask in the name of `caller`; errors come with the first piece or later ones."""
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> TextStream:
+        """Start a completion on behalf of `caller`; errors are raised while iterating over the stream."""
 
 
 class Conversations:
-    """The page's events. `settings` is always model, system prompt, then the five sliders from the top; Gradio puts
-    in `event` and `request` by their types."""
+    """Handlers of the page's events.
+
+    `settings` is always the model, the system prompt, then the five sliders from top to bottom. Gradio passes `event`
+    and `request` by their types.
+    """
 
     def __init__(self, backend: Backend, sessions: Sessions) -> None:
         self._backend = backend
         self._sessions = sessions
-        self._running: dict[str, Answer] = {}  # browser session -> its answer's stream
+        self._running: dict[str, TextStream] = {}  # browser session -> its running completion
 
     async def send(
         self, request: gr.Request, message: str, history: list[Turn], *settings: Any
     ) -> AsyncIterator[Update]:
-        """Submit or Enter: what is in the input box is asked."""
+        """Submit or Enter: send the text of the input box."""
         if not message.strip():
             yield gr.skip(), gr.skip()
             return
@@ -75,61 +78,62 @@ class Conversations:
     async def example(
         self, event: gr.SelectData, request: gr.Request, draft: str, *settings: Any
     ) -> AsyncIterator[Update]:
-        """An example was clicked, which is possible only while the conversation is empty."""
+        """Send a clicked example, which is possible only while the conversation is empty."""
         async for update in self._ask([], event.value["text"], [], draft, settings, request):
             yield update
 
     async def retry(
         self, event: gr.RetryData, request: gr.Request, draft: str, history: list[Turn], *settings: Any
     ) -> AsyncIterator[Update]:
-        """Ask the same question again; the answer it had stays if there is no new one."""
-        asked = _last_question(history, event.index)
-        async for update in self._ask(history[:asked], text_of(history[asked]), history, draft, settings, request):
+        """Send the same question again; the old reply stays if there is no new one."""
+        question = _last_question(history, event.index)
+        text = text_of(history[question])
+        async for update in self._ask(history[:question], text, history, draft, settings, request):
             yield update
 
     async def edit(
         self, event: gr.EditData, request: gr.Request, draft: str, history: list[Turn], *settings: Any
     ) -> AsyncIterator[Update]:
-        """Ask in other words; what came after the edited message is dropped once there is an answer."""
+        """Send an edited message; the turns after it are dropped once there is a reply."""
         edited = _index(event.index)
-        before = [*history[:edited], _turn("user", event.previous_value), *history[edited + 1 :]]
-        async for update in self._ask(history[:edited], event.value, before, draft, settings, request):
+        previous = [*history[:edited], _turn("user", event.previous_value), *history[edited + 1 :]]
+        async for update in self._ask(history[:edited], event.value, previous, draft, settings, request):
             yield update
 
     async def stop(self, request: gr.Request) -> None:
-        """End the running answer and keep what there is of it."""
-        if (answer := self._running.get(_session(request))) is not None:
-            answer.cancel()
+        """Stop the running completion and keep its text so far."""
+        if (stream := self._running.get(_session(request))) is not None:
+            stream.cancel()
 
     async def undo(self, event: gr.UndoData, request: gr.Request, draft: str, history: list[Turn]) -> Update:
-        """Take the last question back into the input box."""
-        self._abandon(request)
-        asked = _last_question(history, event.index)
-        return history[:asked], _idle_box(_joined(text_of(history[asked]), draft))
+        """Move the last question back to the input box."""
+        self._cancel_running(request)
+        question = _last_question(history, event.index)
+        return history[:question], _idle_box(_with_draft(text_of(history[question]), draft))
 
     async def clear(self, request: gr.Request) -> Update:
-        """An empty conversation; the input box is left alone."""
-        self._abandon(request)
+        """Empty the conversation, but not the input box."""
+        self._cancel_running(request)
         return [], _idle_box()
 
     async def leave(self, request: gr.Request) -> None:
-        """The browser went away."""
-        self._abandon(request)
+        """The page was closed."""
+        self._cancel_running(request)
 
-    async def refresh(self, chosen: str | None) -> Any:
-        """The model picker with what is served now; the choice stays if it still exists."""
+    async def refresh(self, selected: str | None) -> Any:
+        """Update the model picker; the selected model stays selected if it is still served."""
         try:
             choices = model_choices(await asyncio.wait_for(self._backend.models(), _MODELS_TIMEOUT_S))
         except Exception as error:
             self._warn(error)
             return gr.skip()
         values = [value for _, value in choices]
-        if chosen is not None and chosen not in values:
-            gr.Info(html.escape(f"{chosen} is not served any more: {values[0]} is chosen instead"))
-        return gr.Dropdown(choices=choices, value=chosen if chosen in values else values[0])
+        if selected is not None and selected not in values:
+            gr.Info(html.escape(f"{selected} is no longer served: {values[0]} is selected instead"))
+        return gr.Dropdown(choices=choices, value=selected if selected in values else values[0])
 
     async def account(self, request: gr.Request) -> Any:
-        """Whose key it is, and the way out; nothing where nobody needs a key."""
+        """Show the name of the user's key and the logout button; nothing on a server without keys."""
         caller = await self._sessions.caller(_http(request))
         return (
             gr.skip() if caller.key_id is None else gr.Markdown(_ACCOUNT.format(html.escape(caller.name)), visible=True)
@@ -137,30 +141,30 @@ class Conversations:
 
     async def _ask(
         self,
-        earlier: list[Turn],
+        context: list[Turn],
         text: str,
-        before: list[Turn],
+        previous: list[Turn],
         draft: str,
         settings: Sequence[Any],
         request: gr.Request,
     ) -> AsyncIterator[Update]:
-        """Ask `text` after the turns `earlier`; without an answer the page is `before` again, `text` in the box."""
+        """Send `text` after the turns `context`; without a reply, show `previous` again and put `text` in the box."""
         session = _session(request)
-        self._abandon(request)
-        asked = [*earlier, _turn("user", text)]
-        yield asked, gr.Textbox(value=draft, submit_btn=False, stop_btn=True)
-        answer, shown_at = "", 0.0
-        stream: Answer | None = None
+        self._cancel_running(request)
+        turns = [*context, _turn("user", text)]
+        yield turns, gr.Textbox(value=draft, submit_btn=False, stop_btn=True)
+        reply, drawn_at = "", 0.0
+        stream: TextStream | None = None
         try:
             caller = await self._sessions.caller(_http(request))
-            stream = self._running[session] = self._backend.chat(_completion_request(session, asked, *settings), caller)
-            async for piece in stream:
-                answer += piece
-                if answer.strip() and time.monotonic() - shown_at >= _SHOW_INTERVAL_S:
-                    shown_at = time.monotonic()
-                    yield [*asked, _turn("assistant", answer)], gr.skip()
-            if not answer.strip():
-                gr.Info("The model ended its answer before the first word: send again or change the message.")
+            stream = self._running[session] = self._backend.chat(_completion_request(session, turns, *settings), caller)
+            async for delta in stream:
+                reply += delta
+                if reply.strip() and time.monotonic() - drawn_at >= _REDRAW_INTERVAL_S:
+                    drawn_at = time.monotonic()
+                    yield [*turns, _turn("assistant", reply)], gr.skip()
+            if not reply.strip():
+                gr.Info("The model returned an empty reply: send again or change the message.")
         except TaskCancelledError:
             pass
         except Exception as error:
@@ -168,19 +172,20 @@ class Conversations:
         finally:
             if stream is not None:
                 stream.cancel()
-            abandoned = stream is not None and self._running.get(session) is not stream
-            if not abandoned:
+            superseded = stream is not None and self._running.get(session) is not stream
+            if not superseded:
                 self._running.pop(session, None)
-        if abandoned:
-            yield gr.skip(), gr.skip()  # the page belongs to a later event
-        elif answer.strip():
-            yield [*asked, _turn("assistant", answer)], _idle_box()
+        if superseded:
+            yield gr.skip(), gr.skip()  # a later event has updated the page
+        elif reply.strip():
+            yield [*turns, _turn("assistant", reply)], _idle_box()
         else:
-            yield before, _idle_box(_joined(text, draft))
+            yield previous, _idle_box(_with_draft(text, draft))
 
-    def _abandon(self, request: gr.Request) -> None:
-        if (answer := self._running.pop(_session(request), None)) is not None:
-            answer.cancel()
+    def _cancel_running(self, request: gr.Request) -> None:
+        """Cancel the session's running completion, whose handler then leaves the page alone."""
+        if (stream := self._running.pop(_session(request), None)) is not None:
+            stream.cancel()
 
     def _warn(self, error: Exception) -> None:
         cause = error.cause if isinstance(error, RayTaskError) else error
@@ -190,16 +195,16 @@ class Conversations:
             first = cause.errors()[0]
             message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         elif isinstance(cause, RayServeException | RayActorError | TimeoutError):
-            logger.warning("application %r did not answer: %s", self._backend.api_app, cause)
-            message = f"The API application {self._backend.api_app!r} does not answer now: try again in a moment."
+            logger.warning("application %r did not respond: %s", self._backend.api_app, cause)
+            message = f"The API application {self._backend.api_app!r} is not responding: try again in a moment."
         else:
-            logger.error("an answer failed", exc_info=error)
-            message = "Something failed on the server: its log has the cause."
+            logger.error("a completion failed", exc_info=error)
+            message = "An error occurred on the server: its log has the cause."
         gr.Warning(html.escape(message), duration=15)  # seconds
 
 
 def model_choices(models: list[Model]) -> list[tuple[str, str]]:
-    """(label, model id) of the base, then of each adapter by name alone and by version."""
+    """(label, model id) of the base model, then of each adapter without a version and of each of its versions."""
     choices = [(f"{model.id} (base)", model.id) for model in models if model.version is None]
     by_name: dict[str, list[Model]] = {}
     for model in models:
@@ -207,9 +212,9 @@ def model_choices(models: list[Model]) -> list[tuple[str, str]]:
             by_name.setdefault(model.root, []).append(model)
     for name, versions in by_name.items():
         champion = next((model for model in versions if "champion" in model.aliases), None)
-        meant = champion or max(versions, key=lambda model: model.version or 0)
-        why = "champion" if champion else "newest"
-        choices.append((f"{name} → version {meant.version}, {why}", str(parse_model_id(f"{meant.parent}:{name}"))))
+        default = champion or max(versions, key=lambda model: model.version or 0)
+        role = "champion" if champion else "newest"
+        choices.append((f"{name} → version {default.version}, {role}", str(parse_model_id(f"{default.parent}:{name}"))))
         for model in versions:
             aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
             choices.append((f"{name}, version {model.version}{aliases}", model.id))
@@ -217,7 +222,7 @@ def model_choices(models: list[Model]) -> list[tuple[str, str]]:
 
 
 def text_of(turn: Turn) -> str:
-    """The text of a turn, whichever of Gradio's shapes it has."""
+    """The text of a turn, in either of the forms that Gradio uses."""
     content = turn["content"]
     if isinstance(content, str):
         return content
@@ -238,7 +243,7 @@ def _completion_request(
     messages = [ChatMessage(role="system", content=system)] if system.strip() else []
     messages += [ChatMessage(role=turn["role"], content=text_of(turn)) for turn in turns]
     if not model:
-        raise CorralError("No model is chosen: press the refresh button beside the list, then choose one.")
+        raise CorralError("No model is selected: press the refresh button beside the list, then select one.")
     return ChatCompletionRequest(
         model=model,
         messages=messages,
@@ -248,12 +253,12 @@ def _completion_request(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
         stream=True,
-        user=session,  # a canary answers all of a page's questions or none
+        user=session,  # a canary gets all requests of a page or none
     )
 
 
 def _turn(role: str, text: str) -> Turn:
-    """A turn in the one shape that Gradio shows unchanged: of a bare string it rewrites the whitespace."""
+    """A turn in the only form that Gradio displays unchanged: it rewrites the whitespace of plain strings."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
@@ -263,7 +268,7 @@ def _idle_box(text: str | None = None) -> gr.Textbox:
     return gr.Textbox(value=text, submit_btn=True, stop_btn=False)
 
 
-def _joined(text: str, draft: str) -> str:
+def _with_draft(text: str, draft: str) -> str:
     return f"{text}\n{draft}" if draft.strip() else text
 
 
@@ -272,12 +277,12 @@ def _index(index: int | Sequence[int]) -> int:
 
 
 def _last_question(history: list[Turn], index: int | Sequence[int]) -> int:
-    """Where the user's last message at or before `index` is."""
+    """Index of the last user message at or before `index`."""
     return max(i for i in range(_index(index) + 1) if history[i]["role"] == "user")
 
 
 def _http(request: gr.Request) -> HTTPConnection:
-    """The HTTP request that brought the event."""
+    """The HTTP request of an event."""
     assert request.request is not None
     return request.request
 

@@ -1,7 +1,7 @@
 """ChatUI: the chat page as a Serve deployment, Gradio mounted in a FastAPI app.
 
-One replica, because Gradio keeps its sessions in process. It reaches the API application by handle and holds no
-model state: what a conversation says is in the browser.
+One replica, because Gradio keeps its sessions in the process. It calls the API application by handle and keeps neither
+model state nor conversations, which are in the browser.
 """
 
 import os
@@ -21,7 +21,7 @@ from deployments.auth.keys import KeyStore
 from deployments.config import UIArgs
 from deployments.protocol.chat import ChatCompletionRequest
 from deployments.protocol.models import Model
-from deployments.ui.conversations import Answer, Backend
+from deployments.ui.conversations import Backend, TextStream
 from deployments.ui.login import login_routes
 from deployments.ui.page import CSS, HEAD, build_page, theme
 from deployments.ui.security_headers import SameOriginMiddleware, SecurityHeadersMiddleware
@@ -29,7 +29,7 @@ from deployments.ui.sessions import SessionMiddleware, Sessions
 
 
 class ServeBackend:
-    """The API application by handle, looked up anew for each call: it may be redeployed while the page is open."""
+    """The API application by handle, looked up for each call: it may be redeployed while the page is open."""
 
     def __init__(self, api_app: str) -> None:
         self.api_app = api_app
@@ -38,9 +38,9 @@ class ServeBackend:
         """The base and every adapter version."""
         return await cast(Awaitable[list[Model]], self._handle().models.remote())
 
-    def chat(self, request: ChatCompletionRequest, caller: Caller) -> Answer:
-        """Pieces of an answer; `cancel()` on what is returned ends the generation on the replica."""
-        return cast(Answer, self._handle().options(stream=True).chat.remote(request, caller))
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> TextStream:
+        """Stream a completion; `cancel()` on the stream stops the generation on the replica."""
+        return cast(TextStream, self._handle().options(stream=True).chat.remote(request, caller))
 
     def _handle(self) -> DeploymentHandle[Any]:
         return serve.get_app_handle(self.api_app)
@@ -54,7 +54,7 @@ class ServeBackend:
 )
 @serve.ingress()
 class ChatUI:
-    """The page; `UIArgs.api_app` names the Serve application that answers."""
+    """The chat page for the Serve application `UIArgs.api_app`."""
 
     def __init__(self, args: UIArgs) -> None:
         self._args = args
@@ -64,7 +64,7 @@ class ChatUI:
 
 
 def build_asgi_app(backend: Backend, store: KeyStore, title: str) -> FastAPI:
-    """The page with everything around it, for who logs in with a key; serves below whatever path it is mounted on."""
+    """The page with login, sessions and security headers; works below any path that it is mounted on."""
     sessions = Sessions(store)
     page = _gradio_app(build_page(backend, sessions, title))
     app = FastAPI(openapi_url=None, lifespan=page.router.lifespan_context)
@@ -77,15 +77,15 @@ def build_asgi_app(backend: Backend, store: KeyStore, title: str) -> FastAPI:
 
 
 def _gradio_app(page: gr.Blocks) -> FastAPI:
-    """Gradio's own application, without what it has for other purposes."""
+    """Gradio's application, with features that the page does not use turned off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = FastAPI(openapi_url=None)
 
     @app.api_route("/gradio_api/upload", methods=["POST", "PUT"])
     async def refuse_upload() -> Response:
-        return PlainTextResponse("this page takes no files", 404)
+        return PlainTextResponse("this page does not accept files", 404)
 
-    app.add_middleware(CORSMiddleware)  # no origin is allowed; without it Gradio reflects any
+    app.add_middleware(CORSMiddleware)  # allows no origin; without it, Gradio allows every origin
     gr.mount_gradio_app(
         app,
         page,

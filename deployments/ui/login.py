@@ -1,4 +1,4 @@
-"""The chat page's `/login` and `/logout`, on a form of our own that loads nothing."""
+"""Routes `/login` and `/logout` of the chat page; the form loads no other resources."""
 
 import html
 import time
@@ -46,18 +46,24 @@ button {{ background: #f97316; border-color: #f97316; color: #fff; cursor: point
 
 
 def login_routes(sessions: Sessions, title: str) -> APIRouter:
-    """`GET` and `POST /login`, `POST /logout`: the routes of the page that need no session."""
+    """`GET /login`, `POST /login` and `POST /logout`: the only routes of the page that need no session."""
     router = APIRouter()
-    failures = _Failures()
+    failed_logins = _FailedLogins()
 
+<<<<<<< HEAD
     def form(request: Request, status: int = 200, problem: str = "") -> HTMLResponse:
         alert = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
         action = html.escape(f"{mount_prefix(request)}/login")
+=======
+    def form(request: Request, status: int = 200, error: str = "") -> HTMLResponse:
+        alert = f'<p role="alert">{html.escape(error)}</p>' if error else ""
+        action = html.escape(f"{prefix(request)}/login")
+>>>>>>> prose-p5
         page = _FORM.format(title=html.escape(title), action=action, alert=alert)
         return HTMLResponse(page, status, {"cache-control": "no-store"})
 
     @router.get("/login")
-    async def ask(request: Request) -> Response:
+    async def show_form(request: Request) -> Response:
         try:
             await sessions.caller(request)
         except InvalidKey:
@@ -68,15 +74,23 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
 
     @router.post("/login")
     async def log_in(request: Request) -> Response:
+<<<<<<< HEAD
         if wait_s := failures.wait_s():
             refused = form(request, 429, f"Too many attempts: wait {wait_s} seconds.")
             refused.headers["retry-after"] = str(wait_s)
             return refused
         response = RedirectResponse(f"{mount_prefix(request)}/", 303)
+=======
+        if wait_s := failed_logins.wait_s():
+            refusal = form(request, 429, f"Too many attempts: wait {wait_s} seconds.")
+            refusal.headers["retry-after"] = str(wait_s)
+            return refusal
+        response = RedirectResponse(f"{prefix(request)}/", 303)
+>>>>>>> prose-p5
         try:
-            sessions.begin(_key_in(await request.body()), request, response)
+            sessions.start(_submitted_key(await request.body()), request, response)
         except InvalidKey as error:
-            failures.count()
+            failed_logins.add()
             return form(request, 401, str(error))
         except KeysUnreadable as error:
             return form(request, 500, str(error))
@@ -91,23 +105,23 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
     return router
 
 
-class _Failures:
-    """Keys that were not accepted lately, whoever sent them: behind a proxy all have one address."""
+class _FailedLogins:
+    """Times of recent failed logins, from all clients together: behind a proxy all have the same address."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=_MAX_FAILURES)
 
-    def count(self) -> None:
+    def add(self) -> None:
         self._times.append(time.monotonic())
 
     def wait_s(self) -> int:
-        """Seconds until another may be tried; 0 is now."""
+        """Seconds until the next attempt is allowed; 0 is now."""
         if len(self._times) < _MAX_FAILURES:
             return 0
         return max(0, round(self._times[0] + _WINDOW_S - time.monotonic() + 0.5))
 
 
-def _key_in(body: bytes) -> str:
+def _submitted_key(body: bytes) -> str:
     try:
         return parse_qs(body.decode("utf-8", "replace"), max_num_fields=8)["key"][0].strip()
     except (ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""How the chat page looks, and which event does what. The doing is in `deployments.ui.conversations`."""
+"""Layout of the chat page, and the wiring of its events to `Conversations`."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ _EXAMPLES = [
     ("A helicopter and a human", "How long does it take a human to eat a helicopter?"),
     ("Write an article", "Write a short article about the benefits of open source in artificial intelligence."),
 ]
-_MAX_CONCURRENT_ANSWERS = 256
+_MAX_CONCURRENT_COMPLETIONS = 256
 _MAX_WAITING = 512
-_QUEUE_POLL_S = 0.02  # Gradio looks every millisecond otherwise, 5 % of a core on an idle page
+_QUEUE_POLL_S = 0.02  # seconds; Gradio's default of 1 ms takes 5 % of a core while idle
 
 HEAD = (
     '<link rel="icon" href="data:image/svg+xml,<svg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 16 16%22>'
@@ -46,7 +46,7 @@ main.fillable { padding: 16px 24px !important; max-width: 1400px !important; }
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the system: the page loads nothing from outside."""
+    """Uses system fonts, so that the page loads nothing from other hosts."""
     return gr.themes.Soft(
         primary_hue="orange",
         secondary_hue="amber",
@@ -64,13 +64,13 @@ def theme() -> gr.themes.Base:
 
 
 def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
-    """The page; answers come from `backend`, in the name of whoever is logged in."""
-    on = Conversations(backend, sessions)
+    """The page; `backend` generates the completions, on behalf of the user who is logged in."""
+    conversations = Conversations(backend, sessions)
     page: gr.Blocks
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# {title}\nChat with the base model and its fine-tuned adapters.", elem_id="title")
-            account = gr.Markdown(visible=False, sanitize_html=False, elem_id="account")  # gr.HTML wants eval
+            account = gr.Markdown(visible=False, sanitize_html=False, elem_id="account")  # gr.HTML needs eval
             clear = gr.Button("Clear", variant="secondary", size="sm", scale=0, min_width=90, elem_id="clear")
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=3, min_width=340):
@@ -101,7 +101,7 @@ def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
                 system = gr.Textbox(label="System prompt", placeholder="None", lines=3, max_lines=8, elem_id="system")
                 sliders = [
                     gr.Slider(1, 2048, 1024, step=1, label="Max new tokens", elem_id="max-tokens"),
-                    # the API follows OpenAI and takes at most 2
+                    # OpenAI's maximum is 2
                     gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature", elem_id="temperature"),
                     gr.Slider(0.05, 1.0, 0.95, step=0.05, label="Top-p", elem_id="top-p"),
                     gr.Slider(1, 1000, 50, step=1, label="Top-k", elem_id="top-k"),
@@ -109,27 +109,27 @@ def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
                 ]
 
         settings = [model, system, *sliders]
-        answers: dict[str, Any] = {
+        generation: dict[str, Any] = {
             "outputs": [chat, message],
-            "concurrency_limit": _MAX_CONCURRENT_ANSWERS,
-            "concurrency_id": "answers",
+            "concurrency_limit": _MAX_CONCURRENT_COMPLETIONS,
+            "concurrency_id": "completions",
             "show_progress": "hidden",
             "api_visibility": "private",
         }
-        refreshes: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8, "api_visibility": "private"}
-        # without the queue an event waits for no other, and can show no toast
-        at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        message.submit(on.send, [message, chat, *settings], **answers)
-        chat.example_select(on.example, [message, *settings], **answers)
-        chat.retry(on.retry, [message, chat, *settings], **answers)
-        chat.edit(on.edit, [message, chat, *settings], **answers)
-        message.stop(on.stop, **at_once)
-        chat.undo(on.undo, [message, chat], [chat, message], **at_once)
-        gr.on([clear.click, chat.clear], on.clear, None, [chat, message], **at_once)
-        refresh.click(on.refresh, model, model, **refreshes)
-        page.load(on.refresh, model, model, **refreshes)
-        page.load(on.account, None, account, **at_once)
-        page.unload(on.leave)
+        model_refresh: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 8, "api_visibility": "private"}
+        # without the queue, an event waits for no other, but cannot show a toast
+        unqueued: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        message.submit(conversations.send, [message, chat, *settings], **generation)
+        chat.example_select(conversations.example, [message, *settings], **generation)
+        chat.retry(conversations.retry, [message, chat, *settings], **generation)
+        chat.edit(conversations.edit, [message, chat, *settings], **generation)
+        message.stop(conversations.stop, **unqueued)
+        chat.undo(conversations.undo, [message, chat], [chat, message], **unqueued)
+        gr.on([clear.click, chat.clear], conversations.clear, None, [chat, message], **unqueued)
+        refresh.click(conversations.refresh, model, model, **model_refresh)
+        page.load(conversations.refresh, model, model, **model_refresh)
+        page.load(conversations.account, None, account, **unqueued)
+        page.unload(conversations.leave)
     page.queue(max_size=_MAX_WAITING, api_open=False)
-    page._queue.sleep_when_free = _QUEUE_POLL_S  # no public name for it
+    page._queue.sleep_when_free = _QUEUE_POLL_S  # not public
     return page

@@ -1,7 +1,7 @@
-"""What stands between a browser and the chat page: the origin check and the security headers.
+"""Middleware of the chat page against hostile pages and hostile model output: origin check and security headers.
 
-Text that a model wrote is shown as sanitized HTML. The content security policy is the second lock: a script that got
-through does not run, and an image or link preload that got through asks no other host.
+Model output is shown as sanitized HTML. The content security policy is a second line of defense: a script that passes
+the sanitizer does not run, and an image or a link preload that passes it cannot contact another host.
 """
 
 import base64
@@ -19,7 +19,7 @@ _INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", re.D
 
 
 class SameOriginMiddleware:
-    """Answers 403 to a request that changes something and comes from a page of another host."""
+    """Responds 403 to requests from web pages of other hosts that change something or carry a cookie."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,14 +28,16 @@ class SameOriginMiddleware:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
             if is_foreign(headers) and (scope["method"] not in _SAFE_METHODS or "cookie" in headers):
-                response = PlainTextResponse("requests of other hosts' pages are refused: open this page itself", 403)
+                response = PlainTextResponse(
+                    "requests from pages of other hosts are refused: open this page itself", 403
+                )
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 class SecurityHeadersMiddleware:
-    """Adds the headers; the policy of an HTML page allows its own inline scripts by hash, and no other script."""
+    """Adds the headers; the policy of an HTML page allows its inline scripts by hash, and no other inline script."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -44,27 +46,27 @@ class SecurityHeadersMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start: Message | None = None
+        html_start: Message | None = None
         page = b""
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal start, page
+            nonlocal html_start, page
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["x-content-type-options"] = "nosniff"
                 headers["referrer-policy"] = "same-origin"
                 headers["content-security-policy"] = content_security_policy([])
                 if headers.get("content-type", "").startswith("text/html") and "content-encoding" not in headers:
-                    start = message  # held back until the page's scripts are known
+                    html_start = message  # held back until the page's scripts are known
                     return
-            elif start is not None:
+            elif html_start is not None:
                 page += message.get("body", b"")
                 if message.get("more_body"):
                     return
-                headers = MutableHeaders(scope=start)
+                headers = MutableHeaders(scope=html_start)
                 headers["content-security-policy"] = content_security_policy(_INLINE_SCRIPT.findall(page))
-                await send(start)
-                start, message = None, {"type": "http.response.body", "body": page}
+                await send(html_start)
+                html_start, message = None, {"type": "http.response.body", "body": page}
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -1,7 +1,7 @@
-"""Who is logged in to the chat page, and the wall that nobody else gets through.
+"""Sessions of the chat page, and the middleware that requires one.
 
-The cookie is signed and names a key's id, never the key. At every request and every question the key is looked up anew:
-a session ends with its key, and at the latest after a day. Where there are no keys, nobody needs a session.
+The cookie is signed and contains the id of an API key, never the key. The key is looked up again for every request and
+every question, so a session ends with its key, and after a day at the latest. A server without keys needs no sessions.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ _SECRET_BYTES = 32
 
 
 class Sessions:
-    """Makes sessions out of keys, and callers out of sessions.
+    """Starts and ends sessions, and looks up the caller of a session.
 
-    The signature's secret is the file `ui_secret` beside the keys, so that a session outlives a restart of the server.
+    The signing secret is the file `ui_secret` beside the keys, so that sessions survive a restart of the server.
     """
 
     def __init__(self, store: KeyStore) -> None:
@@ -38,12 +38,12 @@ class Sessions:
         self._signer = TimestampSigner(_secret(store.path.with_name("ui_secret")), digest_method=hashlib.sha256)
 
     async def caller(self, request: HTTPConnection) -> Caller:
-        """Who sends this.
+        """The caller of a request.
 
         Raises:
-            InvalidKey: there is no session, or its key is not valid any more.
-            OriginRefused: there are no keys, and the request comes from elsewhere.
-            KeysUnreadable: the file of keys is broken.
+            InvalidKey: there is no session, or its key is no longer valid.
+            OriginRefused: the server has no keys, and the request comes from a web page of another host.
+            KeysUnreadable: the key file is broken.
         """
         with unreadable_keys_logged():
             if not self.store.required:
@@ -51,15 +51,15 @@ class Sessions:
             try:
                 key_id = self._signer.unsign(request.cookies.get(_COOKIE, ""), max_age=_MAX_AGE_S).decode()
             except BadSignature:
-                raise InvalidKey("nobody is logged in, or not any more: load the page again to log in") from None
+                raise InvalidKey("not logged in, or the session has expired: reload the page to log in") from None
             return self.store.caller(key_id)
 
-    def begin(self, key: str, request: Request, response: Response) -> None:
-        """Let `response` log in whoever sends `key`.
+    def start(self, key: str, request: Request, response: Response) -> None:
+        """Start a session for `key` with a cookie in `response`.
 
         Raises:
             InvalidKey: the key is not accepted.
-            KeysUnreadable: the file of keys is broken.
+            KeysUnreadable: the key file is broken.
         """
         with unreadable_keys_logged():
             key_id = self.store.authenticate(key).key_id
@@ -75,19 +75,24 @@ class Sessions:
         )
 
     def end(self, request: Request, response: Response) -> None:
+<<<<<<< HEAD
         """Let `response` log out."""
         response.delete_cookie(_COOKIE, path=f"{mount_prefix(request)}/", httponly=True, samesite="strict")
+=======
+        """End the session by deleting its cookie in `response`."""
+        response.delete_cookie(_COOKIE, path=f"{prefix(request)}/", httponly=True, samesite="strict")
+>>>>>>> prose-p5
 
 
 class SessionMiddleware:
-    """Lets through to `app` who is logged in; sends a browser that opens a page to `/login`."""
+    """Passes requests with a session to `app`; redirects page loads without one to `/login`, and refuses the rest."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions) -> None:
         self._app = app
         self._sessions = sessions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # nothing behind it wants a WebSocket
+        if scope["type"] != "http":  # the page uses no WebSocket
             await WebSocketClose()(scope, receive, send)
             return
         request = Request(scope)
@@ -102,12 +107,17 @@ class SessionMiddleware:
 def _refusal(request: Request, error: ServeError) -> Response:
     opens_page = request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
     if isinstance(error, InvalidKey) and opens_page:
+<<<<<<< HEAD
         return RedirectResponse(f"{mount_prefix(request)}/login", 303)
     return JSONResponse({"detail": str(error)}, error_response(error)[0])  # as the page's own script expects it
+=======
+        return RedirectResponse(f"{prefix(request)}/login", 303)
+    return JSONResponse({"detail": str(error)}, error_response(error)[0])  # the format that Gradio's script expects
+>>>>>>> prose-p5
 
 
 def _is_https(request: Request) -> bool:
-    """Also where a proxy ends TLS: a browser says in `Origin` what it has in its address bar."""
+    """Whether the browser uses HTTPS, also if a proxy terminates TLS: `Origin` has the scheme of the address bar."""
     return request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://")
 
 

@@ -68,7 +68,7 @@ def api(
     url, registry, model = served
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
     for name in registry.names():
-        registry._storage.remove_folder(name)
+        registry.storage.remove_folder(name)
     register_three(registry, tiny_base, tiny_adapter)
     with httpx.Client(base_url=url, timeout=120) as http:
         yield Api(http, registry, tiny_base.name, model, tmp_path / "home")
@@ -184,7 +184,7 @@ def test_models_tell_parent_alias_created_and_canary(api: Api) -> None:
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_the_command_line_says_the_same_of_a_server_and_of_its_registry(api: Api, remote: bool) -> None:
-    where = ["--url", str(api.http.base_url)] if remote else ["--registry", api.registry._storage.address]
+    where = ["--url", str(api.http.base_url)] if remote else ["--registry", api.registry.storage.address]
 
     def adapters(*arguments: str) -> str:
         done = corral("adapters", *arguments, *where)
@@ -218,7 +218,7 @@ def test_the_command_line_says_the_same_of_a_server_and_of_its_registry(api: Api
 
 
 def test_the_command_line_shows_a_canary_and_wants_one_registry(api: Api) -> None:
-    registry = ["--registry", api.registry._storage.address]
+    registry = ["--registry", api.registry.storage.address]
     AdapterPromoter(api.registry).promote("ranch", 3, percent=10)
     assert "canary 10 %" in corral("adapters", "show", "ranch@3", *registry).stdout
     assert json.loads(corral("adapters", "show", "ranch@3", "--json", *registry).stdout)["canary_percent"] == 10

@@ -33,7 +33,7 @@ def model(server: RunningServer, quickstart: AdapterManifest, embedded_base: Bas
         import_adapter(registry, folder, NAME, embedded_base, chat_format=quickstart.chat_format, force=True)
     AdapterPromoter(registry).promote(NAME, 1)
     yield f"{embedded_base.name}:{NAME}"
-    registry._storage.remove_folder(NAME)
+    registry.storage.remove_folder(NAME)
 
 
 @pytest.fixture(scope="module")

@@ -415,7 +415,7 @@ def test_nothing_typed_is_lost_when_an_answer_fails(scripted: ChatPage, backend:
 
     backend.script = [RayServeException("no application")]
     scripted.send("precious words")
-    assert "'scripted' does not answer now" in scripted.toast()
+    assert "'scripted' is not responding" in scripted.toast()
 
     backend.script = [ValueError("a secret of the inside")]
     scripted.send("precious words")
@@ -486,7 +486,7 @@ def test_examples_refresh_and_undo(scripted: ChatPage, backend: ScriptedBackend)
     assert backend.asked[-1].model == "base:tuned"
     backend.adapters = []
     scripted.page.click("#refresh")
-    assert "base:tuned is not served any more" in scripted.toast()
+    assert "base:tuned is no longer served" in scripted.toast()
     assert scripted.page.locator("#model input").input_value() == "base (base)"
 
 
