@@ -50,15 +50,9 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
     router = APIRouter()
     failed_logins = _FailedLogins()
 
-<<<<<<< HEAD
-    def form(request: Request, status: int = 200, problem: str = "") -> HTMLResponse:
-        alert = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
-        action = html.escape(f"{mount_prefix(request)}/login")
-=======
     def form(request: Request, status: int = 200, error: str = "") -> HTMLResponse:
         alert = f'<p role="alert">{html.escape(error)}</p>' if error else ""
-        action = html.escape(f"{prefix(request)}/login")
->>>>>>> prose-p5
+        action = html.escape(f"{mount_prefix(request)}/login")
         page = _FORM.format(title=html.escape(title), action=action, alert=alert)
         return HTMLResponse(page, status, {"cache-control": "no-store"})
 
@@ -74,19 +68,11 @@ def login_routes(sessions: Sessions, title: str) -> APIRouter:
 
     @router.post("/login")
     async def log_in(request: Request) -> Response:
-<<<<<<< HEAD
-        if wait_s := failures.wait_s():
-            refused = form(request, 429, f"Too many attempts: wait {wait_s} seconds.")
-            refused.headers["retry-after"] = str(wait_s)
-            return refused
-        response = RedirectResponse(f"{mount_prefix(request)}/", 303)
-=======
         if wait_s := failed_logins.wait_s():
             refusal = form(request, 429, f"Too many attempts: wait {wait_s} seconds.")
             refusal.headers["retry-after"] = str(wait_s)
             return refusal
-        response = RedirectResponse(f"{prefix(request)}/", 303)
->>>>>>> prose-p5
+        response = RedirectResponse(f"{mount_prefix(request)}/", 303)
         try:
             sessions.start(_submitted_key(await request.body()), request, response)
         except InvalidKey as error:

@@ -75,13 +75,8 @@ class Sessions:
         )
 
     def end(self, request: Request, response: Response) -> None:
-<<<<<<< HEAD
-        """Let `response` log out."""
-        response.delete_cookie(_COOKIE, path=f"{mount_prefix(request)}/", httponly=True, samesite="strict")
-=======
         """End the session by deleting its cookie in `response`."""
-        response.delete_cookie(_COOKIE, path=f"{prefix(request)}/", httponly=True, samesite="strict")
->>>>>>> prose-p5
+        response.delete_cookie(_COOKIE, path=f"{mount_prefix(request)}/", httponly=True, samesite="strict")
 
 
 class SessionMiddleware:
@@ -107,13 +102,8 @@ class SessionMiddleware:
 def _refusal(request: Request, error: ServeError) -> Response:
     opens_page = request.method in ("GET", "HEAD") and "text/html" in request.headers.get("accept", "")
     if isinstance(error, InvalidKey) and opens_page:
-<<<<<<< HEAD
         return RedirectResponse(f"{mount_prefix(request)}/login", 303)
-    return JSONResponse({"detail": str(error)}, error_response(error)[0])  # as the page's own script expects it
-=======
-        return RedirectResponse(f"{prefix(request)}/login", 303)
     return JSONResponse({"detail": str(error)}, error_response(error)[0])  # the format that Gradio's script expects
->>>>>>> prose-p5
 
 
 def _is_https(request: Request) -> bool:
