@@ -53,6 +53,17 @@ for _name in ("models", "kernels"):  # made under a lock, and the same for all
     with contextlib.suppress(FileExistsError):
         (_OWN / "home" / _name).symlink_to(_QUICKSTART_HOME / _name)
 
+# Ray gives a node 30 s to start, beside other load too, and takes no other number: then it is started again.
+_RAY_NOT_STARTED = "timed out during startup"
+_RAY_STARTS = 3
+
+# In the folder $0: writes how the command after the first two arguments ended.
+_TRAIN = """
+starts=$1 sign=$2; shift 2
+until "$@"; status=$?; [ $status = 0 ] || [ $((starts -= 1)) = 0 ] || ! grep -q "$sign" "$0/training.log"; do :; done
+echo $status > "$0/training.status"
+"""
+
 _training: subprocess.Popen[bytes] | None = None
 
 
@@ -86,7 +97,7 @@ def _train_quickstart() -> None:
         # on one core: two threads that wait for each other at every step suffer most from busy neighbours
         recipe = ["--config", "configs/train/quickstart.yaml", "resources_per_worker.CPU=1"]
         train = [sys.executable, "-m", "training", *recipe]
-        command = ["sh", "-c", '"$@"; echo $? >"$0"', str(_SCRATCH / "training.status"), *train]
+        command = ["sh", "-c", _TRAIN, str(_SCRATCH), str(_RAY_STARTS), _RAY_NOT_STARTED, *train]
         with (_SCRATCH / "training.log").open("wb") as log:
             _training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -134,13 +145,13 @@ def own_ray(num_cpus: int = 2, **options: Any) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
         fixed = {"address": "local", "num_gpus": 0, "include_dashboard": False, "log_to_driver": False}
-        for tries_left in (2, 1, 0):  # Ray gives a node 30 s to start, beside other load too
+        for number in range(_RAY_STARTS):
             try:
                 ray.init(num_cpus=num_cpus, _temp_dir=temp_dir, **fixed, **options)
                 break
-            except Exception:
+            except Exception as error:
                 ray.shutdown()
-                if not tries_left:
+                if number + 1 == _RAY_STARTS or _RAY_NOT_STARTED not in str(error):
                     raise
         try:
             yield
@@ -258,22 +269,24 @@ def start_server(
     """Run `corral serve` on a YAML and wait until it is ready."""
     config, log = folder / "serve.yaml", folder / "serve.log"
     config.write_text(yaml.safe_dump(content))
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [python, "-m", "clients.cli", "serve", str(config)], stdout=output, stderr=subprocess.STDOUT
-        )
+    command = [python, "-m", "clients.cli", "serve", str(config)]
     prefix = content["applications"][0]["route_prefix"].rstrip("/")
     url = f"http://127.0.0.1:{content['http_options']['port']}"
     ui_url = url + content["applications"][1]["route_prefix"] + "/"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
-            server = RunningServer(
-                url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
-            )
-            return process, server
-        time.sleep(0.3)
-    process.kill()
+    for _ in range(_RAY_STARTS):
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
+                server = RunningServer(
+                    url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
+                )
+                return process, server
+            time.sleep(0.3)
+        process.kill()
+        if _RAY_NOT_STARTED not in log.read_text():
+            break
     raise AssertionError(f"corral serve did not start: {log.read_text()[-4000:]}")
 
 
