@@ -53,16 +53,7 @@ for _name in ("models", "kernels"):  # made under a lock, and the same for all
     with contextlib.suppress(FileExistsError):
         (_OWN / "home" / _name).symlink_to(_QUICKSTART_HOME / _name)
 
-# Ray gives a node 30 s to start, beside other load too, and takes no other number: then it is started again.
-_RAY_NOT_STARTED = "timed out during startup"
-_RAY_STARTS = 3
-
-# In the folder $0: writes how the command after the first two arguments ended.
-_TRAIN = """
-starts=$1 sign=$2; shift 2
-until "$@"; status=$?; [ $status = 0 ] || [ $((starts -= 1)) = 0 ] || ! grep -q "$sign" "$0/training.log"; do :; done
-echo $status > "$0/training.status"
-"""
+_TRAIN = '"$@"; echo $? > "$0/training.status"'  # a shell in the folder $0: run a command, record its exit status
 
 _training: subprocess.Popen[bytes] | None = None
 
@@ -97,7 +88,7 @@ def _train_quickstart() -> None:
         # on one core: two threads that wait for each other at every step suffer most from busy neighbours
         recipe = ["--config", "configs/train/quickstart.yaml", "resources_per_worker.CPU=1"]
         train = [sys.executable, "-m", "training", *recipe]
-        command = ["sh", "-c", _TRAIN, str(_SCRATCH), str(_RAY_STARTS), _RAY_NOT_STARTED, *train]
+        command = ["sh", "-c", _TRAIN, str(_SCRATCH), *train]
         with (_SCRATCH / "training.log").open("wb") as log:
             _training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -143,16 +134,10 @@ def own_ray(num_cpus: int = 2, **options: Any) -> Iterator[None]:
     """A Ray of this process, which knows its environment, for the block."""
     import ray
 
+    from training.local_ray.start import init_ray
+
     with tempfile.TemporaryDirectory(prefix="corral-", dir="/tmp", ignore_cleanup_errors=True) as temp_dir:
-        fixed = {"address": "local", "num_gpus": 0, "include_dashboard": False, "log_to_driver": False}
-        for number in range(_RAY_STARTS):
-            try:
-                ray.init(num_cpus=num_cpus, _temp_dir=temp_dir, **fixed, **options)
-                break
-            except Exception as error:
-                ray.shutdown()
-                if number + 1 == _RAY_STARTS or _RAY_NOT_STARTED not in str(error):
-                    raise
+        init_ray(num_cpus=num_cpus, num_gpus=0, log_to_driver=False, _temp_dir=temp_dir, **options)
         try:
             yield
         finally:
@@ -273,20 +258,17 @@ def start_server(
     prefix = content["applications"][0]["route_prefix"].rstrip("/")
     url = f"http://127.0.0.1:{content['http_options']['port']}"
     ui_url = url + content["applications"][1]["route_prefix"] + "/"
-    for _ in range(_RAY_STARTS):
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and process.poll() is None:
-            if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
-                server = RunningServer(
-                    url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
-                )
-                return process, server
-            time.sleep(0.3)
-        process.kill()
-        if _RAY_NOT_STARTED not in log.read_text():
-            break
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and process.poll() is None:
+        if is_up(f"{url}{prefix}/readyz") and is_up(ui_url):
+            server = RunningServer(
+                url + prefix, ui_url, EMBEDDED_MODEL, f"{EMBEDDED_MODEL}:ranch-hand", log, process.pid
+            )
+            return process, server
+        time.sleep(0.3)
+    process.kill()
     raise AssertionError(f"corral serve did not start: {log.read_text()[-4000:]}")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deployments.listen_address import Frontend
-from training.local_ray.start import require_token
+from training.local_ray.start import init_ray, require_token
 
 # The settings of Ray Serve's throughput mode (handles over gRPC, a replica's code on its main loop, no log line per
 # request; without them a seventh fewer tokens/s at 32 streams), and settings for machines that run other programs too.
@@ -29,6 +29,7 @@ _RAY_SETTINGS = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # polling idle replicas ten times a second costs 4 % of a core
     "RAY_worker_niceness": "0",  # default: 15, with which any other program takes the cores from the replicas
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine HAProxy takes longer than five seconds
+    "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",  # and sometimes longer than the default of 30
 }
 
 
@@ -59,9 +60,7 @@ def start_serve_ray(frontend: Frontend, debug: bool, temp_dir: str | None) -> It
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False  # read when ray was imported
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        ray.init(
-            address="local",
-            include_dashboard=False,
+        init_ray(
             log_to_driver=debug,
             logging_level=logging.INFO if debug else logging.ERROR,
             _temp_dir=temp_dir,

@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from training.errors import CorralError
 from training.local_ray.cpu_priority import low_priority
 
 # Inherited by every process of this Ray; variables that are already set are kept.
@@ -21,16 +22,39 @@ _ENVIRONMENT = {
     "RAY_kill_idle_workers_interval_ms": "2000",  # 200 by default
 }
 
+_STARTUP_TIMEOUT = "timed out during startup"  # in the message of ray._private.node
+_MAX_STARTS = 3
+
 
 def start_local_ray(**options: Any) -> None:
     """`ray.init` with `options`; the processes of this Ray run at low priority (see `cpu_priority`)."""
-    import ray
-
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     require_token()
     with low_priority():
-        ray.init(address="local", include_dashboard=False, **options)
+        init_ray(**options)
+
+
+def init_ray(**options: Any) -> None:
+    """`ray.init` for a Ray on this machine only, started again if a busy machine exceeds Ray's fixed limit of 30 s.
+
+    Raises:
+        CorralError: it exceeded the limit three times.
+    """
+    import ray
+
+    for _ in range(_MAX_STARTS):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if _STARTUP_TIMEOUT not in str(error):
+                raise
+    raise CorralError(
+        f"Ray did not start on this machine, tried {_MAX_STARTS} times for 30 s: other programs take all of its CPU "
+        "time; stop some of them and try again"
+    )
 
 
 def require_token() -> None:
