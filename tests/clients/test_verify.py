@@ -46,9 +46,9 @@ def test_engine_and_peft_give_the_same_tokens_and_log_probabilities(
         assert one.max_difference < TOLERANCE
         assert one.num_tokens > 8
     assert compared[0].answer != compared[1].answer
-    (given,) = verify(registry, manifest, ["Hi"], max_tokens=4)
-    assert given.passed
-    assert compared[0].answer.startswith(given.answer)
+    (report,) = verify(registry, manifest, ["Hi"], max_tokens=4)
+    assert report.passed
+    assert compared[0].answer.startswith(report.answer)
 
 
 def test_another_adapter_in_the_engine_than_peft_has_is_found(

@@ -114,8 +114,8 @@ def test_a_head_that_asks_for_a_token_is_fine() -> None:
 )
 def test_what_listens_beyond_this_machine_is_listed(name: str, host: str, loopback: bool) -> None:
     with process_named(name, host) as (pid, port):
-        (found,) = (listener for listener in security.listeners() if listener.pid == pid)
-        assert (found.name, found.port, found.is_loopback) == (name, port, loopback)
+        (match,) = (listener for listener in security.listeners() if listener.pid == pid)
+        assert (match.name, match.port, match.is_loopback) == (name, port, loopback)
         check = security.open_ports()
     if not loopback:
         assert f"*:{port}" in check.found or "ports" in check.found  # other tests' Ray may run beside
