@@ -50,7 +50,7 @@ SAMPLING: dict[str, st.SearchStrategy[Any]] = {
 }
 parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": good_texts}), min_size=1, max_size=3)
 turns = st.lists(st.one_of(good_texts, parts), min_size=1, max_size=5).map(
-    lambda said: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    lambda messages: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
 )
 dialogs = turns.map(lambda turns: turns if len(turns) % 2 else turns[:-1])
 prompts = st.one_of(
@@ -83,7 +83,7 @@ def bodies(draw: st.DrawFn, route: str) -> Body:
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Where something stands in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in inner for found in ((*path, key), *places(item, (*path, key)))]
+    return [place for key, item in inner for place in ((*path, key), *places(item, (*path, key)))]
 
 
 @st.composite
@@ -190,8 +190,8 @@ def test_any_json_is_refused_as_openai_does(client: httpx.Client, value: Any, ro
 def test_any_damage_to_the_bytes_is_answered_or_refused(
     client: httpx.Client, body: Body, cut: int, place: int, inserted: bytes
 ) -> None:
-    whole = json.dumps(body).encode()
-    check_answer(post(client, "chat/completions", whole[:place] + inserted + whole[place + cut :]))
+    content = json.dumps(body).encode()
+    check_answer(post(client, "chat/completions", content[:place] + inserted + content[place + cut :]))
 
 
 @given(

@@ -68,8 +68,8 @@ def stream(
     return asyncio.run(collect())
 
 
-def parsed(written: Sequence[str]) -> list[Any]:
-    lines = "".join(written).split("\n\n")
+def parsed(events: Sequence[str]) -> list[Any]:
+    lines = "".join(events).split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
@@ -109,9 +109,9 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
         [delta([], 0, finish_reason="stop")],
     ]
     shape = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
-    written = stream(shape, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
-    assert len(written) == len(batches)  # what is ready together is one write
-    chunks = parsed(written)
+    events = stream(shape, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
+    assert len(events) == len(batches)  # what is ready together is one write
+    chunks = parsed(events)
     assert {(chunk["id"], chunk["object"], chunk["model"]) for chunk in chunks} == {
         ("chatcmpl-1", "chat.completion.chunk", "m")
     }
@@ -143,8 +143,8 @@ def test_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, v
 
     chunks = parsed(stream(shape, answers(), [[delta([token_id])] for token_id in token_ids]))
     together = answers()
-    done = json.loads(asyncio.run(collect(shape, [together], grow(together, [[delta(token_ids)]]))))
-    (choice,) = done["choices"]
+    response = json.loads(asyncio.run(collect(shape, [together], grow(together, [[delta(token_ids)]]))))
+    (choice,) = response["choices"]
     content = choice["logprobs"]["content"]
     assert content == [
         token
@@ -192,16 +192,16 @@ def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Token
     batches = [early, [delta(more, 0, finish_reason="length", prompt_logprobs=prompt_logprobs)], [delta(more[1:], 1)]]
     batches.append([delta([], 1, finish_reason="length")])
     shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=True)
-    done = json.loads(asyncio.run(collect(shape, [answers], grow(answers, batches))))
-    assert [choice["index"] for choice in done["choices"]] == [4, 5]
-    for choice in done["choices"]:
+    response = json.loads(asyncio.run(collect(shape, [answers], grow(answers, batches))))
+    assert [choice["index"] for choice in response["choices"]] == [4, 5]
+    for choice in response["choices"]:
         assert choice["text"] == "the red house is"
         assert choice["logprobs"]["tokens"] == ["the", " red", " house", " is"]
         assert choice["logprobs"]["text_offset"] == [0, 3, 7, 13]
         assert choice["logprobs"]["token_logprobs"] == [None, *(-token_id / 1000 for token_id in (*prompt[1:], *more))]
         assert choice["logprobs"]["top_logprobs"][0] is None
-    assert done["usage"]["prompt_tokens"] == len(prompt)
-    assert done["usage"]["completion_tokens"] == 2 * len(more)
+    assert response["usage"]["prompt_tokens"] == len(prompt)
+    assert response["usage"]["completion_tokens"] == 2 * len(more)
 
 
 @pytest.mark.promise("A2")
@@ -244,9 +244,9 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
     async def leave() -> None:
         answers = PromptOutput(generation([1]), vocabulary)
         shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
-        written = sse_events(shape, [answers], endless(answers), include_usage=False)
-        await anext(written)
-        await written.aclose()
+        events = sse_events(shape, [answers], endless(answers), include_usage=False)
+        await anext(events)
+        await events.aclose()
 
     asyncio.run(leave())
     assert closed == [True]
@@ -266,27 +266,27 @@ async def counted(length: int, closed: list[int], fails: bool = False) -> AsyncG
 
 def test_streams_of_several_prompts_come_together_and_an_error_or_a_leaving_client_closes_them_all() -> None:
     async def drain(fails: bool, leave_after: int) -> tuple[list[int], list[int]]:
-        seen: list[int] = []
+        indices: list[int] = []
         closed: list[int] = []
         lengths = (1, 5, 50)
         streams = [counted(length, closed, fails and length == 5) for length in lengths]
         async with aclosing(interleaved(streams)) as together:
             try:
                 async for (piece,) in together:
-                    seen.append(piece.index)
-                    if len(seen) == leave_after:
+                    indices.append(piece.index)
+                    if len(indices) == leave_after:
                         break
             except EngineFault:
-                seen.append(-1)
-        return seen, sorted(closed)
+                indices.append(-1)
+        return indices, sorted(closed)
 
-    seen, closed = asyncio.run(drain(False, 100))
-    assert sorted(seen) == [1] + [5] * 5 + [50] * 50
-    assert seen.index(50) < 3  # none waits for another's end
+    indices, closed = asyncio.run(drain(False, 100))
+    assert sorted(indices) == [1] + [5] * 5 + [50] * 50
+    assert indices.index(50) < 3  # none waits for another's end
     assert closed == [1, 5, 50]
-    seen, closed = asyncio.run(drain(True, 100))
-    assert seen[-1] == -1
-    assert seen.count(50) < 50
+    indices, closed = asyncio.run(drain(True, 100))
+    assert indices[-1] == -1
+    assert indices.count(50) < 50
     assert closed == [1, 5, 50]
     _, closed = asyncio.run(drain(False, 6))
     assert closed == [1, 5, 50]
@@ -303,5 +303,5 @@ def test_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, voca
         return [text async for text in sse_events(shape, prompts, together, include_usage=False)]
 
     chunks = parsed(asyncio.run(collect()))
-    found = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}
-    assert found == dict.fromkeys(range(3), "the end")
+    texts = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}
+    assert texts == dict.fromkeys(range(3), "the end")

@@ -116,10 +116,10 @@ def test_nothing_of_a_stop_string_is_sent(
 ) -> None:
     detokenizer = Detokenizer(vocabularies["embedded"], stop)
     out, _ = pieces(detokenizer, encode(tokenizers, text))
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    assert detokenizer.stopped == bool(found)
+    offsets = [at for at in (text.find(s) for s in stop) if at >= 0]
+    assert detokenizer.stopped == bool(offsets)
     sent = "".join(out)
-    if not found:
+    if not offsets:
         assert sent == text
     else:
         assert text.startswith(sent)
@@ -150,9 +150,9 @@ def test_a_stop_string_over_token_borders_takes_its_tokens_with_it(
         out, offsets = pieces(detokenizer, token_ids)
         assert detokenizer.stopped
         assert "".join(out) == sent
-        kept = b"".join(map(vocabularies["embedded"].spelling, token_ids[: len(offsets)])).decode()
-        assert sent.startswith(kept)
-        assert len(sent) - len(kept) < len(" forty")  # of a token that the stop string begins in
+        text = b"".join(map(vocabularies["embedded"].spelling, token_ids[: len(offsets)])).decode()
+        assert sent.startswith(text)
+        assert len(sent) - len(text) < len(" forty")  # of a token that the stop string begins in
         assert len(offsets) < detokenizer.num_tokens  # those of the stop string were made, and count
 
 
