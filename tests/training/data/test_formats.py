@@ -139,8 +139,8 @@ MARKS = [
 def test_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tuple[str, str, str]) -> None:
     """P E5: OpenAI's `weight` and Axolotl's `train` leave an answer in the dialog, as context."""
     key, role, content = names
-    said = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
-    row = {key: [{role: who, content: text, **mark} for who, text, mark in said]}
+    turns = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
+    row = {key: [{role: who, content: text, **mark} for who, text, mark in turns]}
     first, bad, *rest = dialog("q", "bad", "q2", "good")
     assert parse(row)[1] == Dialog((first, replace(bad, trained=False), *rest))
 
@@ -162,9 +162,9 @@ def test_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tu
 def test_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
     """P B10."""
     turns = [{"role": "user", "content": "q"} | user, {"role": "assistant", "content": "a"} | assistant]
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRow) as exc_info:
         parse({"messages": turns})
-    assert reason in str(caught.value)
+    assert reason in str(exc_info.value)
 
 
 @pytest.mark.promise("B10")
@@ -342,9 +342,9 @@ def test_preferences_share_whole_turns() -> None:
 )
 def test_a_bad_preference_row(row: Any, reason: str) -> None:
     """P B10."""
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRow) as exc_info:
         parse(row, "preference")
-    assert reason in str(caught.value)
+    assert reason in str(exc_info.value)
 
 
 @pytest.mark.parametrize(

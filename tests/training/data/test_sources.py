@@ -138,11 +138,11 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     """P B10."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError) as exc_info:
         contents(tmp_path / name)
-    assert reason in str(caught.value)
-    assert str(tmp_path / name) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert reason in str(exc_info.value)
+    assert str(tmp_path / name) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.promise("B10")
@@ -213,9 +213,9 @@ def test_a_revision_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
-        found = [fingerprint(DataSource(path="owner/name", revision=revision))[-1] for revision in (None, "v2")]
+        fingerprints = [fingerprint(DataSource(path="owner/name", revision=revision))[-1] for revision in (None, "v2")]
         hub.shutdown()
-    assert found == ["a" * 40, "b" * 40]
+    assert fingerprints == ["a" * 40, "b" * 40]
 
 
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,11 +117,11 @@ def test_hold_out_of_single_rows_is_the_exact_share() -> None:
 def test_weights_count_exactly_and_evenly(weight: float) -> None:
     contents = seeded_hashes(np.arange(500, dtype=np.uint64), 0)
     index = np.arange(100, 400)
-    taken = repeat_by_weight(index, contents, weight, seed=0)
-    assert len(taken) == round(weight * 300)
-    _, counts = np.unique(taken, return_counts=True)
+    repeated = repeat_by_weight(index, contents, weight, seed=0)
+    assert len(repeated) == round(weight * 300)
+    _, counts = np.unique(repeated, return_counts=True)
     assert set(counts.tolist()) <= {int(weight), int(weight) + 1}
-    assert set(taken.tolist()) <= set(index.tolist())
+    assert set(repeated.tolist()) <= set(index.tolist())
     if weight % 1:
-        assert not np.array_equal(taken, repeat_by_weight(index, contents, weight, seed=1))
+        assert not np.array_equal(repeated, repeat_by_weight(index, contents, weight, seed=1))
     assert len(repeat_by_weight(np.array([], dtype=np.int64), contents, weight, seed=0)) == 0

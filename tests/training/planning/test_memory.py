@@ -120,7 +120,7 @@ def count(
     rows = [{"input_ids": row, "labels": row_labels} for row, row_labels in zip(ids, labels, strict=True)]
     batch = {name: t if name == "cu_seq_lens" else t.to(device) for name, t in collate(rows).items()}  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    here = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
+    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
 
     def forward() -> torch.Tensor:
         mixed = step.compute_dtype != "float32"
@@ -140,7 +140,7 @@ def count(
             whole_step()
             saved, peak = 0, torch.cuda.max_memory_allocated()
         else:
-            saved_bytes = SavedBytes(here)
+            saved_bytes = SavedBytes(resident)
             with torch.autograd.graph.saved_tensors_hooks(saved_bytes.pack, lambda tensor: tensor):
                 loss = forward()
             saved = saved_bytes.total
@@ -181,21 +181,21 @@ def test_activations_of_the_gpu_path_are_those_that_autograd_keeps(
     step = replace(STEP, lora=LoraSettings(r=8, lora_dropout=0.0, target_modules=targets))
     counted = count(tmp_path, step, **shape)
     assert counted.estimated.activations == pytest.approx(counted.saved, rel=0.15)
-    beyond = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
-    assert beyond == pytest.approx(counted.peak, rel=0.15)
+    step_bytes = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
+    assert step_bytes == pytest.approx(counted.peak, rel=0.15)
 
 
 def test_peak_of_the_gpu_path_with_gradient_checkpointing(tmp_path: Path, gpu_operators: None) -> None:
     counted = count(tmp_path, replace(STEP, gradient_checkpointing=True), num_hidden_layers=8)
-    beyond = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
-    assert beyond == pytest.approx(counted.peak, rel=0.15)
+    step_bytes = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
+    assert step_bytes == pytest.approx(counted.peak, rel=0.15)
 
 
 def test_peak_of_the_gpu_path_where_logits_are_most_of_it(tmp_path: Path, gpu_operators: None) -> None:
     counted = count(tmp_path, STEP, vocab_size=32000, labelled=100)
-    beyond = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
+    step_bytes = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
     assert counted.estimated.phase == "loss"
-    assert beyond == pytest.approx(counted.peak, rel=0.15)
+    assert step_bytes == pytest.approx(counted.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
@@ -233,8 +233,8 @@ def test_weights_and_adapter_are_a_little_below_what_the_qlora_paper_says_a_mode
 ) -> None:
     """arXiv:2305.14314, table 6: memory of the 4-bit Guanaco models with their adapters, r 64 on all linear layers."""
     estimated = estimate(config, replace(STEP, lora=LoraSettings(r=64)), 1)
-    held = estimated.base_4bit + estimated.base_other + estimated.adapter
-    assert 0.75 < held / (gigabytes * 1e9) < 1
+    model_bytes = estimated.base_4bit + estimated.base_other + estimated.adapter
+    assert 0.75 < model_bytes / (gigabytes * 1e9) < 1
 
 
 def test_held_out_rows_of_a_large_vocabulary_are_the_peak_of_a_lean_step() -> None:

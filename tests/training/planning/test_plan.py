@@ -58,9 +58,9 @@ def test_plan_has_the_rows_steps_and_trainable_parameters_of_the_run(recipe: Pat
 
 def test_dry_run_is_yaml_that_trains_the_same_with_the_plan_as_comments(recipe: Path, tmp_path: Path) -> None:
     text = dry_run(load_config(recipe))
-    again = tmp_path / "again.yaml"
-    again.write_text(text)
-    assert resolved(load_config(again)) == resolved(load_config(recipe))
+    dumped = tmp_path / "again.yaml"
+    dumped.write_text(text)
+    assert resolved(load_config(dumped)) == resolved(load_config(recipe))
     for line in ("# rows     37 training and 4 held out; 2 dropped", "# steps    13 (2.6 epochs)", "# memory   "):
         assert line in text
     assert "trainable parameters" in text
@@ -94,12 +94,12 @@ def test_dry_run_with_fsdp_has_a_workers_part_of_the_base_and_two_whole_layers(
     shutil.copytree(tiny_base.path, deep, ignore=shutil.ignore_patterns("*.safetensors"))
     (deep / "config.json").write_text(json.dumps(tiny_base.llama_config() | {"num_hidden_layers": 16}))
     overrides = [f"base_model={deep}", "num_workers=2"]
-    whole, shared = (
+    replicated, shared = (
         json.loads(dry_run(load_config(recipe, [*overrides, f"fsdp={fsdp}"]), as_json=True))["plan"]["memory"]
         for fsdp in ("false", "true")
     )
-    assert shared["base_4bit"] == pytest.approx((1 / 2 + 2 / 16) * whole["base_4bit"], rel=0.001)
-    assert {key for key in shared if shared[key] != whole[key]} == {"base_4bit", "total", "allocated"}
+    assert shared["base_4bit"] == pytest.approx((1 / 2 + 2 / 16) * replicated["base_4bit"], rel=0.001)
+    assert {key for key in shared if shared[key] != replicated[key]} == {"base_4bit", "total", "allocated"}
     assert "the 4-bit base is sharded over them" in dry_run(load_config(recipe, [*overrides, "fsdp=true"]))
 
 

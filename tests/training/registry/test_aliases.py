@@ -35,8 +35,8 @@ def registry(
 
 def share(registry: AdapterRegistry, version: int, ref: str | None = None) -> float:
     """Of the identities, in percent, who get this version."""
-    got = [registry.resolve("ranch", ref, identity).version for identity in IDENTITIES]
-    return got.count(version) / len(got) * 100
+    versions = [registry.resolve("ranch", ref, identity).version for identity in IDENTITIES]
+    return versions.count(version) / len(versions) * 100
 
 
 @given(st.text(), st.integers(1, 10**9), st.integers(1, 10**9), st.floats(0.001, 99.999), st.floats(0.001, 99.999))
@@ -99,12 +99,12 @@ def test_a_canary_ends_with_the_alias_it_stood_beside_whoever_moves_it(
 ) -> None:
     AdapterPromoter(registry).promote("ranch", 3, percent=10)
     storage = registry.storage
-    kept, alias = storage.read("ranch/canary.json"), json.loads(storage.read("ranch/aliases/champion.json"))
+    canary, alias = storage.read("ranch/canary.json"), json.loads(storage.read("ranch/aliases/champion.json"))
     AdapterPromoter(registry).promote("ranch", 1)
-    storage.write("ranch/canary.json", kept)  # as a writer leaves it that dies, or knows of no canaries
+    storage.write("ranch/canary.json", canary)  # as a writer leaves it that dies, or knows of no canaries
     assert registry.traffic("ranch") == Traffic(1)
     AdapterPromoter(registry).promote("ranch", 2)
-    storage.write("ranch/canary.json", kept)
+    storage.write("ranch/canary.json", canary)
     assert registry.traffic("ranch") == Traffic(2)  # the same champion as then, but not the same promotion
     assert set(alias) == {"version", "previous", "updated"}  # what every Corral reads
 

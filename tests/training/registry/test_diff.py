@@ -40,17 +40,17 @@ def dense(folder: Path, shape: LoraParams) -> dict[str, torch.Tensor]:
 
 def test_norms_and_cosine_are_those_of_the_dense_matrices(tiny_adapter: Path, tmp_path: Path) -> None:
     other, other_shape = changed(tiny_adapter, tmp_path / "b", 0.03), SHAPE.model_copy(update={"lora_alpha": 12})
-    found = diff_weights(tiny_adapter, SHAPE, other, other_shape)
+    diff = diff_weights(tiny_adapter, SHAPE, other, other_shape)
     a, b = dense(tiny_adapter, SHAPE), dense(other, other_shape)
-    assert {module.module for module in found.modules} == a.keys()
-    for module in found.modules:
+    assert {module.module for module in diff.modules} == a.keys()
+    for module in diff.modules:
         w_a, w_b = a[module.module], b[module.module]
         assert module.relative_change == pytest.approx(float((w_b - w_a).norm() / w_a.norm()), rel=1e-9)
         assert module.cosine == pytest.approx(float((w_a * w_b).sum() / w_a.norm() / w_b.norm()), rel=1e-9)
     all_a, all_b = (torch.cat([w[name].flatten() for name in a]) for w in (a, b))
-    assert found.overall.relative_change == pytest.approx(float((all_b - all_a).norm() / all_a.norm()), rel=1e-9)
-    assert found.overall.cosine == pytest.approx(float(all_a @ all_b / all_a.norm() / all_b.norm()), rel=1e-9)
-    changes = [module.relative_change or 0 for module in found.modules]
+    assert diff.overall.relative_change == pytest.approx(float((all_b - all_a).norm() / all_a.norm()), rel=1e-9)
+    assert diff.overall.cosine == pytest.approx(float(all_a @ all_b / all_a.norm() / all_b.norm()), rel=1e-9)
+    changes = [module.relative_change or 0 for module in diff.modules]
     assert changes == sorted(changes, reverse=True)
 
 

@@ -92,15 +92,15 @@ def test_version_shape_and_format_are_written_out(
 ) -> None:
     AdapterPromoter(registry).promote("tiny-hand", 1, "stable")
     config = config_of(tiny_base, tmp_path, continue_from="tiny-hand@stable", lora={"lora_dropout": 0.3})
-    resolved, found = resolve_parent_adapter(config, tiny_base, registry)
-    assert found == parent
+    resolved, resolved_parent = resolve_parent_adapter(config, tiny_base, registry)
+    assert resolved_parent == parent
     assert resolved.continue_from == "tiny-hand@1"
     assert (resolved.lora.r, resolved.lora.lora_alpha, resolved.lora.lora_dropout) == (4, 8, 0.3)
     assert resolved.chat_format == "chatml"
     assert resolve_parent_adapter(resolved, tiny_base, registry)[0] == resolved
     assert TrainConfig.model_validate(resolved.model_dump(mode="json")) == resolved
-    fresh = config.model_copy(update={"continue_from": None})
-    assert resolve_parent_adapter(fresh, tiny_base, registry) == (fresh, None)
+    unparented = config.model_copy(update={"continue_from": None})
+    assert resolve_parent_adapter(unparented, tiny_base, registry) == (unparented, None)
 
 
 def split_between(
@@ -188,9 +188,9 @@ def test_contradiction_is_refused_naming_both(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as exc_info:
         resolve_parent_adapter(config_of(tiny_base, tmp_path, **changes), tiny_base, registry)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_unknown_parent_and_another_base_are_refused(
@@ -222,8 +222,8 @@ def test_outputs_at_step_0_are_the_parents_bit_for_bit(
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
 
-    watch = TrainingCallback(config, cast(Any, None), 10, "")
-    trainer = _trainer(config, read_inputs(config), model, watch, tmp_path / "scratch")  # TRL rounds to bfloat16
+    callback = TrainingCallback(config, cast(Any, None), 10, "")
+    trainer = _trainer(config, read_inputs(config), model, callback, tmp_path / "scratch")  # TRL rounds to bfloat16
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(IDS).logits, served.eval()(IDS).logits)
     after = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -111,11 +111,11 @@ def test_list_show_and_logs(tmp_path: Path) -> None:
     table = corral_runs("list", *where)
     assert "failed" in table
     assert "2/4" in table
-    shown = corral_runs("show", "late", *where)
-    assert "late: running, training" in shown
-    assert "1:00 left" in shown
-    assert "4.000 █▁ 3.000" in shown
-    assert "registered     not yet" in shown
+    output = corral_runs("show", "late", *where)
+    assert "late: running, training" in output
+    assert "1:00 left" in output
+    assert "4.000 █▁ 3.000" in output
+    assert "registered     not yet" in output
     assert "because        the loss became nan" in corral_runs("show", "early", *where)
     assert "resume it      corral train CONFIG run_name=early" in corral_runs("show", "early", *where)
     logs = corral_runs("logs", "late", *where).splitlines()
@@ -182,12 +182,12 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
         )
     )
 
-    drivers: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "training", "--config", str(tmp_path / "run.yaml")]
-        drivers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return drivers[-1]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
 
     def step() -> int:
         try:
@@ -198,48 +198,48 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     def state() -> str:
         return read_run(str(tmp_path / "runs"), "often").state
 
-    driver = start()
-    wait_until(lambda: step() >= 7, driver)
+    holder = start()
+    wait_until(lambda: step() >= 7, holder)
     assert state() == "running"
     second = start()
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {driver.pid} on ")
-    assert driver.poll() is None
-    started = psutil.Process(driver.pid).children(recursive=True)
+    assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {holder.pid} on ")
+    assert holder.poll() is None
+    started = psutil.Process(holder.pid).children(recursive=True)
     assert len(started) > 3
     # From another process: waiting for the driver here would take its exit code.
     stop = [sys.executable, "-m", "clients.cli", "runs", "stop", "often", "--storage", str(tmp_path / "runs")]
     stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
     assert "run_name=often resumes it" in stopped.stdout, stopped.stderr
-    assert driver.wait(timeout=300) == 1
-    assert driver.stderr.read().splitlines()[-1] == (
+    assert holder.wait(timeout=300) == 1
+    assert holder.stderr.read().splitlines()[-1] == (
         "error: run 'often' was stopped: run_name=often resumes it from its last checkpoint"
     )
     assert psutil.wait_procs(started, timeout=300)[1] == []
     assert state() == "stopped"
 
     stopped_at = step()
-    driver = start()
-    wait_until(lambda: step() > stopped_at + 6, driver)
-    started = psutil.Process(driver.pid).children(recursive=True)
+    holder = start()
+    wait_until(lambda: step() > stopped_at + 6, holder)
+    started = psutil.Process(holder.pid).children(recursive=True)
     at_work = [process for process in started if not is_agent(process)]
-    driver.kill()
-    driver.wait()
+    holder.kill()
+    holder.wait()
     assert psutil.wait_procs(at_work, timeout=300)[1] == []
     assert state() == "interrupted"
     assert "stopped-often" not in AdapterRegistry().names()
 
-    driver = start()
-    printed, errors = driver.communicate(timeout=300)
-    assert driver.returncode == 0, errors
-    assert "tiny-llama:stopped-often@1 is registered" in printed
+    holder = start()
+    output, errors = holder.communicate(timeout=300)
+    assert holder.returncode == 0, errors
+    assert "tiny-llama:stopped-often@1 is registered" in output
     assert state() == "finished"
     assert read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps == list(range(1, 61))
     # Ray's idle agents try for a minute to tell a dead GCS that its raylet died.
     assert psutil.wait_procs(started, timeout=300)[1] == []
-    shown = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
-    assert "registered     tiny-llama:stopped-often@1" in shown
+    output = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
+    assert "registered     tiny-llama:stopped-often@1" in output
 
 
 def is_agent(process: psutil.Process) -> bool:
@@ -249,9 +249,9 @@ def is_agent(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
-        assert driver.poll() is None, driver.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

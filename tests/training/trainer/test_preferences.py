@@ -206,11 +206,11 @@ def test_every_dpo_loss_that_is_evaluated_is_the_one_that_trains(
     trainer = trainer_for(config, model, tmp_path)
     rows, loss = first_step(trainer)
     trained = float(loss)
-    kept: list[PreferenceRow] = [
+    pair_rows: list[PreferenceRow] = [
         {key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
         for row in rows  # type: ignore[misc]
     ]
-    evaluated = HeldOutPreferences(model, config.preference, kept).metrics(model)
+    evaluated = HeldOutPreferences(model, config.preference, pair_rows).metrics(model)
     assert evaluated["eval_loss"] == pytest.approx(trained, abs=1e-4)
     assert evaluated["base_eval_loss"] == pytest.approx(loss_at_reference(config.preference, "dpo"))
 
@@ -228,8 +228,8 @@ def test_sequence_log_probability_does_not_depend_on_the_batch(tiny_base: BaseCh
     model = shaken(config).eval()
     pairs = ScoredPairs(read_inputs(config).train_rows)
     together = completion_logps(model, pairs)
-    alone = [float(logp(model, *pairs[at])) for at in range(5)]
-    assert together[:5].tolist() == pytest.approx(alone, abs=1e-3)
+    expected = [float(logp(model, *pairs[at])) for at in range(5)]
+    assert together[:5].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_mismatched_completions_are_those_of_other_rows_each_once() -> None:
@@ -295,10 +295,10 @@ def test_rows_are_read_from_the_store_and_never_held_in_memory(
 
 
 def assert_same_run(
-    recorder: Recorder, weights: dict[str, torch.Tensor], whole: Recorder, expected: dict[str, torch.Tensor]
+    recorder: Recorder, weights: dict[str, torch.Tensor], reference: Recorder, expected: dict[str, torch.Tensor]
 ) -> None:
-    assert recorder.steps.keys() == whole.steps.keys()
-    for step, metrics in whole.steps.items():
+    assert recorder.steps.keys() == reference.steps.keys()
+    for step, metrics in reference.steps.items():
         for name in ("loss", "grad_norm", "rewards/margins")[: 3 if "rewards/accuracies" in metrics else 2]:
             assert recorder.steps[step][name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-4), (step, name)
     for name, weight in expected.items():  # Adam makes steps of the learning rate of whatever rounding leaves
@@ -315,17 +315,17 @@ def test_a_step_is_train_batch_size_rows_however_they_are_divided(
 ) -> None:
     """Steps of 10, the last of an epoch shorter: a divisor of neither 8 nor 3."""
     shape = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
-    whole = Recorder()
+    reference = Recorder()
     config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=10, **shape)
-    run(config, tmp_path / "whole", whole)
+    run(config, tmp_path / "whole", reference)
     inputs = read_inputs(config)
-    assert len(whole.steps) == make_plan(config, inputs).num_steps == 2 * math.ceil(len(inputs.train_rows) / 10)
+    assert len(reference.steps) == make_plan(config, inputs).num_steps == 2 * math.ceil(len(inputs.train_rows) / 10)
     for per_device in (8, 3):
         recorder = Recorder()
         config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=per_device, **shape)
         run(config, tmp_path / str(per_device), recorder)
         assert_same_run(
-            recorder, trained_weights(tmp_path / str(per_device)), whole, trained_weights(tmp_path / "whole")
+            recorder, trained_weights(tmp_path / str(per_device)), reference, trained_weights(tmp_path / "whole")
         )
 
 
@@ -364,13 +364,13 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
     workers = [subprocess.Popen(command, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     for size in sizes:
-        whole = Recorder()
-        run(config.model_copy(update={"train_batch_size": size}), tmp_path / f"one-{size}", whole)
+        reference = Recorder()
+        run(config.model_copy(update={"train_batch_size": size}), tmp_path / f"one-{size}", reference)
         for rank in ("0", "1"):
             folder = tmp_path / str(size) / rank
             steps = {int(step): metrics for step, metrics in json.loads((folder / "steps.json").read_text()).items()}
             assert_same_run(
-                Recorder(steps=steps), trained_weights(folder), whole, trained_weights(tmp_path / f"one-{size}")
+                Recorder(steps=steps), trained_weights(folder), reference, trained_weights(tmp_path / f"one-{size}")
             )
 
 
@@ -397,15 +397,15 @@ def test_training_prefers_what_it_was_shown_and_keeps_adapters_in_float32(
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseCheckpoint, tmp_path: Path, method: str) -> None:
     config = config_of(method, tiny_base, tmp_path)
-    whole = Recorder(keep=tmp_path / "kept")
-    result = run(config, tmp_path / "whole", whole)
+    uninterrupted = Recorder(keep=tmp_path / "kept")
+    result = run(config, tmp_path / "whole", uninterrupted)
     resumed = Recorder()
-    again = run(config, tmp_path / "resumed", resumed, resume_from=tmp_path / "kept")
+    resumed_result = run(config, tmp_path / "resumed", resumed, resume_from=tmp_path / "kept")
     assert list(resumed.steps) == [5, 6, 7, 8]
     for step in resumed.steps:
-        assert resumed.steps[step]["loss"] == pytest.approx(whole.steps[step]["loss"], abs=1e-4)
-    assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
-    assert again.metrics["base_eval_loss"] == pytest.approx(result.metrics["base_eval_loss"], abs=1e-6)
+        assert resumed.steps[step]["loss"] == pytest.approx(uninterrupted.steps[step]["loss"], abs=1e-4)
+    assert resumed_result.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
+    assert resumed_result.metrics["base_eval_loss"] == pytest.approx(result.metrics["base_eval_loss"], abs=1e-6)
 
 
 @pytest.mark.promise("D15")
