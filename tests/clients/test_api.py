@@ -1,4 +1,4 @@
-"""clients.api against the real server: text in, text out, and the server's own words when it refuses."""
+"""clients.api against the real server: text in, text out, and the server's own error messages."""
 
 import contextlib
 import socket

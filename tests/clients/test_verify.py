@@ -92,7 +92,7 @@ def test_base_that_moved_away_is_named(
         load_with_peft(folder, Quantization(), torch.device("cpu"))
 
 
-def test_verdict_looks_at_tokens_at_the_end_and_at_log_probabilities() -> None:
+def test_comparison_covers_tokens_their_end_and_log_probabilities() -> None:
     peft = Continuation([5, 6], [-1.0], [-0.5, -0.25], stopped=True)
 
     def against(*, tokens: list[int], logprobs: list[float], stopped: bool = True) -> Comparison:

@@ -1,4 +1,4 @@
-"""`corral bench` against real servers on the loopback whose answers, timings and faults are written down here."""
+"""`corral bench` against real servers on the loopback interface with scripted answers, timings and faults."""
 
 import asyncio
 import datetime
@@ -60,7 +60,7 @@ SETTINGS = Settings(
 
 
 class ScriptedServer:
-    """Speaks OpenAI's chat API; the name of the model says how it behaves."""
+    """Serves OpenAI's chat API; the name of the model selects its behaviour."""
 
     def __init__(self, port: int, **options: Any) -> None:
         self.requests: list[dict[str, Any]] = []

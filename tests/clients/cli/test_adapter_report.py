@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def lineage(tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> Path:
-    """ranch@1 (sft), and ranch@2 (dpo) that went on from it."""
+    """ranch@1 (sft), and ranch@2 (dpo), which was trained from it."""
     registry = tmp_path / "registry"
     first = register(registry, tiny_base, tiny_adapter, method="sft", config={"seed": 7, "learning_rate": 0.001})
     register(

@@ -52,7 +52,7 @@ def test_help_takes_under_half_a_second_of_cpu() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(cpu_s() for _ in range(5)) < 0.5  # the least: neighbours on the machine only add
+    assert min(cpu_s() for _ in range(5)) < 0.5  # the minimum: other load on the machine only adds to it
 
 
 def test_every_command_has_help() -> None:

@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def csv_file(tmp_path: Path) -> Path:
-    """61 questions under other names than ours; one is there twice, one has no answer, one is too long."""
+    """61 questions with unfamiliar column names: one duplicate, one without an answer, one too long."""
     path = tmp_path / "questions.csv"
     rows = [f"Where is gate {n}?,Gate {n} is by the barn." for n in range(58)]
     rows += ["Where is gate 7?,Gate 7 is by the barn.", "Who hums?,", f"{'Why? ' * 80},Because."]
@@ -42,7 +42,7 @@ COLUMNS = "data.columns={prompt: question, completion: answer}"
 
 
 def test_check_shows_what_a_run_would_see(check: Any, csv_file: Path) -> None:
-    """P B10: bad rows with file, line, reason and first characters, all in one go."""
+    """P B10: all bad rows at once, each with file, line, reason and first characters."""
     result = check(csv_file, COLUMNS, "--max-length", 100)
     assert result.exit_code == 0, result.output
     output = result.stdout
@@ -103,7 +103,7 @@ def test_check_of_a_training_yaml_sees_its_settings(
 
 
 def test_the_readmes_csv_is_as_the_readme_shows_it(check: Any) -> None:
-    """The chapter "Train on your own data" quotes these lines."""
+    """The section "Train on your own data" quotes these lines."""
     recipe, rows = (PROJECT / "configs" / name for name in ("train/workshop.yaml", "datasets/workshop.csv"))
     output = check("--config", recipe, rows).stdout
     assert "77 read, 1 cannot be used, 1 duplicates left out" in output

@@ -48,7 +48,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def process_named(name: str, host: str = "127.0.0.1", **environment: str) -> Iterator[tuple[int, int]]:
-    """A process that `ps` shows as `name`, listening at `host`; yields its id and port."""
+    """A process that `ps` shows as `name`, listening on `host`; yields its pid and port."""
     with subprocess.Popen(
         [name, "-c", _LISTEN, host], executable=sys.executable, env=os.environ | environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

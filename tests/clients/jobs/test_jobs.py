@@ -92,7 +92,7 @@ def cluster(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def trained(cluster: Cluster) -> subprocess.CompletedProcess[str]:
-    """What `corral train --submit` printed of a run that went to its end."""
+    """The output of `corral train --submit` for a run that finished."""
     return cluster.submit("--submission-id", "nightly", "max_steps=4", "--env", "NIGHT=1")
 
 

@@ -1,4 +1,4 @@
-"""What a job is sent: all that training needs, data under names of the package, and nothing else."""
+"""The package of a job: everything that training needs, data under the package's names, and nothing else."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from clients.jobs import package as job_package
 from clients.jobs.package import JobPackage, pack
 from training.config.load import load_config
 from training.errors import ConfigError, DatasetError
@@ -67,7 +66,7 @@ def test_the_sent_files_of_a_sweep_alone_list_the_same_trials(project: Path, tmp
 
 
 def dry_run_there(package: JobPackage, tmp_path: Path) -> str:
-    """What the job's command prints of its configuration, where there is nothing but what was sent."""
+    """The configuration that the job's command prints where only the package exists."""
     package.write(tmp_path / "package.zip")
     zipfile.ZipFile(tmp_path / "package.zip").extractall(tmp_path / "there")
     # Without the checkout, which an editable installation puts on the path.
@@ -119,7 +118,7 @@ def test_what_is_not_here_is_left_to_the_cluster_or_refused(project: Path) -> No
 
 def test_a_package_over_rays_limit_is_refused_before_it_is_sent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "rows/a.jsonl").write_bytes(os.urandom(3 * 2**20))
-    monkeypatch.setattr(job_package, "MAX_PACKAGE_BYTES", 2 * 2**20)
+    monkeypatch.setattr("clients.jobs.package.MAX_PACKAGE_BYTES", 2 * 2**20)
     with pytest.raises(ConfigError, match=r"limit of 2\.0 MiB.*rows/a\.jsonl' \(3\.0 MiB\).*shared"):
         packed().write(project / "package.zip")
 
