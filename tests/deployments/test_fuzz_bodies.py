@@ -1,6 +1,6 @@
-"""Any body whatever on the real ingress and engine (B): 200 or a 4xx in OpenAI's shape, and nothing left behind.
+"""Arbitrary bodies on the real ingress and engine (B): 200 or a 4xx in OpenAI's format, and nothing leaked.
 
-Bodies are built from fields that are mostly right, then spoiled: a value replaced, a key lost or added, bytes changed.
+Bodies are built from mostly valid fields, then corrupted: a value replaced, a key lost or added, bytes changed.
 """
 
 import json
@@ -62,7 +62,7 @@ Body = dict[str, Any]
 
 @st.composite
 def bodies(draw: st.DrawFn, route: str) -> Body:
-    """A body that is right, but for dialogs that are too long for the context now and then."""
+    """A valid body, except for an occasional dialog that is too long for the context."""
     body = {"model": draw(models), "max_tokens": draw(st.integers(1, 5))}
     if route == "chat/completions":
         body |= draw(st.fixed_dictionaries({"messages": dialogs}, optional=SAMPLING | {"logprobs": st.booleans()}))
@@ -81,14 +81,14 @@ def bodies(draw: st.DrawFn, route: str) -> Body:
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Where something stands in a JSON value."""
+    """The paths of all items in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place for key, item in inner for place in ((*path, key), *places(item, (*path, key)))]
 
 
 @st.composite
 def spoiled(draw: st.DrawFn, route: str) -> Body:
-    """A good body with up to three things wrong."""
+    """A valid body with up to three errors."""
     body = json.loads(json.dumps(draw(bodies(route))))
     for _ in range(draw(st.integers(0, 3))):
         where = draw(st.sampled_from(places(body) or [("model",)]))

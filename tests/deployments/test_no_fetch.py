@@ -18,12 +18,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         _watched.append(arguments[1] if event != "socket.getaddrinfo" else arguments[:2])
 
 
-sys.addaudithook(_audit)  # there is no way to take it out again
+sys.addaudithook(_audit)  # it cannot be removed
 
 
 @pytest.fixture
 def connections() -> Iterator[list[Any]]:
-    """Where any thread of this process, which has the whole API in it, connects to."""
+    """The addresses that any thread of this process, which runs the complete API, connects to."""
     global _watched
     _watched = []
     yield _watched
@@ -32,7 +32,7 @@ def connections() -> Iterator[list[Any]]:
 
 @pytest.fixture
 def web_server() -> Iterator[socket.socket]:
-    """Somebody's web server, which must not be asked."""
+    """An external web server, which must not receive a request."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         yield listening
@@ -75,4 +75,4 @@ def test_nothing_that_a_request_names_is_fetched(
         web_server.accept()
     addresses = [address for address in connections if address[1] != own_port]
     assert addresses == []
-    assert connections  # the client's own connection: the watch works
+    assert connections  # the client's own connection: the audit hook works

@@ -1,4 +1,4 @@
-"""Serve YAMLs: everything misspelt is refused, also where Ray would drop it without a word."""
+"""Serve YAMLs: every misspelt key is refused, also where Ray would ignore it."""
 
 from pathlib import Path
 from typing import Any

@@ -44,14 +44,14 @@ class Server:
         return httpx.post(url, json=self.body(ignore_eos=True, **changes), headers=headers, timeout=120)
 
     def stream(self, up: ExitStack, key: str) -> httpx.Response:
-        """A stream that lasts for a while: it has begun, and it ends with `up`."""
+        """A long stream that has started; it is closed with `up`."""
         url, headers = f"{self.url}/v1/chat/completions", {"authorization": f"Bearer {key}"}
         body = self.body(ignore_eos=True, stream=True, max_tokens=480, n=8)
         response = up.enter_context(httpx.stream("POST", url, json=body, headers=headers, timeout=120))
         if response.status_code == 200:
             lines = response.iter_lines()
             next(lines)
-            up.callback(lines.close)  # a generator that nobody holds would close the connection
+            up.callback(lines.close)  # an unreferenced generator would close the connection
         return response
 
     def kill(self, deployment: str) -> None:
@@ -63,7 +63,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Keys are made while it runs; in a CORRAL_HOME of its own, since keys shut others out."""
+    """Keys are created while it runs, in a CORRAL_HOME of its own, since the first key closes a server."""
     content = serve_config()
     application = content["applications"][0]
     application["args"] = {"base_model": str(tiny_base.path), "engine": {"max_model_len": 512}}
@@ -111,7 +111,7 @@ def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(ser
         assert "2 requests at a time" in refusals[0].json()["error"]["message"]
         first.close()
         wait_for(lambda: server.post(key).status_code == 200, 300)
-    for _ in range(5):  # one after the other, nothing is in the way
+    for _ in range(5):  # sequential requests pass
         assert server.post(key, stream=True).status_code == 200
 
 

@@ -1,5 +1,5 @@
 """Admission and trace on the real ingress and the real ledger in one process (C2, A4, A8): whatever ends a request,
-its reservation is released once and counted once. The model replica is scripted: it fails and waits where a test says so.
+its reservation is released once and counted once. The model replica is scripted to fail and wait on request.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class Replica:
 
 
 class LedgerHandle:
-    """Ray's handle of a ledger in this process; remembers what was called, and can lose its ledger."""
+    """Ray's handle of a ledger in this process; records the calls, and can lose its ledger."""
 
     def __init__(self) -> None:
         self.ledger: Any = cast(serve.Deployment, Ledger).func_or_class()
@@ -302,7 +302,7 @@ def test_what_is_refused_before_it_is_admitted_is_not_released(run: Callable[...
         assert (await api.post(max_tokens=5000)).json()["error"]["code"] == "context_length_exceeded"
         assert (await api.post(model="nobody")).status_code == 404
         assert (api.ledger.called("admit"), released_tokens(api)) == ([], [])
-        assert (await api.post()).status_code == 200  # they took nothing
+        assert (await api.post()).status_code == 200  # they reserved nothing
 
     run(scenario)
 

@@ -41,7 +41,7 @@ steps = st.lists(
         st.floats(0, 30),  # seconds since the last request
         st.integers(1, 60),  # tokens that it may use
         st.floats(0, 1),  # the part of them that it does use
-        st.floats(0, 70),  # seconds until that is settled
+        st.floats(0, 70),  # seconds until those are released
     ),
     max_size=60,
 )
@@ -55,7 +55,7 @@ def test_no_minute_has_more_than_the_limit_and_retry_after_is_true(
     limits = KeyLimits(rpm=rpm, tpm=tpm)
     clock = Clock()
     limiter = Limiter(clock)
-    admitted: list[list[float]] = []  # time, tokens that count now, tokens used, when they are settled
+    admitted: list[list[float]] = []  # time, tokens that count now, tokens used, time of release
     for i, (pause, num_tokens, part, settled_after) in enumerate(steps):
         clock.now += pause
         for j, (_, _, used, settled_at) in enumerate(admitted):

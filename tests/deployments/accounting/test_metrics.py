@@ -108,7 +108,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
     return Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
 
 
-def test_a_booking_tells_seconds_from_the_request_to_first_token_and_between_tokens() -> None:
+def test_a_trace_has_the_seconds_from_the_request_to_first_token_and_between_tokens() -> None:
     trace = RequestTrace("/v1/completions", ANONYMOUS, "tiny", 200, num_completions=2, started_at=100.0)
     trace.usage = usage(7, 22)  # two answers of 11 tokens
     trace.first_token_at, trace.last_token_at = 101.0, 103.0
@@ -118,7 +118,7 @@ def test_a_booking_tells_seconds_from_the_request_to_first_token_and_between_tok
     assert (record.key_id, record.key_name) == (None, "anonymous")
 
 
-def test_a_booking_of_one_token_has_no_time_between_tokens_and_a_scored_text_no_first_token() -> None:
+def test_a_trace_of_one_token_has_no_time_between_tokens_and_a_scored_text_no_first_token() -> None:
     trace = RequestTrace(status=200, started_at=100.0, first_token_at=101.0, last_token_at=101.0, usage=usage(7, 1))
     assert (trace.record().first_token_s, trace.record().token_s) == (1.0, None)
     trace.usage = usage(7, 0)

@@ -98,7 +98,7 @@ def test_list_and_show(api: Api, tiny_base: BaseCheckpoint, tiny_adapter: Path) 
     assert [version["canary_percent"] for version in ranch["versions"]] == [None, None, 12.5]
     assert ranch["versions"][2]["model_id"] == f"{api.base}:ranch@3"
     assert ranch["versions"][0]["metrics"] == {"eval_loss": 1.0, "base_eval_loss": 2.0}
-    assert other["versions"][0]["metrics"]["eval_loss"] == "NaN"  # which JSON has no number for
+    assert other["versions"][0]["metrics"]["eval_loss"] == "NaN"  # not representable in JSON
     assert other["versions"][0]["forced"]
 
 
@@ -183,7 +183,7 @@ def test_models_tell_parent_alias_created_and_canary(api: Api) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_the_command_line_says_the_same_of_a_server_and_of_its_registry(api: Api, remote: bool) -> None:
+def test_the_command_line_reports_a_server_as_its_registry(api: Api, remote: bool) -> None:
     where = ["--url", str(api.http.base_url)] if remote else ["--registry", api.registry._storage.address]
 
     def adapters(*arguments: str) -> str:
@@ -255,7 +255,7 @@ def test_a_deleted_version_ends_its_answers_and_begins_no_more(api: Api) -> None
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         assert "role" in next(lines)
         assert api.http.delete("/v1/adapters/ranch/versions/3").status_code == 200
-        assert api.model._engine.num_running == 1  # it is still at it
+        assert api.model._engine.num_running == 1  # it is still running
         for line in lines:
             if line == "[DONE]":
                 break

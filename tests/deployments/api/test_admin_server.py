@@ -1,4 +1,4 @@
-"""Canary and rollback (A5), request ids (A8) and what is written down (C8), on a real server."""
+"""Canary and rollback (A5), request ids (A8) and what is logged (C8), on a real server."""
 
 import json
 import os

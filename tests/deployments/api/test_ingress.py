@@ -1,4 +1,4 @@
-"""The HTTP API on a real server: OpenAI's shapes (A), refusals (B), adapters by model id."""
+"""The HTTP API on a real server: OpenAI's response formats (A), refusals (B), adapters by model id."""
 
 import json
 import re
@@ -446,7 +446,7 @@ def test_an_adapter_that_gives_nan_is_quarantined_and_others_serve_on(
 
 
 def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> None:
-    for _ in range(20):  # more than there are places in the engine
+    for _ in range(20):  # more than the engine runs at once
         request = body(server, stream=True, max_tokens=3000, ignore_eos=True)
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=request, timeout=120) as response:
             next(response.iter_lines())

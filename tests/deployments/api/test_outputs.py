@@ -1,4 +1,4 @@
-"""Scripted token deltas through answers and shapes: what a client sees of n answers, log-probabilities and echo."""
+"""Scripted token deltas through the formatters: n answers, log-probabilities and echo as a client sees them."""
 
 import asyncio
 import json
@@ -55,14 +55,14 @@ async def grow(
 
 
 def stream(
-    shape: ResponseFormatter,
+    formatter: ResponseFormatter,
     answers: PromptOutput,
     batches: Sequence[list[Delta] | Exception],
     include_usage: bool = False,
 ) -> list[str]:
     async def collect() -> list[str]:
         return [
-            text async for text in sse_events(shape, [answers], grow(answers, batches), include_usage=include_usage)
+            text async for text in sse_events(formatter, [answers], grow(answers, batches), include_usage=include_usage)
         ]
 
     return asyncio.run(collect())
@@ -108,8 +108,8 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
         [delta(a[1:2], 0), delta(a[2:], 0), delta(b[1:], 1, finish_reason="length")],
         [delta([], 0, finish_reason="stop")],
     ]
-    shape = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
-    events = stream(shape, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
+    formatter = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
+    events = stream(formatter, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
     assert len(events) == len(batches)  # what is ready together is one write
     chunks = parsed(events)
     assert {(chunk["id"], chunk["object"], chunk["model"]) for chunk in chunks} == {
@@ -136,14 +136,14 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
 @pytest.mark.promise("A1")
 def test_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     token_ids = ids(tokenizer, "a 👩 b STOP c")
-    shape = ChatFormatter("x", "m", vocabulary, with_logprobs=True)
+    formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=True)
 
     def answers() -> PromptOutput:
         return PromptOutput(generation([1], logprobs=2), vocabulary, ["STOP"])
 
-    chunks = parsed(stream(shape, answers(), [[delta([token_id])] for token_id in token_ids]))
+    chunks = parsed(stream(formatter, answers(), [[delta([token_id])] for token_id in token_ids]))
     together = answers()
-    response = json.loads(asyncio.run(collect(shape, [together], grow(together, [[delta(token_ids)]]))))
+    response = json.loads(asyncio.run(collect(formatter, [together], grow(together, [[delta(token_ids)]]))))
     (choice,) = response["choices"]
     content = choice["logprobs"]["content"]
     assert content == [
@@ -166,9 +166,9 @@ def test_top_logprobs_are_listed_likeliest_first(tokenizer: Tokenizer, vocabular
     token = TokenLogprob(cow, -5.0, ((cat, -0.1), (dog, float("-inf"))))
     batch = [Delta([cow], "length", logprobs=(token,))]
 
-    def choice(shape: ResponseFormatter) -> Any:
+    def choice(formatter: ResponseFormatter) -> Any:
         answers = PromptOutput(generation([1], logprobs=2), vocabulary, continues_prompt=True)
-        return json.loads(asyncio.run(collect(shape, [answers], grow(answers, [batch]))))["choices"][0]
+        return json.loads(asyncio.run(collect(formatter, [answers], grow(answers, [batch]))))["choices"][0]
 
     (chat,) = choice(ChatFormatter("x", "m", vocabulary, with_logprobs=True))["logprobs"]["content"]
     assert (chat["token"], chat["logprob"], chat["bytes"]) == (" cow", -5.0, list(b" cow"))
@@ -188,11 +188,11 @@ def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Token
         continues_prompt=True,
         echo=True,
     )
-    early = [delta(more[:1], 1)]  # answer 0 brings what answer 1 needs to begin
+    early = [delta(more[:1], 1)]  # answer 1 starts with the output of answer 0
     batches = [early, [delta(more, 0, finish_reason="length", prompt_logprobs=prompt_logprobs)], [delta(more[1:], 1)]]
     batches.append([delta([], 1, finish_reason="length")])
-    shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=True)
-    response = json.loads(asyncio.run(collect(shape, [answers], grow(answers, batches))))
+    formatter = CompletionFormatter("x", "m", vocabulary, with_logprobs=True)
+    response = json.loads(asyncio.run(collect(formatter, [answers], grow(answers, batches))))
     assert [choice["index"] for choice in response["choices"]] == [4, 5]
     for choice in response["choices"]:
         assert choice["text"] == "the red house is"
@@ -221,11 +221,11 @@ def test_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, voc
 def test_an_error_before_the_first_batch_is_raised_and_a_later_one_is_an_event(
     tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> None:
-    shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
+    formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
     with pytest.raises(EngineFault):
-        stream(shape, PromptOutput(generation([1]), vocabulary), [EngineFault("broke")])
+        stream(formatter, PromptOutput(generation([1]), vocabulary), [EngineFault("broke")])
     batches = [[delta(ids(tokenizer, "hi"))], EngineFault("broke")]
-    *_, last = parsed(stream(shape, PromptOutput(generation([1]), vocabulary), batches))
+    *_, last = parsed(stream(formatter, PromptOutput(generation([1]), vocabulary), batches))
     assert last["error"]["message"] == "broke"
     with pytest.raises(EngineFault):
         PromptOutput(generation([1]), vocabulary).add([Delta([], "error")])
@@ -243,8 +243,8 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
 
     async def leave() -> None:
         answers = PromptOutput(generation([1]), vocabulary)
-        shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
-        events = sse_events(shape, [answers], endless(answers), include_usage=False)
+        formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
+        events = sse_events(formatter, [answers], endless(answers), include_usage=False)
         await anext(events)
         await events.aclose()
 
@@ -298,9 +298,9 @@ def test_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, voca
 
     async def collect() -> list[str]:
         prompts = [PromptOutput(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
-        shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=False)
+        formatter = CompletionFormatter("x", "m", vocabulary, with_logprobs=False)
         together = interleaved([grow(prompt, batches) for prompt in prompts])  # all have grown when one is seen
-        return [text async for text in sse_events(shape, prompts, together, include_usage=False)]
+        return [text async for text in sse_events(formatter, prompts, together, include_usage=False)]
 
     chunks = parsed(asyncio.run(collect()))
     texts = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}

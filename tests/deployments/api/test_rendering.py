@@ -1,4 +1,4 @@
-"""From a request's body to what a replica gets: texts and BOS (A2), refusals that need the tokenizer (B2, B3, B5)."""
+"""From a request's body to the replica's request: texts and BOS (A2), refusals that need the tokenizer (B2, B3, B5)."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A4: /tokenize and /detokenize give and take what generation does (E1), on every kind of tokenizer."""
+"""A4: /tokenize and /detokenize agree with generation (E1), on every kind of tokenizer."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ ALPHABET = " aé漢👩\u200d\U0001f3fd\n\t\0<>|[]/sINThibcd"
 
 @pytest.fixture(scope="module")
 def known_characters(renderers: dict[str, RequestRenderer]) -> dict[str, str]:
-    """Of ALPHABET, what each vocabulary has; the reduced ones lack some."""
+    """The characters of ALPHABET that each vocabulary has; the reduced ones lack some."""
     characters = {}
     for family, renderer in renderers.items():
         characters[family] = ""

@@ -1,4 +1,4 @@
-"""The door of the HTTP API: who gets in with which key, and that no route was forgotten (C1, C2, C8)."""
+"""Authentication of the HTTP API: which key is accepted for what, and that every route requires one (C1, C2, C8)."""
 
 import logging
 import socket
@@ -19,7 +19,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from deployments.api.http_app import create_api
-from deployments.auth import dependencies as auth
+from deployments.auth import dependencies
 from deployments.auth.caller import ANONYMOUS
 from deployments.auth.dependencies import AdminCaller, ChatCaller, key_store
 from deployments.auth.keys import KeyStore
@@ -39,7 +39,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyStore]
 
 
 def api() -> FastAPI:
-    """The application that the ingress has its routes on, with two that say who calls."""
+    """The ingress's application, with two routes that report the caller."""
     app = create_api()
 
     @app.get("/v1/models")
@@ -128,10 +128,10 @@ def test_without_keys_a_server_that_haproxy_opens_to_others_lets_nobody_in(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("*", 401), ("::", 401), ("10.0.0.7", 401)):
-        auth._listens_on_loopback.cache_clear()
+        dependencies._listens_on_loopback.cache_clear()
         monkeypatch.setenv("CORRAL_HAPROXY_BIND", f"{host}:8000 ssl crt /run/tls.crt")
         assert client.get("/v1/models").status_code == status, host
-    auth._listens_on_loopback.cache_clear()
+    dependencies._listens_on_loopback.cache_clear()
 
 
 @pytest.mark.promise("A4")
@@ -170,7 +170,7 @@ def test_every_route_of_the_api_asks_for_a_key() -> None:
 
 @pytest.fixture
 def address(store: KeyStore) -> Iterator[tuple[str, int]]:
-    """The application on a socket, which is sent what no client library would."""
+    """The application on a socket, for requests that no client library would send."""
     config = uvicorn.Config(api(), port=free_port(), log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -225,7 +225,7 @@ def test_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) -> No
     for value in wrong:
         assert status_of(address, b"/v1/models", host, b"Authorization: " + value) in (400, 401), value
     bad = b"Authorization: Bearer wrong"
-    for pair in ((good, good), (good, bad), (bad, good)):  # which of two counts is for nobody to guess
+    for pair in ((good, good), (good, bad), (bad, good)):  # two headers are ambiguous
         assert status_of(address, b"/v1/models", host, *pair) == 401
 
 

@@ -1,4 +1,4 @@
-"""The file of API keys: what it keeps, whom it lets in, and that it never opens up (C1, C2)."""
+"""The file of API keys: what it stores, whom it admits, and that it never fails open (C1, C2)."""
 
 import json
 import multiprocessing
@@ -120,7 +120,7 @@ def test_an_unchanged_file_is_not_read_again(store: KeyStore, monkeypatch: pytes
 
 @pytest.mark.promise("C2")
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "unknown field", "no scope", "duplicate id", "naive time"])
-def test_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, damage: str) -> None:
+def test_a_broken_file_lets_nobody_in_until_it_is_repaired(store: KeyStore, damage: str) -> None:
     _, key = store.create("laptop", ("chat",))
     original = store.path.read_text()
     content = json.loads(original)
@@ -176,7 +176,7 @@ def test_keys_made_at_the_same_time_are_all_kept(store: KeyStore) -> None:
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        store.list()  # whole at any moment, else this raises
+        store.list()  # complete at any moment, else this raises
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(store.list()) == 20
 

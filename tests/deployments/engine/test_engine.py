@@ -1,4 +1,4 @@
-"""The engine against PEFT on the same NF4 weights (E2), and its promises about neighbours, faults and cancellation.
+"""The engine against PEFT on the same NF4 weights (E2), and its guarantees on other requests, faults and cancellation.
 
 Everything runs on the compiled CPU kernels, on torch's operators, and on a GPU where there is one.
 """
@@ -127,7 +127,7 @@ def loaded(tiny_base: BaseCheckpoint, adapters: dict[str, Path], backend: str) -
 
 @pytest.fixture
 def engine(loaded: Engine) -> Iterator[Engine]:
-    """The engine, and a check that a test leaves nothing behind (D6)."""
+    """The engine, and a check that a test leaks nothing (D6)."""
     yield loaded
     drain(loaded)
     assert (loaded.num_running, loaded.num_waiting, loaded.num_adapter_references) == (0, 0, 0)
@@ -199,7 +199,7 @@ def test_preempted_equals_peft(
     backend: str,
     peft_greedy: dict[tuple[int, str | None], list[int]],
 ) -> None:
-    """A cache for one sequence of the full length: five long ones take turns, and none loses a token."""
+    """A cache for one sequence of the full length: five long ones preempt each other, and none loses a token."""
     engine = new_engine(tiny_base, backend, kv_cache_bytes=1)
     assert load(engine, adapters["r16"], "r16")
     answers = Answers()
@@ -234,7 +234,7 @@ def test_teacher_forced_logprobs_equal_peft(engine: Engine, peft_model: PeftMode
 
 
 @pytest.mark.promise("A7")
-def test_same_seed_same_tokens_alone_and_in_a_crowd(engine: Engine) -> None:
+def test_same_seed_same_tokens_alone_and_in_a_batch(engine: Engine) -> None:
     sampling = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=50, seed=7, ignore_eos=True, logprobs=2)
     expected = answer(engine, PROMPTS[0], sampling)
     batched = Answers()
@@ -320,7 +320,7 @@ def test_an_adapter_in_use_keeps_its_slot(engine: Engine, adapters: dict[str, Pa
     assert not engine.unload_adapter("r4")
     drain(engine)
     assert load(engine, adapters["r4"], "fifth")
-    assert engine.loaded_adapters() == ["r8", "r16", "r64", "fifth"]  # the least recently used one made room
+    assert engine.loaded_adapters() == ["r8", "r16", "r64", "fifth"]  # the least recently used one was evicted
     with pytest.raises(KeyError):
         answers.add(engine, EngineRequest("c", PROMPTS[0], greedy(), "r4"))
     assert load(engine, adapters["r4"], "r4")

@@ -18,7 +18,7 @@ def weights(r: int, *places: tuple[int, str], scaling: float = 2.0) -> LoraWeigh
 
 
 def applied(stacks: LoraStacks, slot: int, place: tuple[int, str], x: torch.Tensor) -> torch.Tensor:
-    """What the forward adds for a token of this slot."""
+    """The output that the forward adds for a token of this slot."""
     owned = stacks.stacked.owned_by(torch.full((len(x),), slot))
     return stacks.stacked.add(place, owned, x, torch.zeros(len(x), 5))
 

@@ -45,7 +45,7 @@ def outcomes(api: InProcessApi, body: dict[str, Any]) -> list[Any]:
 
 
 def neighbours(api: InProcessApi, rng: random.Random) -> list[dict[str, Any]]:
-    """Other people's requests: both models, all lengths, some long enough to be computed in chunks."""
+    """Other users' requests: both models, all lengths, some long enough to be computed in chunks."""
     return [
         {
             "model": rng.choice([api.base.name, api.adapter]),
@@ -61,7 +61,7 @@ def neighbours(api: InProcessApi, rng: random.Random) -> list[dict[str, Any]]:
 
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("which", ["base", "adapter"])
-def test_same_seed_same_text_alone_and_in_any_crowd(tiny_api: InProcessApi, which: str) -> None:
+def test_same_seed_same_text_alone_and_in_any_batch(tiny_api: InProcessApi, which: str) -> None:
     model = tiny_api.base.name if which == "base" else f"{tiny_api.adapter}@1"
     user = {"role": "user", "content": "hi"}
     common = {"model": model, "messages": [user], "seed": 11, "max_tokens": 24, "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""How every request picks its next token, and that it does so as if it were alone."""
+"""How every request samples its next token, independently of the rest of the batch."""
 
 import math
 from collections import Counter
@@ -38,7 +38,7 @@ def draws(logits: torch.Tensor, row: SamplingRow, n: int) -> Counter[int]:
 
 
 def expected_probabilities(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    """What the parameters mean, step by step over the whole vocabulary in double precision."""
+    """The parameters' definition, step by step over the full vocabulary in double precision."""
     params, answer = row.params, row.token_ids[row.num_prompt_tokens :]
     values = logits[0].double()
     for token_id, bias in params.logit_bias:

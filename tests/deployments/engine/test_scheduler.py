@@ -1,4 +1,4 @@
-"""The scheduler over its block pool: order, budget, prefix reuse, preemption, and what must hold under any load."""
+"""The scheduler over its block pool: order, budget, prefix reuse, preemption, and its invariants under any load."""
 
 from collections import Counter
 from collections.abc import Sequence as Tokens
@@ -438,7 +438,7 @@ class Load(RuleBasedStateMachine):
         self.advance(chunks, sampled)
 
     def scheduled(self) -> list[Chunk]:
-        """What is to run next, which must be what the rules say."""
+        """The next sequence to run must be the one that the rules name."""
         scheduler = self.scheduler
         was_running = list(scheduler.running)
         decoding = [s for s in was_running if len(s.token_ids) - s.num_computed == 1]
@@ -455,7 +455,7 @@ class Load(RuleBasedStateMachine):
             assert (sequence in sequences) == (sequence in scheduler.running)
         if not preempted:
             assert scheduler.running[: len(was_running)] == was_running
-        else:  # the youngest went, nobody came, the oldest stayed
+        else:  # the youngest was preempted, none admitted, the oldest kept
             assert scheduler.running == was_running[: len(scheduler.running)]
             assert scheduler.running
             assert (
@@ -488,7 +488,7 @@ class Load(RuleBasedStateMachine):
         return chunks
 
     def run(self, chunks: list[Chunk]) -> None:
-        """The forward: every token sees its own past and nothing else; then its KV is there."""
+        """The forward: every token sees its own past and nothing else; then its KV is written."""
         holders = Counter(block for s in self.scheduler.running for block in s.block_table)
         for chunk in chunks:
             for position in range(chunk.start):

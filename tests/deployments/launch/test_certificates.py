@@ -1,4 +1,4 @@
-"""`corral certs` (C3): who can read the key, what the certificate is valid for, and that clients can trust it."""
+"""`corral certs` (C3): who can read the key, which hosts the certificate covers, and that clients can verify it."""
 
 import contextlib
 import datetime
@@ -216,7 +216,7 @@ def https_server(certificate: Path, key: Path) -> Iterator[str]:
 
 
 def strict(path: Path) -> ssl.SSLContext:
-    """What Python 3.13 makes by default."""
+    """The default of Python 3.13."""
     context = ssl.create_default_context(cafile=path)
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     return context

@@ -1,4 +1,4 @@
-"""HAProxy in front of the API: what it opens, what it answers by itself, and what it refuses to run with (C3, D2)."""
+"""HAProxy in front of the API: its listeners, its own responses, and the settings that it refuses (C3, D2)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A served YAML as a whole: replicas come and go with the load, and a taken port is said in one line (D16)."""
+"""A complete serve YAML: replicas scale with the load, and a port in use is reported in one line (D16)."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import yaml
 
 from tests.conftest import descendants, serve_config
 
-# Runs beside pytest: it owns a Ray cluster. Prints the number of model replicas before, during and after a load.
+# Runs in a process that owns a Ray cluster. Prints the number of model replicas before, during and after a load.
 _LOAD = """
 import json, sys, threading, time
 import httpx, yaml

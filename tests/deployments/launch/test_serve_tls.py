@@ -44,7 +44,7 @@ class SecureServer:
         return ssl.create_default_context(cafile=self.certificate)
 
     def browser(self) -> httpx.Client:
-        """Logged in to the page, where that takes a key."""
+        """Logged in to the page, where a key is required."""
         browser = httpx.Client(
             base_url=self.url, verify=self.trusted, trust_env=False, timeout=120, headers={"accept": "text/html"}
         )
@@ -150,7 +150,7 @@ def test_tls_1_2_is_spoken(secure: SecureServer) -> None:
 
 
 def beyond_this_machine(process: subprocess.Popen[bytes]) -> list[Listener]:
-    """What a process and all that it started listen on, other than loopback addresses."""
+    """The addresses other than loopback that a process and its children listen on."""
     own = {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
     return [listener for listener in listeners() if listener.pid in own and not listener.is_loopback]
 
@@ -161,7 +161,7 @@ def test_beyond_this_machine_only_replicas_listen_and_they_ask_for_the_token(sec
     haproxy = [listener for listener in listeners if listener.name == "haproxy"]
     assert {listener.address for listener in haproxy} == ({f"*:{httpx.URL(secure.url).port}"} if secure.key else set())
     replicas = [listener for listener in listeners if listener not in haproxy]
-    assert replicas  # of these Ray leaves no choice
+    assert replicas  # Ray does not let these be configured
     for replica in replicas:
         assert replica.name.startswith("ray::ServeReplica")
         assert refuses_calls_without_token(replica), replica

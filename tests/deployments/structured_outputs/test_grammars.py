@@ -1,4 +1,4 @@
-"""Grammars of both kinds of tokenizers: what text is of a schema (A1), and what is refused, in time (B9)."""
+"""Grammars of both kinds of tokenizers: which text matches a schema (A1), and what is refused, in time (B9)."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ def ids_in(mask: Any) -> set[int]:
 
 
 def is_of(constraint: Constraint, token_ids: list[int]) -> bool:
-    """Whether the tokens, each of them in the mask before it, are a whole text of the grammar."""
+    """Whether the tokens, each allowed by the mask before it, are a complete text of the grammar."""
     for token_id in token_ids:
         mask = constraint.allowed((STOP,))
         if mask is None or token_id not in ids_in(mask):
@@ -226,7 +226,7 @@ def test_a_hostile_schema_is_refused_or_followed_within_2_s(
         assert len(str(refusal)) < 600
     else:
         slowest, rng = 0.0, np.random.default_rng(0)
-        for _ in range(60):  # wherever it leads, a step of the engine is not held up for long
+        for _ in range(60):  # in every state, the mask is computed in time for the engine's step
             step = time.thread_time()
             try:
                 mask = constraint.allowed((STOP,))
@@ -307,7 +307,7 @@ def test_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
     async def ask() -> None:
         same = await asyncio.gather(*(compiler.compile(texts[0]) for _ in range(8)))
         assert len({id(constraint) for constraint in same}) == 8  # each its own place
-        for text in [texts[1], texts[0], texts[2], texts[3], texts[0]]:  # the one used longest ago goes
+        for text in [texts[1], texts[0], texts[2], texts[3], texts[0]]:  # the least recently used one is evicted
             await compiler.compile(text)
         assert compiled_texts == [texts[0], texts[1], texts[2], texts[3]]
         await compiler.compile(texts[1])

@@ -1,4 +1,4 @@
-"""Answers of the engine that are held to a schema (A1): always of it, each its own, and nobody else's business."""
+"""Answers of the engine that are constrained to a schema (A1): always valid, and independent of all others."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Text of an answer as it grows: whole characters, nothing of a stop string (A6), and each token's own bytes."""
+"""Text of an answer as it grows: complete characters, nothing of a stop string (A6), and each token's own bytes."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def encode(tokenizers: dict[str, Tokenizer], text: str, family: str = "embedded"
 
 
 def pieces(detokenizer: Detokenizer, token_ids: list[int], batch: int = 1) -> tuple[list[str], list[int]]:
-    """What was sent, and the offsets of all tokens that were."""
+    """The text that was sent, and the offsets of its tokens."""
     sent: list[SentText] = []
     for start in range(0, len(token_ids), batch):
         sent.append(detokenizer.push(token_ids[start : start + batch]))

@@ -1,4 +1,4 @@
-"""The chat page's login: who gets past it, with what cookie, and that no route of Gradio's is open (C1, C2, C7)."""
+"""The chat page's login: who is admitted, with which cookie, and that no route of Gradio's is open (C1, C2, C7)."""
 
 import re
 import stat
@@ -60,7 +60,7 @@ def gets_in(client: TestClient) -> bool:
 
 
 def route_paths(app: Any) -> set[tuple[str, str]]:
-    """(method, path) of every route behind the wall, with a word in place of each parameter."""
+    """(method, path) of every route behind the login, with a word in place of each parameter."""
     paths: set[tuple[str, str]] = set()
     for route in app.routes:
         inner = getattr(route, "original_router", None) or getattr(route, "app", None)

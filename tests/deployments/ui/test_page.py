@@ -1,4 +1,4 @@
-"""The chat page in headless Chromium: against the real server, and against a backend that answers what a test says."""
+"""The chat page in headless Chromium: against the real server, and against a scripted backend."""
 
 import asyncio
 import importlib.util
@@ -58,7 +58,7 @@ HOSTILE = (
 
 @dataclass
 class ScriptedAnswer:
-    """Gives the pieces one after the other; an error among them is raised."""
+    """Yields the pieces in order; an error among them is raised."""
 
     pieces: list[str | Exception]
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -83,7 +83,7 @@ class ScriptedAnswer:
 
 @dataclass
 class ScriptedBackend:
-    """Answers each question with what `script` says, and remembers what it was asked."""
+    """Answers each question from `script`, and records the requests."""
 
     api_app: str = "scripted"
     script: list[str | Exception] = field(default_factory=list)
@@ -238,7 +238,7 @@ def scripted_url(backend: ScriptedBackend, store: KeyStore) -> Iterator[str]:
 
 @pytest.fixture
 def web_server() -> Iterator[socket.socket]:
-    """A host that the page has no business with."""
+    """A host that the page must not contact."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         yield listener

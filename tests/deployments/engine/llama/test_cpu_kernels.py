@@ -1,4 +1,4 @@
-"""The compiled forward: training's very weights in 4.13 bits, and sums that do not depend on the batch."""
+"""The compiled forward: the same weights as in training in 4.13 bits, and sums that do not depend on the batch."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseCheckpoint) -> No
 
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(
+def test_logits_are_bit_equal_alone_in_a_batch_and_in_chunks(
     embedded_base: BaseCheckpoint, dtype: ComputeDtype
 ) -> None:
     llama = cpu_llama(embedded_base, Quantization(compute_dtype=dtype))

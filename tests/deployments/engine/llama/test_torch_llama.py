@@ -1,4 +1,4 @@
-"""What of the CUDA path can be held on a CPU, and, marked gpu, the rest: paged attention and CUDA graphs."""
+"""What a CPU can check of the CUDA path, and, marked gpu, the rest: paged attention and CUDA graphs."""
 
 from collections.abc import Callable
 
