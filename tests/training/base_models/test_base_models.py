@@ -108,7 +108,7 @@ class Hub:
 
     Attributes:
         refusals: per repository the status and the error code that the hub names in `X-Error-Code`.
-        requested_paths: every path that was asked for.
+        requested_paths: every path that was requested.
     """
 
     folder: Path
@@ -118,7 +118,7 @@ class Hub:
     url: str = ""
 
     def resolve(self, *arguments: str, run_by: Sequence[str] = ()) -> str:
-        """What `resolve_base_model` answers in a process of its own, which knows no other hub."""
+        """The result of `resolve_base_model` in a process of its own, which knows no other hub."""
         environment = os.environ | {"HF_ENDPOINT": self.url, "HF_HOME": str(self.cache), "HF_TOKEN": ""}
         command = [*run_by, sys.executable, "-c", _RESOLVE, *arguments]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -164,7 +164,7 @@ def hub(tiny_base: BaseCheckpoint, tmp_path: Path) -> Iterator[Hub]:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Keep the test's output clean."""
+            """Keeps the test's output clean."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
         hub.url = f"http://127.0.0.1:{listener.server_port}"

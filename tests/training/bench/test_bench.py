@@ -1,4 +1,4 @@
-"""The comparison with TRL alone, and what Ray adds: its figures, and a round of it on the tiny model."""
+"""The comparison with TRL alone, and Ray's overhead: its figures, and one round on the tiny model."""
 
 import json
 from pathlib import Path

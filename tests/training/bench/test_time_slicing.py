@@ -12,7 +12,7 @@ import pytest
 from training.bench import time_slicing as time_slicing
 from training.bench.time_slicing import SlicedProcess, run_interleaved
 
-# Ticks on its own and in a child of its own, until it has ticked so often itself.
+# Ticks in this process and in a child, until this process has ticked argv[2] times.
 _TICKER = """
 import subprocess, sys, time
 child = "import time\\nwhile True:\\n    print(time.time(), file=open({path!r}, 'a'))\\n    time.sleep(0.005)"

@@ -72,7 +72,7 @@ def prompts(draw: st.DrawFn) -> list[Message]:
 def test_prompt_is_a_prefix_of_training(
     formats: dict[str, ChatFormat], name: str, prompt: list[Message], answer: str, follow_up: str
 ) -> None:
-    """P E1: what is served begins as what was trained, in the first turn and in every later one."""
+    """P E1: a served prompt is a prefix of the training text, in the first turn and in every later one."""
     answered = [*prompt, Message("assistant", answer)]
     prompt_ids = formats[name].render_prompt(prompt)
     trained = formats[name].render_training(answered)

@@ -1,4 +1,4 @@
-"""Configurations of training runs: what is read, and what is refused in one line before anything heavy is loaded."""
+"""Configurations of training runs: what is accepted, and what is refused in one line before any heavy import."""
 
 import os
 import subprocess
@@ -169,7 +169,7 @@ def test_command_refuses_in_under_five_seconds_without_heavy_imports(recipe: Pat
     )
     before = os.times().children_user
     result = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert os.times().children_user - before < 5  # of a processor: what others do beside it does not count
+    assert os.times().children_user - before < 5  # CPU time: other load on the machine does not count
     assert result.stdout.strip() == "2"
     assert result.stderr == "error: override: unknown key 'lora.rr' (value 8): did you mean 'lora.r'?\n"
 

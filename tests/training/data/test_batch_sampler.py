@@ -1,4 +1,4 @@
-"""Packing, and dealing the rows of a step to workers and micro-batches."""
+"""Packing, and distributing the rows of a step to workers and micro-batches."""
 
 import time
 
@@ -21,7 +21,7 @@ def test_packs_hold_every_row_once_within_the_capacity(lengths: list[int]) -> No
 
 @given(lengths_of_rows)
 def test_each_row_goes_where_it_leaves_least_room(lengths: list[int]) -> None:
-    """As many packs as best-fit decreasing, written out, and as full."""
+    """As many packs as a plain best-fit decreasing, and as full."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [free for free in room if free >= length]

@@ -112,7 +112,7 @@ def test_relative_paths_and_max_rows(prepare: Prepare, tmp_path: Path, monkeypat
 def test_max_rows_are_shared_by_the_sources(
     prepare: Prepare, tmp_path: Path, max_rows: int, expected: list[int]
 ) -> None:
-    """Equally, as far as they have rows; those that are evaluated only are no part of it."""
+    """Equally, as far as they have rows; sources that are only evaluated do not count."""
     sizes = {"a": 2, "b": 6, "c": 5}
     paths = [write(tmp_path / f"{n}.jsonl", *(row(f"{n} {i}") for i in range(size))) for n, size in sizes.items()]
     held_out = write(tmp_path / "h.jsonl", *(row(f"h {i}") for i in range(3)))
@@ -212,7 +212,7 @@ def test_a_format_that_the_method_cannot_use_is_refused(prepare: Prepare, tmp_pa
 @pytest.mark.promise("B10")
 @pytest.mark.parametrize(("suffix", "label"), [("jsonl", "0"), ("csv", "false"), ("csv", "1")])
 def test_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, suffix: str, label: str) -> None:
-    """P B10: one line that names the method, whatever file the verdicts are in."""
+    """P B10: one line that names the method, whatever file the labels are in."""
     path = tmp_path / f"d.{suffix}"
     csv_text = f"prompt,completion,label\nq,a,{label}\n"
     path.write_text(csv_text if suffix == "csv" else f'{{"prompt": "q", "completion": "a", "label": {label}}}\n')
@@ -298,7 +298,7 @@ def test_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatFormat,
 
 @pytest.mark.promise("E5")
 def test_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tmp_path: Path) -> None:
-    """P E5: it is there as context, in the tokens, the report's rows and what a sample asks about."""
+    """P E5: it is present as context, in the tokens, the report's rows and what a sample asks about."""
     marked = [
         {"role": m.role, "content": m.content, **({"weight": 0} if m.content == "bad answer" else {})}
         for m in dialog("q", "bad answer", "q2", "good answer")
@@ -492,7 +492,7 @@ def test_duplicates_are_dropped_and_named_across_sources(prepare: Prepare, tmp_p
     second = write(tmp_path / "b.jsonl", {"messages": turns}, row("Q", "two"))
     prepared = prepare([first, second])
     report = prepared.report
-    assert questions_of(prepared) == ["q", "q", "Q"]  # case may matter in what is taught
+    assert questions_of(prepared) == ["q", "q", "Q"]  # case may matter in an answer
     assert [(note.source, note.reason) for note in report.duplicates] == [
         (f"{first}:3", f"duplicates {first}:1"),
         (f"{second}:1", f"duplicates {first}:2"),
@@ -623,7 +623,7 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
 
 
 def test_the_cache_knows_every_module_that_makes_a_store() -> None:
-    """A changed rendering, hash or format must not find the rows of the old one."""
+    """A changed rendering, hash or format must not reuse the rows of the old one."""
     graph = import_graph()
     makers, pending = set(), ["training.data.build_store"]
     while pending:
@@ -641,7 +641,7 @@ def test_the_cache_knows_every_module_that_makes_a_store() -> None:
 
 
 def test_a_store_that_was_not_finished_is_not_used(prepare: Prepare, tmp_path: Path) -> None:
-    """A writer that is killed leaves nothing that a later run takes for whole."""
+    """A writer that is killed leaves nothing that a later run takes for complete."""
     path = write(tmp_path / "d.jsonl", *questions(20), "bad")
     with pytest.raises(DatasetError):
         prepare(path)
@@ -665,7 +665,7 @@ def test_stores_that_nobody_used_for_long_are_removed(
     prepare(write(tmp_path / "b.jsonl", *questions(21)))
     [remaining] = stores()
     assert remaining != old
-    assert len(opened[0]["input_ids"]) > 0  # who has it open goes on reading
+    assert len(opened[0]["input_ids"]) > 0  # a process that has it open continues to read
     monkeypatch.setattr(store_cache, "_CACHE_BYTES", 1)
     prepare(write(tmp_path / "c.jsonl", *questions(22)))
     assert len(stores()) == 1

@@ -1,4 +1,4 @@
-"""The report's figures and what it warns of."""
+"""The report's figures and warnings."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The row store gives back what was put in, at random, in any process."""
+"""The row store returns the rows that were written, at random access, in any process."""
 
 import pickle
 from pathlib import Path

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from training.config.data_config import DataConfig, DataSource
-from training.data import sources as data_files
+from training.data import sources
 from training.data.sources import fingerprint, hub_rows, read_rows, source_files
 from training.errors import DatasetError
 
@@ -158,7 +158,7 @@ def test_a_csv_row_with_other_cells_than_the_header_is_bad(tmp_path: Path) -> No
 
 
 def test_a_large_json_array_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "_MAX_JSON_BYTES", 20)
+    monkeypatch.setattr(sources, "_MAX_JSON_BYTES", 20)
     (tmp_path / "d.json").write_text(json.dumps(ROWS))
     with pytest.raises(DatasetError, match=r"too large to parse at once: write one row per line to a \.jsonl file"):
         contents(tmp_path / "d.json")
@@ -197,7 +197,7 @@ def test_a_configuration_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_revision_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of its rows is known by the commit of the revision that was asked for."""
+    """A store of its rows is identified by the commit of the requested revision."""
     import huggingface_hub.constants
 
     commits = {"/api/datasets/owner/name": "a" * 40, "/api/datasets/owner/name/revision/v2": "b" * 40}
@@ -229,8 +229,8 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_fingerprints_of_large_files_are_cheap_and_change_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_files, "_MAX_HASHED_BYTES", 4)
-    monkeypatch.setattr(data_files, "sha256_of", lambda files: pytest.fail("read whole"))
+    monkeypatch.setattr(sources, "_MAX_HASHED_BYTES", 4)
+    monkeypatch.setattr(sources, "sha256_of", lambda files: pytest.fail("read whole"))
     path = tmp_path / "d.jsonl"
     source = DataSource(path=str(path))
     path.write_text("one row")

@@ -40,7 +40,7 @@ def test_mixing_is_a_permutation_that_the_seed_chooses() -> None:
 
 
 @given(few_hashes)
-def test_repeats_point_to_the_first_that_says_the_same(contents: np.ndarray) -> None:
+def test_duplicates_point_to_the_first_row_with_their_content(contents: np.ndarray) -> None:
     repeated, earliest = find_duplicates(contents)
     listed = contents.tolist()
     assert earliest.tolist() == [listed.index(value) for value in listed]

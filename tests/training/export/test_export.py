@@ -1,4 +1,4 @@
-"""An exported model is the one it says: merged weights, GGUF, losses, and files that are whole or not there."""
+"""An exported model matches its record: merged weights, GGUF, losses, and files that are complete or absent."""
 
 import dataclasses
 import itertools
@@ -111,7 +111,7 @@ def test_merged_folder_gives_the_logits_of_base_and_adapter(
         base = LlamaForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32)
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, registry.fetch(manifest)))
-    # apart by the rounding of the merged weights to bfloat16, which is far less than what the adapter does
+    # the rounding of the merged weights to bfloat16 is far less than the effect of the adapter
     deviation = (logits(merged) - expected).abs().mean()
     assert deviation < 0.02 * (plain - expected).abs().mean()
 
@@ -161,7 +161,7 @@ def test_gguf_loads_and_gives_the_logits_of_the_merged_model(
     run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", tmp_path / "tiny.gguf", gguf_type))
     merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
-    deviation = (logits(loaded) - merged).abs().mean() / merged.abs().mean()  # of unlike models about 1.4
+    deviation = (logits(loaded) - merged).abs().mean() / merged.abs().mean()  # about 1.4 for unrelated models
     assert deviation < tolerance
 
 
@@ -244,8 +244,8 @@ def test_gguf_says_what_it_cannot_say(tiny_base: BaseCheckpoint, tiny_adapter: P
 
 
 def _gguf(base: BaseCheckpoint, adapter: Path, folder: Path) -> Path:
-    shape = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
-    weights = MergedWeights(base, adapter, shape, FLOAT32, "nf4")
+    lora = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
+    weights = MergedWeights(base, adapter, lora, FLOAT32, "nf4")
     write_gguf(weights, folder / "x.gguf", "F16", name="x", description="x", chat_template="x", eot_token_id=2)
     return folder / "x.gguf"
 
@@ -321,7 +321,7 @@ def test_held_out_rows_are_taken_only_where_they_are_those_of_the_run(
     assert "recorded samples" in evaluation_rows(of_run, tiny_base, None).description
 
 
-# Whole or not at all
+# Complete or not at all
 
 
 def test_targets_in_use_are_refused_and_left_alone(tmp_path: Path) -> None:

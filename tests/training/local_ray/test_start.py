@@ -1,4 +1,4 @@
-"""A Ray of this machine alone beside a real run: which actors it has, and how its threads are scheduled."""
+"""A local Ray during a real run: its actors, and how its threads are scheduled."""
 
 import os
 import subprocess

@@ -19,9 +19,7 @@ from training.base_models.nf4 import Quantization, load_quantized
 from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import LoraSettings
 from training.planning.memory import EVAL_BATCH_TOKENS, LOGITS_CHUNK, SCORES_UP_TO, TrainStep, estimate, largest_batch
-from training.trainer import evaluate
-from training.trainer import sft_trainer as trainer
-from training.trainer import varlen_attention as attention
+from training.trainer import evaluate, sft_trainer, varlen_attention
 from training.trainer.qlora import attach_lora
 from training.trainer.sft_trainer import collate, training_forward
 
@@ -59,7 +57,7 @@ class SavedBytes:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._but:
-            self.storages[storage.data_ptr()] = storage  # held, so that no address comes twice
+            self.storages[storage.data_ptr()] = storage  # kept alive, so that no address is reused
         return tensor
 
     @property
@@ -75,7 +73,7 @@ class PeakBytes(TorchDispatchMode):
         gc.collect()
         before = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
         self._known = {tensor.untyped_storage()._cdata: 0 for tensor in before}
-        self._before = before  # kept alive, so that no address comes twice
+        self._before = before  # kept alive, so that no address is reused
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +94,7 @@ class PeakBytes(TorchDispatchMode):
 @dataclass
 class Counted:
     saved: int  # bytes kept for the backward pass
-    peak: int  # beyond what is there before a step: activations, gradients, workspace
+    peak: int  # beyond the memory in use before a step: activations, gradients, workspace
     weights: int
     estimated: Any
 
@@ -168,9 +166,9 @@ def _base_bytes(model: PeftModel) -> int:
 def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operators of the CUDA path on this CPU: PEFT sees autocast, attention holds no scores."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
-    monkeypatch.setattr(attention, "_SCORES_UP_TO", 0)
+    monkeypatch.setattr(varlen_attention, "_SCORES_UP_TO", 0)
     yield
-    torch.set_autocast_enabled("cpu", False)  # torch.autocast asked what was there before it, and put that back
+    torch.set_autocast_enabled("cpu", False)  # torch.autocast read the previous state and restored it
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
@@ -215,15 +213,15 @@ def test_number_of_parameters_and_of_trained_ones(tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True)  # fmt: skip
     model = LlamaForCausalLM(config)
-    shape = LlamaDims.of(config.to_dict())
-    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    dims = LlamaDims.of(config.to_dict())
+    assert dims.num_parameters == sum(p.numel() for p in model.parameters())
     lora = LoraSettings(r=3, target_modules=["v_proj", "down_proj"])
-    assert shape.num_trainable(lora.r, lora.targets) == 2 * 3 * ((64 + 32) + (128 + 64))
+    assert dims.num_trainable(lora.r, lora.targets) == 2 * 3 * ((64 + 32) + (128 + 64))
 
 
 def test_chunk_sizes_are_those_of_the_training_code() -> None:
-    assert trainer._LOGITS_CHUNK == LOGITS_CHUNK
-    assert attention._SCORES_UP_TO == SCORES_UP_TO
+    assert sft_trainer._LOGITS_CHUNK == LOGITS_CHUNK
+    assert varlen_attention._SCORES_UP_TO == SCORES_UP_TO
     assert evaluate._BATCH_TOKENS == EVAL_BATCH_TOKENS
 
 

@@ -29,7 +29,7 @@ from training.config.load import load_config
 from training.config.train_config import TrainConfig
 from training.planning import memory
 from training.planning.memory import TrainStep, estimate
-from training.trainer import varlen_attention as attention
+from training.trainer import varlen_attention
 from training.trainer.qlora import attach_lora
 from training.trainer.sft_trainer import training_forward
 
@@ -39,7 +39,7 @@ aten = torch.ops.aten
 
 
 class FakeStepBytes(PeakBytes):
-    """Answers the two questions about values that a training step asks: how many tokens have a loss, and how many the
+    """Provides the two values that a training step reads: how many tokens have a loss, and how many the
     longest document has.
     """
 
@@ -86,7 +86,7 @@ def fill(model: PeftModel) -> None:
 
 @pytest.fixture
 def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those that differ from a CPU's in what they keep."""
+    """The operators that keep other tensors than a CPU's."""
 
     def documents(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scale: float
@@ -96,11 +96,11 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         out: torch.Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
         return out
 
-    monkeypatch.setattr(attention, "varlen_attention", documents)
+    monkeypatch.setattr(varlen_attention, "varlen_attention", documents)
     monkeypatch.setattr(F, "dropout", lambda x, p, *_: torch.native_dropout(x, p, True)[0])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     yield
-    torch.set_autocast_enabled("cpu", False)  # torch.autocast asked what was there before it, and put that back
+    torch.set_autocast_enabled("cpu", False)  # torch.autocast read the previous state and restored it
 
 
 def count_step(config: TrainConfig, shape: dict[str, int], batch_size: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a dry run says is what a run then does, and it needs no weights."""
+"""A dry run predicts what the run does, and it needs no weights."""
 
 import json
 import math
@@ -45,8 +45,8 @@ def test_plan_has_the_rows_steps_and_trainable_parameters_of_the_run(recipe: Pat
         config = load_config(recipe, [f"packing={packing}"])
         inputs = read_inputs(config)
         plan = make_plan(config, inputs)
-        batches, shape = step_batches(config, inputs, 0, 1)
-        assert (plan.steps_per_epoch, plan.step_size) == (batches.num_steps, shape.step_size)
+        batches, layout = step_batches(config, inputs, 0, 1)
+        assert (plan.steps_per_epoch, plan.step_size) == (batches.num_steps, layout.step_size)
         assert plan.num_steps == math.ceil(2.5 * batches.num_steps)
         micro_batches = [sum(len(inputs.train_rows[row]["input_ids"]) for row in rows) for rows in batches]
         assert max(micro_batches) <= plan.largest_micro_batch

@@ -1,4 +1,4 @@
-"""Adapter folders that are accepted and refused (P C4, C5): real PEFT output, and that output spoilt."""
+"""Adapter folders that are accepted and refused (P C4, C5): real PEFT output, and corrupted copies of it."""
 
 import json
 import pickle
@@ -66,7 +66,7 @@ def load_weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.promise("E4")
-def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny_base: BaseCheckpoint) -> None:
+def test_peft_output_is_accepted_and_its_config_rewritten(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     files = read_adapter(adapter, tiny_base)
     assert files.lora == LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
     assert files.lora.scaling == 2

@@ -1,4 +1,4 @@
-"""Going on from a registered adapter: the same outputs at step 0, the same shape, its base, the reference of DPO."""
+"""Training from a registered adapter: the same outputs at step 0, LoRA parameters, base, and DPO reference."""
 
 import json
 import math
@@ -106,7 +106,7 @@ def test_version_shape_and_format_are_written_out(
 def split_between(
     registry: AdapterRegistry, base: BaseCheckpoint, adapter: Path, parents: TrainConfig, childs: TrainConfig
 ) -> tuple[str | None, list[str]]:
-    """What the registry records of the split, and what the report warns of, where a run goes on from `parents`."""
+    """The split that the registry records, and the report's warnings, where a run continues from `parents`."""
     trained_on = read_inputs(parents).dataset
     draft = AdapterDraft(
         name="known", base=base, chat_format="chatml", dataset=trained_on, config=parents.model_dump(mode="json")
@@ -242,8 +242,8 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     model = start_adapter(
         load_quantized(tiny_base, config.quantization), config.lora, parent_dir=registry.fetch(parent)
     )
-    batches, shape = step_batches(config, inputs, 0, 1)
-    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    batches, layout = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", layout.accumulation)
     trainer = preference_trainer(config, inputs, model, batches, arguments, [])
     with_parent = completion_logps(model, ScoredPairs(rows)).chunk(2)[0]
     with model.disable_adapter():
@@ -292,7 +292,7 @@ def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseCheckpoi
 def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
     ray_cluster: None, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # the driver's only: workers have the run's directory
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # of this process only: workers have the run's directory
     draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
     parent = AdapterPublisher(AdapterRegistry()).register(tiny_adapter, draft, force=True)
     config = config_of(

@@ -1,4 +1,4 @@
-"""What a waiting person sees: a bar on a terminal, few lines in a log, whatever the run's state is read from."""
+"""The progress display: a bar on a terminal, few lines in a log, wherever the run's state is read from."""
 
 import os
 import pty

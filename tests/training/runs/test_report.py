@@ -1,4 +1,4 @@
-"""The report of a run, from the files in its directory: all of it, and as far as a failed run came."""
+"""The report of a run, from the files in its directory: of a finished run, and of one that failed early."""
 
 import json
 from pathlib import Path

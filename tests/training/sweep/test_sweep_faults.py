@@ -1,4 +1,4 @@
-"""What a sweep survives: SIGTERM, kill -9 and a second driver, in an object store. Real processes, real Ray."""
+"""A sweep survives SIGTERM, kill -9 and a second process, in an object store. Real processes, real Ray."""
 
 import json
 import signal
@@ -55,22 +55,22 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     _, errors = other.communicate(timeout=300)
     assert other.returncode == 1
     assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {process.pid} on ")
-    at_work = psutil.Process(process.pid).children(recursive=True)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("error: run 'stored' was stopped: run_name=stored resumes it")
-    assert psutil.wait_procs(at_work, timeout=300)[1] == []
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
     assert read_run(s3, "stored").state == "stopped"
     assert not own_state_of_tune(s3)
     result = first.read_json("result.json")
 
     process, started_at = start(tmp_path), time.time()
     wait_until(lambda: (second.read_json("progress.json") or {"time": 0.0})["time"] > started_at, process)
-    at_work = descendants(process.pid, "_run_trial")
+    workers = descendants(process.pid, "_run_trial")
     process.kill()
     process.communicate()
-    assert psutil.wait_procs(at_work, timeout=300)[1] == []
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
     assert read_run(s3, "stored").state == "interrupted"
     assert "searched-often" not in AdapterRegistry().names()
 

@@ -1,4 +1,4 @@
-"""FSDP-QLoRA on two real workers: the same bits as a whole base on each, in half the memory."""
+"""FSDP-QLoRA on two real workers: the same bits as a complete base on each, in half the memory."""
 
 import json
 import os
@@ -35,7 +35,7 @@ import gc, json, shutil, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from tests.training.trainer.test_train import Recorder
-from training.trainer import fsdp_qlora as sharding
+from training.trainer import fsdp_qlora
 from training.base_models.nf4 import Quantization, load_quantized
 from training.base_models.resolve import resolve_base_model
 from training.config.train_config import TrainConfig
@@ -53,7 +53,7 @@ parts = []
 peak = live = 0
 
 
-class Counted(sharding._LayerShard):
+class Counted(fsdp_qlora._LayerShard):
     def __init__(self, layer):
         super().__init__(layer)
         parts.append(self)
@@ -79,7 +79,7 @@ class Keeper(Recorder):
         dist.barrier()
 
 
-sharding._LayerShard = Counted
+fsdp_qlora._LayerShard = Counted
 found = {}
 
 
@@ -108,8 +108,8 @@ base = resolve_base_model(json.loads((folder / "base.json").read_text()))
 for dtype, double_quant in (("float32", True), ("bfloat16", False)):
     quantization = Quantization(compute_dtype=dtype, double_quant=double_quant)
     whole = load_quantized(base, quantization, device)
-    sharded = sharding.load_sharded(base, quantization, device)
-    bits_of = sharding._four_bit_tensors
+    sharded = fsdp_qlora.load_sharded(base, quantization, device)
+    bits_of = fsdp_qlora._four_bit_tensors
     pairs = list(zip(sharded.model.layers, whole.model.layers, strict=True))
     equal = []
     for ours, theirs in pairs:  # compared in the middle of the layer's forward pass
@@ -134,7 +134,7 @@ dist.destroy_process_group()
 
 
 def two_workers(folder: Path, device: str) -> list[dict[str, Any]]:
-    """What the two found, by rank."""
+    """The results of the two workers, by rank."""
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     common["OMP_NUM_THREADS"] = "1"  # bitsandbytes' own threads, too, would only wait for each other
     command = [sys.executable, "-W", "ignore", "-c", _WORKER, str(folder), device]

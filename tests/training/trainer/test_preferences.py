@@ -1,4 +1,4 @@
-"""DPO and KTO: losses against plain formulas, the reference, what is learned; runs resume and stop as any other."""
+"""DPO and KTO: losses against plain formulas, the reference, what is learned; resuming and stopping as for SFT."""
 
 import json
 import math
@@ -41,7 +41,7 @@ WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
 @dataclass
 class Recorder:
-    """A Run that remembers."""
+    """A RunReporter that records its calls."""
 
     rank: int = 0
     steps: dict[int, Mapping[str, float]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For so small a model more threads only wait for each other."""
+    """A model this small is slower with more threads."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,7 +112,7 @@ def run(config: TrainConfig, folder: Path, recorder: Recorder, **options: Any) -
 
 
 def shaken(config: TrainConfig) -> PeftModel:
-    """The base with an adapter that says something else than the base does."""
+    """The base with an adapter that changes its answers."""
     torch.manual_seed(1)
     model = start_adapter(load_quantized(read_inputs(config).base, config.quantization), config.lora)
     shake(model)
@@ -135,8 +135,8 @@ def logp(model: PeftModel, prompt: list[int], completion: list[int]) -> torch.Te
 
 def trainer_for(config: TrainConfig, model: PeftModel, tmp_path: Path, inputs: RunInputs | None = None) -> Any:
     inputs = inputs or read_inputs(config)
-    batches, shape = step_batches(config, inputs, 0, 1)
-    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    batches, layout = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", layout.accumulation)
     return preference_trainer(config, inputs, model, batches, arguments, [])
 
 
@@ -162,7 +162,7 @@ def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(
             ref_w, ref_l = logp(model, prompt, chosen), logp(model, prompt, rejected)
         assert row["ref_chosen_logps"] == pytest.approx(float(ref_w), abs=1e-3)
         assert row["ref_rejected_logps"] == pytest.approx(float(ref_l), abs=1e-3)
-        assert abs(float(pi_w - ref_w)) > 0.1  # the adapter does speak differently
+        assert abs(float(pi_w - ref_w)) > 0.1  # the adapter does answer differently
         expected = expected - torch.log(torch.sigmoid(0.3 * (pi_w - ref_w) - 0.3 * (pi_l - ref_l))) / len(rows)
     assert float(loss) == pytest.approx(float(expected), abs=1e-4)
 
@@ -314,15 +314,15 @@ def test_a_step_is_train_batch_size_rows_however_they_are_divided(
     tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:
     """Steps of 10, the last of an epoch shorter: a divisor of neither 8 nor 3."""
-    shape = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
+    settings = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
     reference = Recorder()
-    config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=10, **shape)
+    config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=10, **settings)
     run(config, tmp_path / "whole", reference)
     inputs = read_inputs(config)
     assert len(reference.steps) == make_plan(config, inputs).num_steps == 2 * math.ceil(len(inputs.train_rows) / 10)
     for per_device in (8, 3):
         recorder = Recorder()
-        config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=per_device, **shape)
+        config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=per_device, **settings)
         run(config, tmp_path / str(per_device), recorder)
         assert_same_run(
             recorder, trained_weights(tmp_path / str(per_device)), reference, trained_weights(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""What a training step computes: what a plain PyTorch loop does, packed, divided and on two workers too."""
+"""A training step computes what a plain PyTorch loop does, also packed, divided and on two workers."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
-    """No dropout, float32: two ways to compute the same may differ by rounding only."""
+    """No dropout, float32: two computations of the same value may differ by rounding only."""
     dataset = tmp_path / "rows.jsonl"
     rows = [
         {"prompt": f"Ask {n}" + " again" * (n % 9), "completion": f"Answer {n}" + " so" * (n % 5)} for n in range(24)
@@ -67,7 +67,7 @@ def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
 
 
 class Losses:
-    """A Run that keeps each step's loss."""
+    """A RunReporter that keeps each step's loss."""
 
     rank = 0
 

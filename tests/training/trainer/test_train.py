@@ -38,7 +38,7 @@ PROJECT = Path(__file__).parents[3]
 
 @dataclass
 class Recorder:
-    """A Run that remembers."""
+    """A RunReporter that records its calls."""
 
     rank: int = 0
     phases: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For so small a model more threads only wait for each other."""
+    """A model this small is slower with more threads."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -204,7 +204,7 @@ def test_weights_of_the_lowest_held_out_loss_come_back(config: TrainConfig) -> N
 def test_trl_given_the_same_order_and_first_weights_has_the_same_loss_at_every_step(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    """Whatever one epoch by TRL and by Corral differ in is the luck of the draw."""
+    """One epoch by TRL and by Corral differ only by random draws."""
     without_dropout = config.lora.model_copy(update={"lora_dropout": 0.0})
     in_float32 = config.quantization.model_copy(update={"compute_dtype": "float32"})
     config = config.model_copy(update={"lora": without_dropout, "quantization": in_float32, "max_steps": 6})
@@ -313,7 +313,7 @@ def test_overflow_in_float16_is_a_skipped_step_and_no_divergence(config: TrainCo
     recorder = Recorder()
     callback = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
     in_float16 = TrainingArguments(use_cpu=True)
-    in_float16.fp16 = True  # which transformers refuses to be told on a CPU
+    in_float16.fp16 = True  # which transformers refuses on a CPU
     logs = {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
     for step in range(16):
         callback.on_log(in_float16, TrainerState(global_step=step), TrainerControl(), logs)
