@@ -1,4 +1,4 @@
-"""On a running Ray cluster, by Ray's own commands: `serve deploy`, then a training that comes as a job. The new
+"""On a running Ray cluster, by Ray's own commands: `serve deploy`, then a training job. The new
 adapter answers on the server that was there before it.
 """
 
@@ -28,7 +28,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def _run(*command: str, dashboard: str) -> str:
-    """One of Ray's commands against the cluster; returns what it printed."""
+    """Runs one of Ray's commands against the cluster; returns its output."""
     result = subprocess.run(
         [str(_BIN / command[0]), *command[1:]],
         env=os.environ | {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_DASHBOARD_ADDRESS": dashboard},

@@ -1,4 +1,4 @@
-"""Commands of the READMEs that no other test runs, as they are typed; training is cut to a few steps."""
+"""Commands of the READMEs that no other test runs, as typed; training is cut to a few steps."""
 
 import os
 import ssl
@@ -17,7 +17,7 @@ _BIN = Path(sys.executable).parent
 
 
 def run(*command: str, **environment: str) -> str:
-    """A command that must succeed; returns what it printed."""
+    """Runs a command that must succeed; returns its output."""
     result = subprocess.run(
         command,
         env=os.environ | environment,

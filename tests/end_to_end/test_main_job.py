@@ -82,7 +82,7 @@ def test_promote_and_rollback_take_effect_at_once(
 
 @pytest.mark.promise("E4")
 def test_peft_loads_the_registered_folder_and_answers_the_same(quickstart: AdapterManifest) -> None:
-    """AutoPeftModelForCausalLM beside the engine on three questions, by the command that a user has for it."""
+    """AutoPeftModelForCausalLM beside the engine on three questions, by the user's command."""
     prompts = [argument for question in load_questions()[:3] for argument in ("--prompt", question.question)]
     command = [sys.executable, "-m", "clients.cli", "adapters", "verify", quickstart.name, *prompts, "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

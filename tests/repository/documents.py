@@ -1,4 +1,4 @@
-"""The project's Markdown files, and the commands that they tell people to type."""
+"""The project's Markdown files, and the commands in them."""
 
 import re
 from pathlib import Path

@@ -71,7 +71,7 @@ def room_graph(graph: Graph) -> dict[str, set[str]]:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that import each other in a circle (strongly connected components, Tarjan 1972)."""
+    """Groups of nodes that import each other in a cycle (strongly connected components, Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

@@ -1,4 +1,4 @@
-"""What the packages' own code never does (C6): run code that it was given as data, or let a shell read a command."""
+"""What the packages' own code never does (C6): execute data as code, or pass a command to a shell."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The README's way from a CSV file to an answering adapter, command by command, as a newcomer types it."""
+"""The README's path from a CSV file to a served adapter, command by command."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""`.github/SECURITY.md` is held by tests that exist, and no code of ours lets data run (C6)."""
+"""The tests that `.github/SECURITY.md` names exist, and no code of ours executes data (C6)."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def test_every_test_that_the_policy_names_exists() -> None:
 
 
 def dangerous(source: str) -> Iterator[str]:
-    """Calls in `source` that run what they are given."""
+    """Calls in `source` that execute their arguments."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) in _RUNNING:

@@ -1,4 +1,4 @@
-"""Keeps schemathesis' requests on a model that is there, and their answers short; loaded by its command line.
+"""Points schemathesis' requests at a served model, and keeps the answers short; loaded by its command line.
 
 Only values of the right type are changed: what is wrong in a request stays wrong.
 """

@@ -1,4 +1,4 @@
-"""What the README's chapter "Use it from your code" has people type, run as it is against a server."""
+"""The README's section "Use it from your code", run verbatim against a server."""
 
 import re
 import subprocess

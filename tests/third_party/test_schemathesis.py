@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def key(server: RunningServer) -> Iterator[str]:
-    """With which everything may be asked; without it nothing is to be answered (C1)."""
+    """A key with every scope; without it no route may answer (C1)."""
     store = KeyStore()
     _, key = store.create("schemathesis", ("admin",))
     yield key

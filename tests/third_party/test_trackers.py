@@ -43,6 +43,6 @@ def test_mlflow_has_configuration_and_every_step_once_also_after_a_resume(run: T
 def test_wandb_keeps_an_offline_run_with_every_step(run: TrackedRun) -> None:
     logged(open_trackers(["wandb"], run), range(1, 4))
     (file,) = run.tensorboard_dir.parent.glob("wandb/offline-run-*-nightly/run-nightly.wandb")
-    content = file.read_bytes()  # protocol buffers, in which texts stand as they are
+    content = file.read_bytes()  # protocol buffers, which store text as it is
     assert b"lora" in content
     assert content.count(b"rewards/margins") == 2 * 3  # of each step in the history and in the summary
