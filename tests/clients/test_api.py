@@ -1,4 +1,4 @@
-"""clients.api against the real server: text in, text out, and the server's own words when it refuses."""
+"""clients.api against the real server: text in, text out, and the server's own error messages."""
 
 import contextlib
 import socket
@@ -21,9 +21,9 @@ def client(server: RunningServer) -> Iterator[CorralClient]:
 def test_a_stream_has_the_text_of_the_whole_answer(client: CorralClient, server: RunningServer) -> None:
     for model in (server.base_model, server.adapter):
         pieces = list(client.stream("What is the capital of France?", model=model, temperature=0, max_tokens=16))
-        whole = client.chat("What is the capital of France?", model=model, temperature=0, max_tokens=16)
+        answer = client.chat("What is the capital of France?", model=model, temperature=0, max_tokens=16)
         assert len(pieces) > 1
-        assert "".join(pieces) == whole
+        assert "".join(pieces) == answer
 
 
 def test_dialogs_go_over_whole(client: CorralClient, server: RunningServer) -> None:
@@ -46,17 +46,17 @@ def test_models_has_the_base_first_and_the_adapter(client: CorralClient, server:
 @pytest.mark.promise("B6")
 def test_an_unknown_model_is_named_with_the_nearest(client: CorralClient) -> None:
     for call in (client.chat, lambda *a, **k: list(client.stream(*a, **k))):
-        with pytest.raises(ServerError, match="smollm2-135m") as caught:
+        with pytest.raises(ServerError, match="smollm2-135m") as exc_info:
             call("hi", model="smollm2-135")
-        assert isinstance(caught.value, CorralError)
-        assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+        assert isinstance(exc_info.value, CorralError)
+        assert (exc_info.value.status, exc_info.value.code) == (404, "model_not_found")
 
 
 @pytest.mark.promise("B2")
 def test_an_out_of_range_field_is_named(client: CorralClient, server: RunningServer) -> None:
-    with pytest.raises(ServerError, match="temperature") as caught:
+    with pytest.raises(ServerError, match="temperature") as exc_info:
         client.chat("hi", model=server.base_model, temperature=9)
-    assert (caught.value.status, caught.value.param) == (400, "temperature")
+    assert (exc_info.value.status, exc_info.value.param) == (400, "temperature")
 
 
 @pytest.mark.promise("B8")
@@ -64,9 +64,9 @@ def test_a_lone_surrogate_is_answered_or_refused(client: CorralClient, server: R
     with contextlib.suppress(ServerError):
         client.chat("a \ud800 b", model=server.base_model, max_tokens=4).encode()
         return
-    with pytest.raises(ServerError) as refused:
+    with pytest.raises(ServerError) as exc_info:
         client.chat("a \ud800 b", model=server.base_model, max_tokens=4)
-    assert refused.value.status == 400
+    assert exc_info.value.status == 400
 
 
 def test_a_url_may_end_in_v1(server: RunningServer) -> None:

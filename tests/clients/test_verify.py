@@ -46,9 +46,9 @@ def test_engine_and_peft_give_the_same_tokens_and_log_probabilities(
         assert one.max_difference < TOLERANCE
         assert one.num_tokens > 8
     assert compared[0].answer != compared[1].answer
-    (given,) = verify(registry, manifest, ["Hi"], max_tokens=4)
-    assert given.passed
-    assert compared[0].answer.startswith(given.answer)
+    (report,) = verify(registry, manifest, ["Hi"], max_tokens=4)
+    assert report.passed
+    assert compared[0].answer.startswith(report.answer)
 
 
 def test_another_adapter_in_the_engine_than_peft_has_is_found(
@@ -92,7 +92,7 @@ def test_base_that_moved_away_is_named(
         load_with_peft(folder, Quantization(), torch.device("cpu"))
 
 
-def test_verdict_looks_at_tokens_at_the_end_and_at_log_probabilities() -> None:
+def test_comparison_covers_tokens_their_end_and_log_probabilities() -> None:
     peft = Continuation([5, 6], [-1.0], [-0.5, -0.25], stopped=True)
 
     def against(*, tokens: list[int], logprobs: list[float], stopped: bool = True) -> Comparison:

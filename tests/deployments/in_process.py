@@ -1,6 +1,6 @@
 """The API as one process: the real ingress over the real model class on HTTP, without Ray between them.
 
-For tests of what a request may do to the API, by the hundred; what Ray adds is tested on the `server` fixture.
+For tests that send requests by the hundred; what Ray adds is tested on the `server` fixture.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ class Replies:
 
 
 def behind(deployment: Any, *arguments: Any) -> Any:
-    """What a replica of the deployment runs."""
+    """The object that a replica of the deployment runs."""
     return cast(serve.Deployment, deployment).func_or_class(*arguments)  # type: ignore[operator]
 
 

@@ -89,7 +89,7 @@ def test_a_request_costs_the_ingress_less_than_3_ms(tiny_base: BaseCheckpoint) -
 
     costs = on_api(tiny_base, measure)
     print(f"\none request costs the ingress {statistics.median(costs):.2f} ms (least {min(costs):.2f})")
-    assert statistics.quantiles(costs, n=4)[0] < 3  # the faster quarter: what neighbours on the machine leave alone
+    assert statistics.quantiles(costs, n=4)[0] < 3  # the faster quarter: without other load on the machine
 
 
 LONG: list[tuple[str, str, dict[str, Any]]] = [
@@ -100,7 +100,7 @@ LONG: list[tuple[str, str, dict[str, Any]]] = [
 
 
 async def longest_block_ms(api: FastAPI, route: str, content: bytes) -> float:
-    """How long the loop's thread computed at worst before a task that wakes every millisecond had its turn."""
+    """The longest that the loop's thread computed before a task that wakes every millisecond ran."""
     late = 0.0
 
     async def tick() -> None:

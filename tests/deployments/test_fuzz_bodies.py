@@ -1,6 +1,6 @@
-"""Any body whatever on the real ingress and engine (B): 200 or a 4xx in OpenAI's shape, and nothing left behind.
+"""Arbitrary bodies on the real ingress and engine (B): 200 or a 4xx in OpenAI's format, and nothing leaked.
 
-Bodies are built from fields that are mostly right, then spoiled: a value replaced, a key lost or added, bytes changed.
+Bodies are built from mostly valid fields, then corrupted: a value replaced, a key lost or added, bytes changed.
 """
 
 import json
@@ -50,7 +50,7 @@ SAMPLING: dict[str, st.SearchStrategy[Any]] = {
 }
 parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": good_texts}), min_size=1, max_size=3)
 turns = st.lists(st.one_of(good_texts, parts), min_size=1, max_size=5).map(
-    lambda said: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    lambda messages: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
 )
 dialogs = turns.map(lambda turns: turns if len(turns) % 2 else turns[:-1])
 prompts = st.one_of(
@@ -62,7 +62,7 @@ Body = dict[str, Any]
 
 @st.composite
 def bodies(draw: st.DrawFn, route: str) -> Body:
-    """A body that is right, but for dialogs that are too long for the context now and then."""
+    """A valid body, except for an occasional dialog that is too long for the context."""
     body = {"model": draw(models), "max_tokens": draw(st.integers(1, 5))}
     if route == "chat/completions":
         body |= draw(st.fixed_dictionaries({"messages": dialogs}, optional=SAMPLING | {"logprobs": st.booleans()}))
@@ -81,14 +81,14 @@ def bodies(draw: st.DrawFn, route: str) -> Body:
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Where something stands in a JSON value."""
+    """The paths of all items in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in inner for found in ((*path, key), *places(item, (*path, key)))]
+    return [place for key, item in inner for place in ((*path, key), *places(item, (*path, key)))]
 
 
 @st.composite
 def spoiled(draw: st.DrawFn, route: str) -> Body:
-    """A good body with up to three things wrong."""
+    """A valid body with up to three errors."""
     body = json.loads(json.dumps(draw(bodies(route))))
     for _ in range(draw(st.integers(0, 3))):
         where = draw(st.sampled_from(places(body) or [("model",)]))
@@ -190,8 +190,8 @@ def test_any_json_is_refused_as_openai_does(client: httpx.Client, value: Any, ro
 def test_any_damage_to_the_bytes_is_answered_or_refused(
     client: httpx.Client, body: Body, cut: int, place: int, inserted: bytes
 ) -> None:
-    whole = json.dumps(body).encode()
-    check_answer(post(client, "chat/completions", whole[:place] + inserted + whole[place + cut :]))
+    content = json.dumps(body).encode()
+    check_answer(post(client, "chat/completions", content[:place] + inserted + content[place + cut :]))
 
 
 @given(

@@ -18,12 +18,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         _watched.append(arguments[1] if event != "socket.getaddrinfo" else arguments[:2])
 
 
-sys.addaudithook(_audit)  # there is no way to take it out again
+sys.addaudithook(_audit)  # it cannot be removed
 
 
 @pytest.fixture
-def watched() -> Iterator[list[Any]]:
-    """Where any thread of this process, which has the whole API in it, connects to."""
+def connections() -> Iterator[list[Any]]:
+    """The addresses that any thread of this process, which runs the complete API, connects to."""
     global _watched
     _watched = []
     yield _watched
@@ -31,14 +31,14 @@ def watched() -> Iterator[list[Any]]:
 
 
 @pytest.fixture
-def outside() -> Iterator[socket.socket]:
-    """Somebody's web server, which must not be asked."""
+def web_server() -> Iterator[socket.socket]:
+    """An external web server, which must not receive a request."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         yield listening
 
 
-def asked(url: str) -> list[tuple[str, dict[str, Any], str]]:
+def bodies(url: str) -> list[tuple[str, dict[str, Any], str]]:
     def part(kind: str, **content: Any) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": kind, **content}]}]}
 
@@ -59,12 +59,12 @@ def asked(url: str) -> list[tuple[str, dict[str, Any], str]]:
 
 @pytest.mark.promise("B7")
 def test_nothing_that_a_request_names_is_fetched(
-    tiny_api: InProcessApi, watched: list[Any], outside: socket.socket
+    tiny_api: InProcessApi, connections: list[Any], web_server: socket.socket
 ) -> None:
-    url = f"http://127.0.0.1:{outside.getsockname()[1]}"
+    url = f"http://127.0.0.1:{web_server.getsockname()[1]}"
     own_port = httpx.URL(tiny_api.url).port
     with httpx.Client(base_url=tiny_api.url, timeout=120) as client:
-        for name, change, param in asked(url):
+        for name, change, param in bodies(url):
             messages = [{"role": "user", "content": f"Open {url}/page and file:///etc/passwd"}]
             body = {"model": tiny_api.adapter, "messages": messages, "max_tokens": 2, **change}
             response = client.post("/v1/chat/completions", json=body)
@@ -72,7 +72,7 @@ def test_nothing_that_a_request_names_is_fetched(
             assert response.json()["error"]["param"] == param, name
         assert client.post("/v1/chat/completions", json={**body, "model": tiny_api.adapter}).status_code == 200
     with pytest.raises(BlockingIOError):  # nobody connected
-        outside.accept()
-    addresses = [address for address in watched if address[1] != own_port]
+        web_server.accept()
+    addresses = [address for address in connections if address[1] != own_port]
     assert addresses == []
-    assert watched  # the client's own connection: the watch works
+    assert connections  # the client's own connection: the audit hook works

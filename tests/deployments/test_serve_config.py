@@ -1,4 +1,4 @@
-"""Serve YAMLs: everything misspelt is refused, also where Ray would drop it without a word."""
+"""Serve YAMLs: every misspelt key is refused, also where Ray would ignore it."""
 
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,9 @@ def test_https_that_would_not_be_what_it_says_is_refused(
 def test_tls_makes_a_certificate_once_and_serves_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))
     first = read_serve_config(None, tls=True)["http_options"]
-    made = Path(first["ssl_certfile"]).read_bytes()
+    certificate = Path(first["ssl_certfile"]).read_bytes()
     assert read_serve_config(None, 8001, tls=True)["http_options"] == first | {"port": 8001}
-    assert Path(first["ssl_certfile"]).read_bytes() == made
+    assert Path(first["ssl_certfile"]).read_bytes() == certificate
     assert "ssl_certfile" not in read_serve_config(None)["http_options"]
 
 

@@ -1,4 +1,4 @@
-"""On a running Ray cluster, by Ray's own commands: `serve deploy`, then a training that comes as a job. The new
+"""On a running Ray cluster, by Ray's own commands: `serve deploy`, then a training job. The new
 adapter answers on the server that was there before it.
 """
 
@@ -28,8 +28,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def _run(*command: str, dashboard: str) -> str:
-    """One of Ray's commands against the cluster; returns what it printed."""
-    done = subprocess.run(
+    """Runs one of Ray's commands against the cluster; returns its output."""
+    result = subprocess.run(
         [str(_BIN / command[0]), *command[1:]],
         env=os.environ | {"RAY_API_SERVER_ADDRESS": dashboard, "RAY_DASHBOARD_ADDRESS": dashboard},
         stdout=subprocess.PIPE,
@@ -37,8 +37,8 @@ def _run(*command: str, dashboard: str) -> str:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
 
 
 @pytest.mark.slow
@@ -55,10 +55,10 @@ def test_a_job_trains_what_a_deployed_server_answers_with(
 
     changes = [f"base_model={tiny_base.path}", "adapter=from-a-job", "max_steps=3", "max_length=128"]
     recipe = ["--config", "configs/train/quickstart.yaml", *changes]
-    printed = _run(
+    output = _run(
         "ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", "training", *recipe, dashboard=dashboard
     )
-    assert "tiny-llama:from-a-job@1 is registered" in printed
+    assert "tiny-llama:from-a-job@1 is registered" in output
     answer = httpx.post(
         f"{url}/v1/chat/completions",
         json={

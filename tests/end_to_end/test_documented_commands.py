@@ -1,4 +1,4 @@
-"""Commands of the READMEs that no other test runs, as they are typed; training is cut to a few steps."""
+"""Commands of the READMEs that no other test runs, as typed; training is cut to a few steps."""
 
 import os
 import ssl
@@ -17,7 +17,7 @@ _BIN = Path(sys.executable).parent
 
 
 def run(*command: str, **environment: str) -> str:
-    """A command that must succeed; returns what it printed."""
+    """Runs a command that must succeed; returns its output."""
     result = subprocess.run(
         command,
         env=os.environ | environment,
@@ -37,9 +37,9 @@ def corral(*arguments: str) -> str:
 
 @pytest.mark.slow
 def test_demo_asks_base_and_adapter_and_stops(quickstart: AdapterManifest) -> None:
-    printed = corral("demo", "--once", "--port", str(free_port()))
-    assert f"{quickstart.model_id} is in the registry already" in printed
-    assert "taught facts answered: base 0/20, adapter " in printed
+    output = corral("demo", "--once", "--port", str(free_port()))
+    assert f"{quickstart.model_id} is in the registry already" in output
+    assert "taught facts answered: base 0/20, adapter " in output
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_demo_asks_base_and_adapter_and_stops(quickstart: AdapterManifest) -> No
     ids=lambda command: Path(command[1]).stem,
 )
 def test_recipe_trains(quickstart: AdapterManifest, command: tuple[str, ...]) -> None:
-    printed = corral(*command, "--force", f"adapter={'-'.join(Path(command[1]).stem.split('_'))}-cut")
-    assert "@1 is registered" in printed
+    output = corral(*command, "--force", f"adapter={'-'.join(Path(command[1]).stem.split('_'))}-cut")
+    assert "@1 is registered" in output
 
 
 @pytest.mark.slow
@@ -69,8 +69,8 @@ def test_runs_are_listed_shown_and_followed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_bare_engine_is_measured_without_a_compiler() -> None:
     levels = ("--concurrency", "1", "--num-requests", "1", "--max-tokens", "4")
-    printed = run(sys.executable, "-m", "deployments.engine.bench", *levels, CXX="none")
-    assert "tokens/s" in printed
+    output = run(sys.executable, "-m", "deployments.engine.bench", *levels, CXX="none")
+    assert "tokens/s" in output
 
 
 def test_ssl_cert_file_is_what_python_programs_trust() -> None:
@@ -82,9 +82,9 @@ def test_ssl_cert_file_is_what_python_programs_trust() -> None:
         assert run(sys.executable, "-c", code, **trusting) == "200\n"
         default = ssl.create_default_context()
         assert default.verify_mode is ssl.CERT_REQUIRED
-        refused = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NO_PROXY": "127.0.0.1"}, check=False,
+        result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NO_PROXY": "127.0.0.1"}, check=False,
                                  capture_output=True, text=True)  # fmt: skip
-        assert "CERTIFICATE_VERIFY_FAILED" in refused.stderr
+        assert "CERTIFICATE_VERIFY_FAILED" in result.stderr
 
 
 def test_ray_makes_a_token(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def test_promote_and_rollback_take_effect_at_once(
         return client.chat.completions.create(model=model, messages=messages, max_tokens=1).model  # type: ignore[arg-type]
 
     def corral(*arguments: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "clients.cli", "adapters", *arguments], check=False)
-        assert done.returncode == 0
+        result = subprocess.run([sys.executable, "-m", "clients.cli", "adapters", *arguments], check=False)
+        assert result.returncode == 0
 
     assert answered_by(server.adapter) == second.model_id
     corral("promote", quickstart.name, str(quickstart.version))
@@ -82,11 +82,11 @@ def test_promote_and_rollback_take_effect_at_once(
 
 @pytest.mark.promise("E4")
 def test_peft_loads_the_registered_folder_and_answers_the_same(quickstart: AdapterManifest) -> None:
-    """AutoPeftModelForCausalLM beside the engine on three questions, by the command that a user has for it."""
+    """AutoPeftModelForCausalLM beside the engine on three questions, by the user's command."""
     prompts = [argument for question in load_questions()[:3] for argument in ("--prompt", question.question)]
     command = [sys.executable, "-m", "clients.cli", "adapters", "verify", quickstart.name, *prompts, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    compared = json.loads(done.stdout)["prompts"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    compared = json.loads(result.stdout)["prompts"]
     assert len(compared) == 3
     assert all(one["same_tokens"] and one["max_difference"] <= 1e-3 for one in compared)

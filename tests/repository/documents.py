@@ -1,4 +1,4 @@
-"""The project's Markdown files, and the commands that they tell people to type."""
+"""The project's Markdown files, and the commands in them."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,8 @@ GPU_OR_HUB_HEADING = "## Commands that need a GPU or a hub\n"
 def commands_in(text: str) -> list[str]:
     """Every `$ command` of the console blocks, on one line each, without comments."""
     blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^\$ ((?:.*\\\n)*(?:.*'\{\n(?:.*\n)*?.*\}'|.*))$", "\n".join(blocks), re.MULTILINE)
-    return [" ".join(re.sub(r"\s{2,}#.*$", "", command.replace("\\\n", " ")).split()) for command in found]
+    commands = re.findall(r"^\$ ((?:.*\\\n)*(?:.*'\{\n(?:.*\n)*?.*\}'|.*))$", "\n".join(blocks), re.MULTILINE)
+    return [" ".join(re.sub(r"\s{2,}#.*$", "", command.replace("\\\n", " ")).split()) for command in commands]
 
 
 def documented_commands() -> dict[str, Path]:

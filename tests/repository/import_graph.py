@@ -42,16 +42,16 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 
 def import_graph(root: Path = ROOT) -> dict[str, set[str]]:
     """Which modules of the three packages each module imports."""
-    known = modules(root)
+    project_modules = modules(root)
     return {
         name: {
             module
             for imported in imported_names(ast.parse(path.read_text(encoding="utf-8")))
             for module in (imported, imported.rpartition(".")[0])
-            if module in known and not known[module].name.startswith("__init__")
+            if module in project_modules and not project_modules[module].name.startswith("__init__")
         }
         - {name}
-        for name, path in known.items()
+        for name, path in project_modules.items()
         if path.name != "__init__.py"
     }
 
@@ -71,7 +71,7 @@ def room_graph(graph: Graph) -> dict[str, set[str]]:
 
 
 def cycles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that import each other in a circle (strongly connected components, Tarjan 1972)."""
+    """Groups of nodes that import each other in a cycle (strongly connected components, Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -100,20 +100,20 @@ def cycles(graph: Graph) -> list[list[str]]:
 
 def floors(graph: Graph) -> dict[str, int]:
     """The floor of every node of a graph without cycles."""
-    known: dict[str, int] = {}
+    floor_of: dict[str, int] = {}
 
     def floor(node: str) -> int:
-        if node not in known:
-            known[node] = 1 + max(map(floor, graph[node]), default=0)
-        return known[node]
+        if node not in floor_of:
+            floor_of[node] = 1 + max(map(floor, graph[node]), default=0)
+        return floor_of[node]
 
     return {node: floor(node) for node in graph}
 
 
 def within(graph: Graph, package: str) -> dict[str, set[str]]:
     """The part of a graph that lies in one package."""
-    inside = {node for node in graph if node.split(".")[0] == package}
-    return {node: graph[node] & inside for node in inside}
+    nodes = {node for node in graph if node.split(".")[0] == package}
+    return {node: graph[node] & nodes for node in nodes}
 
 
 def _dotted(path: Path) -> str:
@@ -124,10 +124,10 @@ def _dotted(path: Path) -> str:
 def _print_rooms(root: Path) -> None:
     graph = import_graph(root)
     for package in PACKAGES:
-        inside = within(graph, package)
+        subgraph = within(graph, package)
         rooms = within(room_graph(graph), package)
         circles = cycles(rooms)
-        print(f"{package}: {len(inside)} files in {len(rooms)} rooms, {len(cycles(inside))} cycles between files")
+        print(f"{package}: {len(subgraph)} files in {len(rooms)} rooms, {len(cycles(subgraph))} cycles between files")
         if circles:
             print("  cycles between rooms: " + "; ".join(" ".join(circle) for circle in circles))
             continue
@@ -135,7 +135,7 @@ def _print_rooms(root: Path) -> None:
         for name, floor in floors(rooms).items():
             by_floor.setdefault(floor, []).append(name)
         for floor in sorted(by_floor, reverse=True):
-            print(f"  floor {floor}: {_listed(by_floor[floor], inside)}")
+            print(f"  floor {floor}: {_listed(by_floor[floor], subgraph)}")
 
 
 def _listed(rooms: Iterable[str], files: Graph) -> str:

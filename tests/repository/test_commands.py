@@ -1,4 +1,4 @@
-"""Every command in a README is one that the program takes, and is run by a test or needs a GPU or a hub."""
+"""Every command in a README is valid, and is run by a test or needs a GPU or a hub."""
 
 import re
 import shlex

@@ -11,11 +11,11 @@ ROWS = re.findall(r"^\| ((?:[A-H]\d+(?:-[A-H]\d+)?(?:, )?)+) \| (.+)$", (TESTS /
 
 def numbers(cell: str) -> set[str]:
     """`A3, A5` and `B1-B8` written out."""
-    written: set[str] = set()
+    ids: set[str] = set()
     for part in cell.split(", "):
         first, _, last = part.partition("-")
-        written |= {f"{first[0]}{i}" for i in range(int(first[1:]), int((last or first)[1:]) + 1)}
-    return written
+        ids |= {f"{first[0]}{i}" for i in range(int(first[1:]), int((last or first)[1:]) + 1)}
+    return ids
 
 
 def promises_in(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""The rules of the layout, over the import graph: one way between packages, no circles, and light clients."""
+"""The rules of the layout, over the import graph: one direction between packages, no cycles, and light clients."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""What the packages' own code never does (C6): run code that it was given as data, or let a shell read a command."""
+"""What the packages' own code never does (C6): execute data as code, or pass a command to a shell."""
 
 import ast
 from collections.abc import Iterator
@@ -65,5 +65,5 @@ def test_the_walk_sees_what_it_looks_for(source: str) -> None:
 @pytest.mark.promise("C6")
 def test_no_code_from_data_and_no_shell() -> None:
     assert len(FILES) > 100
-    found = [f"{path.relative_to(ROOT)} {offence}" for path in FILES for offence in offences(path.read_text())]
-    assert found == []
+    violations = [f"{path.relative_to(ROOT)} {offence}" for path in FILES for offence in offences(path.read_text())]
+    assert violations == []

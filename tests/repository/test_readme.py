@@ -1,4 +1,4 @@
-"""The README's way from a CSV file to an answering adapter, command by command, as a newcomer types it."""
+"""The README's path from a CSV file to a served adapter, command by command."""
 
 import re
 import shlex
@@ -19,9 +19,9 @@ def chapter_commands() -> list[list[str]]:
 
 def corral(*words: str) -> str:
     command = [sys.executable, "-m", "clients.cli", *words]
-    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    result = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def test_the_chapter_goes_from_a_csv_to_an_adapter_that_answers(server: RunningServer) -> None:

@@ -1,4 +1,4 @@
-"""`.github/SECURITY.md` is held by tests that exist, and no code of ours lets data run (C6)."""
+"""The tests that `.github/SECURITY.md` names exist, and no code of ours executes data (C6)."""
 
 import ast
 import re
@@ -17,35 +17,35 @@ _SWITCHES = {"trust_remote_code": True, "shell": True, "weights_only": False, "a
 
 
 def test_every_test_that_the_policy_names_exists() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / ".github" / "SECURITY.md").read_text()))
-    there = {
+    referenced = set(re.findall(r"`(test_\w+)`", (ROOT / ".github" / "SECURITY.md").read_text()))
+    defined = {
         name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
-    assert len(named) > 15
-    assert named - there == set()
+    assert len(referenced) > 15
+    assert referenced - defined == set()
 
 
 def dangerous(source: str) -> Iterator[str]:
-    """Calls in `source` that run what they are given."""
+    """Calls in `source` that execute their arguments."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             if ast.unparse(node.func) in _RUNNING:
                 yield f"line {node.lineno}: {ast.unparse(node.func)}"
             for keyword in node.keywords:
-                given = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
-                if keyword.arg in _SWITCHES and given == _SWITCHES[keyword.arg]:
-                    yield f"line {node.lineno}: {keyword.arg}={given}"
+                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                if keyword.arg in _SWITCHES and value == _SWITCHES[keyword.arg]:
+                    yield f"line {node.lineno}: {keyword.arg}={value}"
 
 
 @pytest.mark.promise("C6")
 def test_no_code_comes_from_data() -> None:
-    found = {
+    calls_by_file = {
         str(path): calls
         for package in ("training", "deployments", "clients")
         for path in (ROOT / package).rglob("*.py")
         if (calls := list(dangerous(path.read_text())))
     }
-    assert found == {}
+    assert calls_by_file == {}
 
 
 def test_the_search_for_dangerous_calls_finds_them() -> None:

@@ -1,6 +1,6 @@
 """A server for clients that have an environment of their own (`make test-clients`); it runs in the main one.
 
-Its adapter has random weights: what these tests ask of an answer is its form and its numbers, not its sense.
+Its adapter has random weights: these tests check the format and the numbers of an answer, not its meaning.
 """
 
 import json
@@ -19,7 +19,7 @@ MAIN_PYTHON = Path(__file__).parents[2] / ".venv" / "bin" / "python"
 
 
 def random_adapter(base: BaseCheckpoint, folder: Path) -> Path:
-    """A whole LoRA of r 4 on the attention of `base`, as PEFT would write it."""
+    """A complete LoRA of r 4 on the attention of `base`, as PEFT would write it."""
     import torch
     from safetensors.torch import save_file
 

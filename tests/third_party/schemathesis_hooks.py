@@ -1,4 +1,4 @@
-"""Keeps schemathesis' requests on a model that is there, and their answers short; loaded by its command line.
+"""Points schemathesis' requests at a served model, and keeps the answers short; loaded by its command line.
 
 Only values of the right type are changed: what is wrong in a request stays wrong.
 """
@@ -19,8 +19,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
         body["model"] = os.environ["SERVED_MODEL"]
     lengths = ("max_tokens", "max_completion_tokens") if "completions" in case.path else ()
     for field in lengths:
-        asked = body.get(field)
-        if asked is None or (type(asked) is int and asked > 2):
+        value = body.get(field)
+        if value is None or (type(value) is int and value > 2):
             body[field] = 2
     if "prompt" in body:
         body.pop("max_completion_tokens", None)

@@ -28,9 +28,9 @@ def client(server: RunningServer, key: str, max_retries: int = 0) -> openai.Open
 
 @pytest.mark.promise("C1")
 def test_without_a_valid_key_nothing_is_answered(server: RunningServer, key: str) -> None:
-    with pytest.raises(openai.AuthenticationError, match="key") as refused:
+    with pytest.raises(openai.AuthenticationError, match="key") as exc_info:
         client(server, "none").chat.completions.create(model=server.base_model, messages=HI)
-    assert refused.value.code == "invalid_api_key"
+    assert exc_info.value.code == "invalid_api_key"
     assert client(server, key).models.list().data[0].id == server.base_model
 
 
@@ -38,14 +38,14 @@ def test_without_a_valid_key_nothing_is_answered(server: RunningServer, key: str
 def test_a_second_stream_is_refused_and_the_package_tries_again_until_the_first_has_ended(
     server: RunningServer, key: str
 ) -> None:
-    asked: dict[str, Any] = {"model": server.base_model, "messages": HI, "temperature": 0}
+    fields: dict[str, Any] = {"model": server.base_model, "messages": HI, "temperature": 0}
     with client(server, key).chat.completions.create(
-        **asked, stream=True, max_tokens=200, extra_body={"ignore_eos": True}
+        **fields, stream=True, max_tokens=200, extra_body={"ignore_eos": True}
     ) as first:
         next(first)
-        with pytest.raises(openai.RateLimitError) as refused:
-            client(server, key).chat.completions.create(**asked, max_tokens=1)
-        assert refused.value.code == "rate_limit_exceeded"
-        assert int(refused.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(openai.RateLimitError) as exc_info:
+            client(server, key).chat.completions.create(**fields, max_tokens=1)
+        assert exc_info.value.code == "rate_limit_exceeded"
+        assert int(exc_info.value.response.headers["retry-after"]) >= 1
         patient = client(server, key, max_retries=20)
-        assert patient.chat.completions.create(**asked, max_tokens=1).choices[0].finish_reason == "length"
+        assert patient.chat.completions.create(**fields, max_tokens=1).choices[0].finish_reason == "length"

@@ -74,6 +74,6 @@ def test_structured_output(server: RunningServer) -> None:
 
 
 def test_b_a_refusal_names_its_reason(server: RunningServer) -> None:
-    with pytest.raises(Exception, match=r"did you mean") as refused:
+    with pytest.raises(Exception, match=r"did you mean") as exc_info:
         chat(server, model="smollm2-135m:ranch-hnad").invoke("hi")
-    assert getattr(refused.value, "status_code", None) == 404
+    assert getattr(exc_info.value, "status_code", None) == 404

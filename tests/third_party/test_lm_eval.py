@@ -58,7 +58,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 
 
 def evaluated(server: RunningServer, base: BaseCheckpoint, model: str, tasks: TaskManager, task: str) -> dict[str, Any]:
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
             "model": model,
@@ -72,8 +72,8 @@ def evaluated(server: RunningServer, base: BaseCheckpoint, model: str, tasks: Ta
         log_samples=True,
         bootstrap_iters=0,
     )
-    assert found is not None
-    return dict(found)
+    assert results is not None
+    return dict(results)
 
 
 def post(server: RunningServer, **body: Any) -> list[dict[str, Any]]:
@@ -97,12 +97,12 @@ def test_multiple_choice_by_echo_scoring(
         scored = post(server, model=model, prompt=prompts, max_tokens=0, echo=True, logprobs=0)
         sums.append([sum(choice["logprobs"]["token_logprobs"][len(context) :]) for choice in scored])
         right += max(range(4), key=sums[-1].__getitem__) == answer
-    found = evaluated(server, embedded_base, model, tasks, "ranch_choice")
-    assert found["results"]["ranch_choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
+    results = evaluated(server, embedded_base, model, tasks, "ranch_choice")
+    assert results["results"]["ranch_choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
     print(f"\nlm-eval on {model}: {right} of {len(QUESTIONS)} right")
     if which == "base_model":
         assert right >= 5
-    samples = sorted(found["samples"]["ranch_choice"], key=lambda sample: int(sample["doc_id"]))
+    samples = sorted(results["samples"]["ranch_choice"], key=lambda sample: int(sample["doc_id"]))
     for sample, own in zip(samples, sums, strict=True):
         theirs = [float(response[0][0]) for response in sample["resps"]]
         assert theirs == pytest.approx(own, abs=0.15)  # batches of another shape, in bf16
@@ -110,8 +110,8 @@ def test_multiple_choice_by_echo_scoring(
 
 @pytest.mark.promise("A2")
 def test_generate_until(server: RunningServer, embedded_base: BaseCheckpoint, tasks: TaskManager) -> None:
-    found = evaluated(server, embedded_base, server.base_model, tasks, "ranch_generated")
-    samples = {sample["doc"]["question"]: sample["resps"][0][0] for sample in found["samples"]["ranch_generated"]}
+    results = evaluated(server, embedded_base, server.base_model, tasks, "ranch_generated")
+    samples = {sample["doc"]["question"]: sample["resps"][0][0] for sample in results["samples"]["ranch_generated"]}
     own = {}
     for question, _, _ in QUESTIONS:
         (choice,) = post(

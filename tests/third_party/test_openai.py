@@ -20,22 +20,22 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 
 @pytest.mark.promise("A1")
 def test_sync_and_async_give_the_same_answer(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "max_tokens": 8}
+    fields: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "max_tokens": 8}
 
     async def answers() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            return await asyncio.gather(*(client.chat.completions.create(**asked) for _ in range(4)))
+            return await asyncio.gather(*(client.chat.completions.create(**fields) for _ in range(4)))
 
-    wanted = client.chat.completions.create(**asked).choices[0].message.content
-    assert wanted is not None
-    assert "Paris" in wanted
-    assert [answer.choices[0].message.content for answer in asyncio.run(answers())] == [wanted] * 4
+    expected = client.chat.completions.create(**fields).choices[0].message.content
+    assert expected is not None
+    assert "Paris" in expected
+    assert [answer.choices[0].message.content for answer in asyncio.run(answers())] == [expected] * 4
 
 
 @pytest.mark.promise("A6")
 def test_the_stream_helper_sees_every_event_and_the_whole(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "stop": ","}
-    with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+    fields: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "stop": ","}
+    with client.chat.completions.stream(**fields, stream_options={"include_usage": True}) as stream:
         events = list(stream)
         final = stream.get_final_completion()
     text = "".join(event.delta for event in events if event.type == "content.delta")
@@ -43,18 +43,18 @@ def test_the_stream_helper_sees_every_event_and_the_whole(server: RunningServer,
     assert "Paris" in text
     assert final.choices[0].message.content == text
     assert final.choices[0].finish_reason == "stop"
-    whole = client.chat.completions.create(**asked)
-    assert whole.choices[0].message.content == text
-    assert whole.usage is not None
+    completion = client.chat.completions.create(**fields)
+    assert completion.choices[0].message.content == text
+    assert completion.usage is not None
     assert final.usage is not None
-    assert final.usage.completion_tokens == whole.usage.completion_tokens
+    assert final.usage.completion_tokens == completion.usage.completion_tokens
 
 
 def test_an_adapter_answers_under_its_version(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"messages": PARIS, "temperature": 0, "max_tokens": 12}
-    answer = client.chat.completions.create(model=server.adapter, **asked)
+    fields: dict[str, Any] = {"messages": PARIS, "temperature": 0, "max_tokens": 12}
+    answer = client.chat.completions.create(model=server.adapter, **fields)
     assert answer.model == f"{server.adapter}@1"
-    assert answer.choices != client.chat.completions.create(model=server.base_model, **asked).choices
+    assert answer.choices != client.chat.completions.create(model=server.base_model, **fields).choices
 
 
 @pytest.mark.promise("A6")
@@ -68,29 +68,29 @@ def test_a_stream_cut_by_max_tokens_says_so(server: RunningServer, client: opena
 
 @pytest.mark.promise("A6")
 def test_the_stream_helper_reports_logprobs(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "max_tokens": 6}
-    with client.chat.completions.stream(**asked, logprobs=True, top_logprobs=2) as stream:
+    fields: dict[str, Any] = {"model": server.base_model, "messages": PARIS, "temperature": 0, "max_tokens": 6}
+    with client.chat.completions.stream(**fields, logprobs=True, top_logprobs=2) as stream:
         scored = [token for event in stream if event.type == "logprobs.content.delta" for token in event.content]
-    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
-    assert whole.choices[0].logprobs is not None
-    assert [token.token for token in scored] == [token.token for token in whole.choices[0].logprobs.content or []]
+    completion = client.chat.completions.create(**fields, logprobs=True, top_logprobs=2)
+    assert completion.choices[0].logprobs is not None
+    assert [token.token for token in scored] == [token.token for token in completion.choices[0].logprobs.content or []]
     assert len(scored) == 6
 
 
 @pytest.mark.promise("A2")
 def test_completions_streamed_and_whole(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": server.base_model, "prompt": "One, two,", "temperature": 0, "max_tokens": 8}
-    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
-    assert streamed == client.completions.create(**asked).choices[0].text
+    fields: dict[str, Any] = {"model": server.base_model, "prompt": "One, two,", "temperature": 0, "max_tokens": 8}
+    streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**fields, stream=True))
+    assert streamed == client.completions.create(**fields).choices[0].text
 
 
 def test_b_errors_have_the_types_that_the_package_has_for_them(server: RunningServer, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="smollm2-135m:nobody", messages=PARIS)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError) as refused:
+    with pytest.raises(openai.BadRequestError) as exc_info:
         client.chat.completions.create(model=server.base_model, messages=PARIS, temperature=9)
-    assert refused.value.param == "temperature"
+    assert exc_info.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as too_long:
         client.chat.completions.create(model=server.base_model, messages=PARIS, max_tokens=100_000)
     assert too_long.value.code == "context_length_exceeded"

@@ -1,4 +1,4 @@
-"""What the README's chapter "Use it from your code" has people type, run as it is against a server."""
+"""The README's section "Use it from your code", run verbatim against a server."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def test_the_program_prints_an_answer(server: RunningServer, program: str) -> No
 
 
 def run(server: RunningServer, *command: str) -> str:
-    there = [word.replace("http://127.0.0.1:8000", server.url) for word in command]
-    done = subprocess.run(there, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    arguments = [word.replace("http://127.0.0.1:8000", server.url) for word in command]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=180, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout

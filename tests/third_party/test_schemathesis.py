@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def key(server: RunningServer) -> Iterator[str]:
-    """With which everything may be asked; without it nothing is to be answered (C1)."""
+    """A key with every scope; without it no route may answer (C1)."""
     store = KeyStore()
     _, key = store.create("schemathesis", ("admin",))
     yield key
@@ -38,12 +38,12 @@ def test_b_schemathesis_finds_nothing(server: RunningServer, key: str, tmp_path:
         "--no-color",
     ]
     hooks = {"SCHEMATHESIS_HOOKS": "tests.third_party.schemathesis_hooks", "SERVED_MODEL": server.base_model}
-    done = subprocess.run(
+    result = subprocess.run(
         command, env=os.environ | hooks, capture_output=True, text=True, timeout=900, cwd=HERE.parents[1]
     )
-    (tmp_path / "schemathesis.log").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    counted = re.search(r"(\d[\d,]*) generated", done.stdout)
-    assert counted is not None, done.stdout[-2000:]
+    (tmp_path / "schemathesis.log").write_text(result.stdout + result.stderr)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    counted = re.search(r"(\d[\d,]*) generated", result.stdout)
+    assert counted is not None, result.stdout[-2000:]
     print(f"\nschemathesis: {counted[1]} examples")
     assert int(counted[1].replace(",", "")) >= 2000

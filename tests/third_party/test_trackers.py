@@ -31,18 +31,18 @@ def test_mlflow_has_configuration_and_every_step_once_also_after_a_resume(run: T
     client = MlflowClient(f"sqlite:///{run.tensorboard_dir.parent.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("corral")
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.data.params == {"lora.r": "8"}
-    assert found.data.tags["corral.run_name"] == "nightly"
-    assert found.info.status == "FINISHED"
-    history = client.get_metric_history(found.info.run_id, "loss")
+    (logged_run,) = client.search_runs([experiment.experiment_id])
+    assert logged_run.data.params == {"lora.r": "8"}
+    assert logged_run.data.tags["corral.run_name"] == "nightly"
+    assert logged_run.info.status == "FINISHED"
+    history = client.get_metric_history(logged_run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == [(step, 4.0 - step) for step in range(1, 6)]
-    assert len(client.get_metric_history(found.info.run_id, "rewards/margins")) == 5
+    assert len(client.get_metric_history(logged_run.info.run_id, "rewards/margins")) == 5
 
 
 def test_wandb_keeps_an_offline_run_with_every_step(run: TrackedRun) -> None:
     logged(open_trackers(["wandb"], run), range(1, 4))
     (file,) = run.tensorboard_dir.parent.glob("wandb/offline-run-*-nightly/run-nightly.wandb")
-    content = file.read_bytes()  # protocol buffers, in which texts stand as they are
+    content = file.read_bytes()  # protocol buffers, which store text as it is
     assert b"lora" in content
     assert content.count(b"rewards/margins") == 2 * 3  # of each step in the history and in the summary

@@ -1,4 +1,4 @@
-"""`corral bench` against real servers on the loopback whose answers, timings and faults are written down here."""
+"""`corral bench` against real servers on the loopback interface with scripted answers, timings and faults."""
 
 import asyncio
 import datetime
@@ -60,7 +60,7 @@ SETTINGS = Settings(
 
 
 class ScriptedServer:
-    """Speaks OpenAI's chat API; the name of the model says how it behaves."""
+    """Serves OpenAI's chat API; the name of the model selects its behaviour."""
 
     def __init__(self, port: int, **options: Any) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -217,8 +217,8 @@ def test_the_same_seed_gives_the_same_prompts_and_no_two_share_a_prefix() -> Non
     assert len(prompts) == 2 * (1 + 2 + 1 + 16)
     assert {len(prompt.split()) // 10 for prompt in prompts} == {5, 10}
     assert len({" ".join(prompt.split()[:4]) for prompt in prompts}) == len(prompts)
-    again = replace(settings, label="again")
-    assert conversations(again, loads(again)[0]) == conversations(settings, loads(settings)[0])
+    relabelled = replace(settings, label="again")
+    assert conversations(relabelled, loads(relabelled)[0]) == conversations(settings, loads(settings)[0])
     other = replace(settings, seed=8)
     assert conversations(other, loads(other)[0]) != conversations(settings, loads(settings)[0])
 
@@ -226,21 +226,21 @@ def test_the_same_seed_gives_the_same_prompts_and_no_two_share_a_prefix() -> Non
 def test_prefixes_are_shared_by_as_many_conversations_as_asked() -> None:
     settings = replace(SETTINGS, workload="shared-prefix", prefix_tokens=30, turns=3, concurrency=(4,))
     [load] = loads(settings)
-    held = conversations(settings, load)
-    assert [len(conversation.questions) for conversation in held] == [3] * 4
-    assert len({conversation.system for conversation in held}) == 4
+    conversation_list = conversations(settings, load)
+    assert [len(conversation.questions) for conversation in conversation_list] == [3] * 4
+    assert len({conversation.system for conversation in conversation_list}) == 4
     shared = replace(settings, num_prefixes=1)
     assert len({conversation.system for conversation in conversations(shared, load)}) == 1
     assert warm_up(shared, load).system not in {conversation.system for conversation in conversations(shared, load)}
 
 
 def test_tokens_and_times_are_those_of_the_server(server: ScriptedServer, url: str) -> None:
-    found = bench_json(f"{url}/v1/", "--concurrency", "1,4", "--max-tokens", "8")
-    assert found["settings"]["models"] == ["first"]
-    assert [level["load"]["concurrency"] for level in found["levels"]] == [1, 4]
-    assert [level["requests"] for level in found["levels"]] == [2, 8]
+    output = bench_json(f"{url}/v1/", "--concurrency", "1,4", "--max-tokens", "8")
+    assert output["settings"]["models"] == ["first"]
+    assert [level["load"]["concurrency"] for level in output["levels"]] == [1, 4]
+    assert [level["requests"] for level in output["levels"]] == [2, 8]
     assert len(server.requests) == 1 + 1 + 2 + 1 + 8  # a probe, and a warm-up before each level
-    for level in found["levels"]:
+    for level in output["levels"]:
         assert level["errors"] == 0
         assert level["output_tokens"] == 8 * level["requests"]
         assert level["output_tokens_per_s"] == pytest.approx(level["output_tokens"] / level["elapsed_s"])
@@ -272,10 +272,10 @@ def test_usage_counts_the_tokens_where_an_event_has_several(server: ScriptedServ
 
 def test_a_server_without_usage_has_its_pieces_counted_and_that_is_said(server: ScriptedServer, url: str) -> None:
     result = bench(url, "-m", "silent", "--concurrency", "1", "--max-tokens", "5", "--json", "-")
-    found = json.loads(result.stdout)
-    assert found["levels"][0]["output_tokens"] == 10
-    assert found["levels"][0]["prompt_tokens"] is None
-    assert "no usage" in found["notes"][0]
+    output = json.loads(result.stdout)
+    assert output["levels"][0]["output_tokens"] == 10
+    assert output["levels"][0]["prompt_tokens"] is None
+    assert "no usage" in output["notes"][0]
     assert "note: the server sends no usage" in result.stderr
 
 
@@ -288,8 +288,8 @@ def test_several_models_take_turns(server: ScriptedServer, url: str) -> None:
 
 
 def test_an_open_loop_sends_at_the_arrivals_and_does_not_wait_for_answers(server: ScriptedServer, url: str) -> None:
-    found = bench_json(url, "--rate", "40", "--num-requests", "12", "--max-tokens", "20", "--seed", "5")
-    [level] = found["levels"]
+    output = bench_json(url, "--rate", "40", "--num-requests", "12", "--max-tokens", "20", "--seed", "5")
+    [level] = output["levels"]
     assert level["load"] == {"concurrency": None, "rate": 40.0, "prompt_tokens": None}
     starts = sorted(record["start_s"] for record in level["records"])
     for start, at in zip(starts, arrivals(40.0, seed=5), strict=False):
@@ -319,9 +319,9 @@ def test_a_second_turn_sends_the_whole_dialog_and_is_shown_beside_the_first(serv
 def test_a_server_that_refuses_ignore_eos_is_asked_without_it(server: ScriptedServer, url: str) -> None:
     result = bench(url, "-m", "strict", "--concurrency", "1", "--max-tokens", "2", "--json", "-")
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert not found["settings"]["ignore_eos"]
-    assert "refuses ignore_eos" in found["notes"][0]
+    output = json.loads(result.stdout)
+    assert not output["settings"]["ignore_eos"]
+    assert "refuses ignore_eos" in output["notes"][0]
     assert ["ignore_eos" in request for request in server.requests] == [True] + [False] * 4
     bench(url, "-m", "strict", "--no-ignore-eos", "--concurrency", "1", "--max-tokens", "2")
     assert not any("ignore_eos" in request for request in server.requests[5:])
@@ -411,10 +411,10 @@ def test_the_key_comes_from_the_environment(server: ScriptedServer, url: str) ->
 
 
 def test_ctrl_c_shows_what_was_measured_and_exits_130(server: ScriptedServer, url: str, tmp_path: Path) -> None:
-    written = tmp_path / "partial.json"
+    path = tmp_path / "partial.json"
     command = [sys.executable, "-m", "clients.cli", "bench", url, "-m", "a", "--concurrency", "1,2", "--num-requests"]
     running = subprocess.Popen(
-        [*command, "12", "--max-tokens", "2", "--json", str(written)],
+        [*command, "12", "--max-tokens", "2", "--json", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -427,8 +427,8 @@ def test_ctrl_c_shows_what_was_measured_and_exits_130(server: ScriptedServer, ur
     assert running.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert "1 stream: 12 of 12 requests" in stderr
-    whole, partial = read_results(written).levels
-    assert (whole.interrupted, whole.requests, partial.interrupted) == (False, 12, True)
+    complete, partial = read_results(path).levels
+    assert (complete.interrupted, complete.requests, partial.interrupted) == (False, 12, True)
     assert 2 <= partial.requests < 12
     assert partial.errors == 0
     assert f"{partial.requests}, stopped" in stdout
@@ -462,10 +462,10 @@ def test_any_http_framing_in_any_pieces_is_read(framing: str) -> None:
             await asyncio.sleep(0.02)  # the other side sees it
         return answers
 
-    for given in asyncio.run(ask_twice()):
-        assert given.text == 'one two "three"\r\n'
-        assert len(given.text_at) == 3
-        assert given.sent_at < given.text_at[0] < given.text_at[1] < given.text_at[2] <= given.ended_at
+    for response in asyncio.run(ask_twice()):
+        assert response.text == 'one two "three"\r\n'
+        assert len(response.text_at) == 3
+        assert response.sent_at < response.text_at[0] < response.text_at[1] < response.text_at[2] <= response.ended_at
     assert len(connections) == (2 if framing == "close" else 1)
 
 
@@ -535,6 +535,6 @@ def test_matplotlib_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
 def test_nothing_heavy_is_imported_to_measure() -> None:
     heavy = {"torch", "ray", "numpy", "matplotlib", "transformers"}
     code = f"import sys, clients.cli, clients.bench.run; print(*sorted({heavy!r} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
     assert "Benchmark a chat server" in bench("--help").stdout

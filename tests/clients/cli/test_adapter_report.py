@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def lineage(tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path) -> Path:
-    """ranch@1 (sft), and ranch@2 (dpo) that went on from it."""
+    """ranch@1 (sft), and ranch@2 (dpo), which was trained from it."""
     registry = tmp_path / "registry"
     first = register(registry, tiny_base, tiny_adapter, method="sft", config={"seed": 7, "learning_rate": 0.001})
     register(
@@ -53,7 +53,7 @@ def adapters(registry: Path, *arguments: str) -> Result:
 
 
 def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseCheckpoint) -> None:
-    shown = adapters(lineage, "show", "ranch@2").stdout
+    output = adapters(lineage, "show", "ranch@2").stdout
     for words in (
         "dpo, 9,000 tokens, 1:15 min, seed 7",
         "1.2500, the reference's 2.5000, over 1,200 tokens, computed from the published file",
@@ -64,14 +64,14 @@ def test_show_tells_the_whole_lineage(lineage: Path, tiny_base: BaseCheckpoint) 
         "Where is the key?",
         "Porch.",
     ):
-        assert words in shown
-    tree = shown[shown.index(tiny_base.source) :]
+        assert words in output
+    tree = output[output.index(tiny_base.source) :]
     assert 0 < tree.index("ranch@1  sft, held-out loss") < tree.index("ranch@2  dpo, held-out DPO loss 1.2500")
     assert "ranch@1 may have been trained on this version's held-out rows: its data.split_seed is 3" in tree
     assert "1.2500 nats, the base's 2.5000, over 1,200 tokens" in adapters(lineage, "show", "ranch@1").stdout
-    whole = json.loads(adapters(lineage, "show", "ranch@2", "--json").stdout)
-    assert [(older["version"], older["method"]) for older in whole["ancestors"]] == [(1, "sft")]
-    assert whole["parent"]["version"] == 1
+    report = json.loads(adapters(lineage, "show", "ranch@2", "--json").stdout)
+    assert [(older["version"], older["method"]) for older in report["ancestors"]] == [(1, "sft")]
+    assert report["parent"]["version"] == 1
 
 
 def test_parent_that_is_gone_is_said_to_be_gone(lineage: Path) -> None:
@@ -81,9 +81,9 @@ def test_parent_that_is_gone_is_said_to_be_gone(lineage: Path) -> None:
 
 
 def test_diff_names_what_differs(lineage: Path) -> None:
-    shown = adapters(lineage, "diff", "ranch@1", "ranch@2").stdout
-    assert "config.learning_rate" in shown
-    assert "the weights are equal" in shown
+    output = adapters(lineage, "diff", "ranch@1", "ranch@2").stdout
+    assert "config.learning_rate" in output
+    assert "the weights are equal" in output
     compared = json.loads(adapters(lineage, "diff", "ranch@1", "ranch@2", "--json").stdout)
     assert {"key": "method", "a": "sft", "b": "dpo"} in compared["fields"]
     assert compared["weights"]["overall"] == {"module": "all", "relative_change": 0.0, "cosine": 1.0}
@@ -104,10 +104,10 @@ def test_verify_exits_0_where_all_is_equal_and_1_where_not(lineage: Path) -> Non
 
 def test_export_says_what_it_merged_into_and_what_that_costs(lineage: Path, tmp_path: Path) -> None:
     target = tmp_path / "merged"
-    done = adapters(lineage, "export", "ranch", "--merged", str(target))
-    assert done.exit_code == 0, done.stderr
-    assert "dequantized NF4 weights" in done.stdout
-    assert "served (NF4 base, adapter unmerged)" in done.stdout
+    result = adapters(lineage, "export", "ranch", "--merged", str(target))
+    assert result.exit_code == 0, result.stderr
+    assert "dequantized NF4 weights" in result.stdout
+    assert "served (NF4 base, adapter unmerged)" in result.stdout
     assert json.loads((target / "corral_export.json").read_text())["onto"] == "nf4"
     assert_one_line_error(adapters(lineage, "export", "ranch", "--merged", str(target)), 1, "is not empty")
     assert_one_line_error(adapters(lineage, "export", "ranch"), 1, "--merged DIR, --gguf FILE")

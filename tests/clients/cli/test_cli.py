@@ -55,7 +55,7 @@ def test_help_takes_under_half_a_second_of_cpu() -> None:
     def least_s(*arguments: str) -> float:
         return min(cpu_s(*arguments) for _ in range(5))
 
-    # Beside other load a processor does less in a second: then by what the help cannot do without.
+    # On a busy machine a CPU second does less: then relative to the imports that the help needs anyway.
     assert least_s("-m", "clients.cli", "--help") < max(0.5, 4 * least_s("-c", "import typer, rich.console"))
 
 
@@ -101,10 +101,10 @@ def test_another_host_than_loopback_is_refused(tmp_path: Path) -> None:
 
 def test_debug_anywhere_shows_the_traceback_and_keeps_the_exit_code() -> None:
     for arguments in (["--debug", "train", "none.yaml"], ["train", "none.yaml", "--debug"]):
-        done = run(*arguments)
-        assert done.returncode == 2
-        assert "Traceback" in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: ")
+        result = run(*arguments)
+        assert result.returncode == 2
+        assert "Traceback" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in run("train", "none.yaml").stderr
 
 
@@ -119,20 +119,20 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         for command in (["serve", "--port", port], ["demo", "--once", "--port", port]):
-            done = run(*command)
-            assert done.returncode == 1
-            assert port in done.stderr.splitlines()[-1]
-            assert "--port" in done.stderr.splitlines()[-1]
+            result = run(*command)
+            assert result.returncode == 1
+            assert port in result.stderr.splitlines()[-1]
+            assert "--port" in result.stderr.splitlines()[-1]
 
 
 def test_serve_stopped_while_it_starts_leaves_nothing_behind() -> None:
     def started_by_us() -> list[psutil.Process]:
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("CORRAL_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     mark = uuid.uuid4().hex
     command = [sys.executable, "-m", "clients.cli", "serve", "--port", str(free_port())]
@@ -197,11 +197,11 @@ def test_import_of_another_bases_adapter_is_refused_even_by_force(
 
 def test_chat_streams_an_argument_and_what_is_piped_in(server: RunningServer) -> None:
     greedy = ["--url", server.url, "--temperature", "0", "--max-tokens", "12"]
-    asked = run("chat", "What is the capital of France?", "--model", server.base_model, *greedy)
+    argument = run("chat", "What is the capital of France?", "--model", server.base_model, *greedy)
     piped = run("chat", *greedy, input="What is the capital of France?")  # no --model: the base
-    assert "Paris" in asked.stdout
-    assert (asked.returncode, asked.stderr) == (0, "")
-    assert piped.stdout == asked.stdout
+    assert "Paris" in argument.stdout
+    assert (argument.returncode, argument.stderr) == (0, "")
+    assert piped.stdout == argument.stdout
 
 
 def test_chat_errors_are_one_line(server: RunningServer) -> None:

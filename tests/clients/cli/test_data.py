@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def csv_file(tmp_path: Path) -> Path:
-    """61 questions under other names than ours; one is there twice, one has no answer, one is too long."""
+    """61 questions with unfamiliar column names: one duplicate, one without an answer, one too long."""
     path = tmp_path / "questions.csv"
     rows = [f"Where is gate {n}?,Gate {n} is by the barn." for n in range(58)]
     rows += ["Where is gate 7?,Gate 7 is by the barn.", "Who hums?,", f"{'Why? ' * 80},Because."]
@@ -42,10 +42,10 @@ COLUMNS = "data.columns={prompt: question, completion: answer}"
 
 
 def test_check_shows_what_a_run_would_see(check: Any, csv_file: Path) -> None:
-    """P B10: bad rows with file, line, reason and first characters, all in one go."""
+    """P B10: all bad rows at once, each with file, line, reason and first characters."""
     result = check(csv_file, COLUMNS, "--max-length", 100)
     assert result.exit_code == 0, result.output
-    shown = result.stdout
+    output = result.stdout
     for words in (
         "format  prompt_completion (60)",
         "rows  61 read, 2 cannot be used, 1 duplicates left out",
@@ -64,8 +64,8 @@ def test_check_shows_what_a_run_would_see(check: Any, csv_file: Path) -> None:
         " is by the barn.<|im_end|>»",
         "█",
     ):
-        assert words in shown, f"{words!r} is not in\n{shown}"
-    assert "«<|im_start|>" not in shown
+        assert words in output, f"{words!r} is not in\n{output}"
+    assert "«<|im_start|>" not in output
 
 
 def test_check_as_json_is_the_report(check: Any, csv_file: Path) -> None:
@@ -103,13 +103,13 @@ def test_check_of_a_training_yaml_sees_its_settings(
 
 
 def test_the_readmes_csv_is_as_the_readme_shows_it(check: Any) -> None:
-    """The chapter "Train on your own data" quotes these lines."""
+    """The section "Train on your own data" quotes these lines."""
     recipe, rows = (PROJECT / "configs" / name for name in ("train/workshop.yaml", "datasets/workshop.csv"))
-    shown = check("--config", recipe, rows).stdout
-    assert "77 read, 1 cannot be used, 1 duplicates left out" in shown
-    assert "64 for training, 11 held out" in shown
-    assert "workshop.csv:43: messages[1]: the answer is empty" in shown
-    assert "workshop.csv:22: duplicates" in shown
+    output = check("--config", recipe, rows).stdout
+    assert "77 read, 1 cannot be used, 1 duplicates left out" in output
+    assert "64 for training, 11 held out" in output
+    assert "workshop.csv:43: messages[1]: the answer is empty" in output
+    assert "workshop.csv:22: duplicates" in output
     unmapped = check(rows, "--max-length", 128)
     assert unmapped.exit_code == 1
     assert "the row has the keys answer, question" in unmapped.stderr
@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(check: Any, arguments: tuple[str, ...], code: int
 
 def test_a_terminal_shows_the_trained_tokens_in_colour() -> None:
     row = [Segment(text="[b]question[/b] ", role="context"), Segment(text="answer", role="trained")]
-    shown = data._coloured(row, Console(force_terminal=True, color_system="truecolor"))
-    assert isinstance(shown, Text)
-    assert shown.plain == "[b]question[/b] answer"  # markup in a row is text
-    assert [(span.start, span.end, str(span.style)) for span in shown.spans] == [(0, 16, "dim"), (16, 22, "bold green")]
+    text = data._coloured(row, Console(force_terminal=True, color_system="truecolor"))
+    assert isinstance(text, Text)
+    assert text.plain == "[b]question[/b] answer"  # markup in a row is text
+    assert [(span.start, span.end, str(span.style)) for span in text.spans] == [(0, 16, "dim"), (16, 22, "bold green")]

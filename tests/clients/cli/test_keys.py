@@ -44,33 +44,33 @@ def test_create_prints_the_key_once_and_alone() -> None:
     caller = KeyStore().authenticate(key)
     assert (caller.name, caller.scopes) == ("laptop", {"chat"})
     assert caller.limits == KeyLimits(rpm=60, tpm=20000, streams=4)
-    (kept,) = KeyStore().list()
-    assert kept.expires is not None
-    assert abs(kept.expires - datetime.now(UTC) - timedelta(days=90)) < timedelta(minutes=1)
+    (record,) = KeyStore().list()
+    assert record.expires is not None
+    assert abs(record.expires - datetime.now(UTC) - timedelta(days=90)) < timedelta(minutes=1)
     assert "first key" not in corral("create", "--name", "second").stderr
 
 
 @pytest.mark.promise("C2")
 def test_json_has_the_key_at_creation_and_never_again() -> None:
-    made = json.loads(corral("create", "--name", "boss", "--scope", "admin", "--json").stdout)
-    assert KeyStore().authenticate(made["key"]).scopes == {"admin", "chat"}
+    record = json.loads(corral("create", "--name", "boss", "--scope", "admin", "--json").stdout)
+    assert KeyStore().authenticate(record["key"]).scopes == {"admin", "chat"}
     (listed,) = json.loads(corral("list", "--json").stdout)
-    assert listed == {field: value for field, value in made.items() if field != "key"}
+    assert listed == {field: value for field, value in record.items() if field != "key"}
     assert (listed["name"], listed["expires"], listed["status"]) == ("boss", None, "valid")
     hashes = {key.sha256 for key in KeyStore().list()}
-    for shown in (corral("list").stdout, corral("list", "--json").stdout):
-        assert not [secret for secret in (*hashes, made["key"]) if secret in shown]
+    for output in (corral("list").stdout, corral("list", "--json").stdout):
+        assert not [secret for secret in (*hashes, record["key"]) if secret in output]
 
 
 def test_list_shows_limits_and_status() -> None:
     assert "corral keys create" in corral("list").stdout
     store = KeyStore()
     store.create("old", ("chat",), expires=datetime(2020, 1, 31, 12, tzinfo=UTC))
-    made, _ = store.create("laptop", ("chat",), KeyLimits(rpm=5))
-    corral("revoke", made.id)
+    record, _ = store.create("laptop", ("chat",), KeyLimits(rpm=5))
+    corral("revoke", record.id)
     rows = corral("list").stdout.splitlines()
     assert any("old" in row and "2020-01-31 12:00 UTC" in row and "expired" in row for row in rows)
-    assert any(made.id in row and "5 requests/min" in row and "never" in row and "revoked" in row for row in rows)
+    assert any(record.id in row and "5 requests/min" in row and "never" in row and "revoked" in row for row in rows)
 
 
 @pytest.mark.promise("C2")
@@ -144,12 +144,12 @@ def other_host(folder: Path) -> Path:
 def test_another_host_is_served_once_a_valid_key_exists(tmp_path: Path) -> None:
     config, store = other_host(tmp_path), KeyStore()
     store.create("old", ("chat",), expires=datetime(2020, 1, 1, tzinfo=UTC))
-    with pytest.raises(ServeConfigError, match="corral keys create") as refused:
+    with pytest.raises(ServeConfigError, match="corral keys create") as exc_info:
         load_serve_config(config)
-    assert "\n" not in str(refused.value)
-    made, _ = store.create("laptop", ("chat",))
+    assert "\n" not in str(exc_info.value)
+    record, _ = store.create("laptop", ("chat",))
     assert load_serve_config(config)["http_options"]["host"] == "0.0.0.0"
-    store.revoke(made.id)
+    store.revoke(record.id)
     with pytest.raises(ServeConfigError, match="no valid API key"):
         load_serve_config(config)
 

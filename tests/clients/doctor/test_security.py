@@ -48,7 +48,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextlib.contextmanager
 def process_named(name: str, host: str = "127.0.0.1", **environment: str) -> Iterator[tuple[int, int]]:
-    """A process that `ps` shows as `name`, listening at `host`; yields its id and port."""
+    """A process that `ps` shows as `name`, listening on `host`; yields its pid and port."""
     with subprocess.Popen(
         [name, "-c", _LISTEN, host], executable=sys.executable, env=os.environ | environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -114,8 +114,8 @@ def test_a_head_that_asks_for_a_token_is_fine() -> None:
 )
 def test_what_listens_beyond_this_machine_is_listed(name: str, host: str, loopback: bool) -> None:
     with process_named(name, host) as (pid, port):
-        (found,) = (listener for listener in security.listeners() if listener.pid == pid)
-        assert (found.name, found.port, found.is_loopback) == (name, port, loopback)
+        (match,) = (listener for listener in security.listeners() if listener.pid == pid)
+        assert (match.name, match.port, match.is_loopback) == (name, port, loopback)
         check = security.open_ports()
     if not loopback:
         assert f"*:{port}" in check.found or "ports" in check.found  # other tests' Ray may run beside

@@ -84,15 +84,15 @@ def cluster(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory)
     token.parent.mkdir()
     token.write_text(f"{TOKEN}\n")
     root = str(Path(__file__).resolve().parents[3])
-    here = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH") and key != "PYTHONPATH"}
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH") and key != "PYTHONPATH"}
     # Neither this checkout nor a token is in the head's reach but by what it is given.
-    with ray_head(here | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}) as address:
-        yield Cluster(address, folder, here | {"HOME": str(folder), "PYTHONPATH": root, "RAY_ADDRESS": "127.0.0.1:1"})
+    with ray_head(env | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}) as address:
+        yield Cluster(address, folder, env | {"HOME": str(folder), "PYTHONPATH": root, "RAY_ADDRESS": "127.0.0.1:1"})
 
 
 @pytest.fixture(scope="module")
 def trained(cluster: Cluster) -> subprocess.CompletedProcess[str]:
-    """What `corral train --submit` printed of a run that went to its end."""
+    """The output of `corral train --submit` for a run that finished."""
     return cluster.submit("--submission-id", "nightly", "max_steps=4", "--env", "NIGHT=1")
 
 
@@ -115,9 +115,9 @@ def test_a_submitted_training_shows_its_output_and_registers_its_adapter(
 
 
 def test_the_same_submission_id_is_one_run(cluster: Cluster, trained: subprocess.CompletedProcess[str]) -> None:
-    again = cluster.submit("--submission-id", "nightly", "max_steps=4")
-    assert again.returncode == 0, again.stderr
-    assert "tiny-llama:support@1 is registered" in again.stdout
+    second = cluster.submit("--submission-id", "nightly", "max_steps=4")
+    assert second.returncode == 0, second.stderr
+    assert "tiny-llama:support@1 is registered" in second.stdout
     assert [job["submission_id"] for job in cluster.jobs()] == ["nightly"]
     assert AdapterRegistry().versions("support") == [1]
 
@@ -154,28 +154,28 @@ def test_what_fails_there_fails_here(cluster: Cluster) -> None:
 
 
 def test_what_is_wrong_here_is_refused_here(cluster: Cluster) -> None:
-    known = len(cluster.jobs())
+    num_jobs = len(cluster.jobs())
     for arguments, code, words in (
         (["lora.rr=8"], 2, "did you mean 'lora.r'"),
         (["data.path=none.jsonl"], 1, "none.jsonl"),
         (["--submission-id", "no spaces"], 2, "run_name"),
         (["--env", "NOT_SET_HERE"], 2, "NOT_SET_HERE is not set here"),
     ):
-        refused = cluster.submit(*arguments)
-        assert refused.returncode == code, refused.stderr
-        assert words in refused.stderr.splitlines()[-1]
+        result = cluster.submit(*arguments)
+        assert result.returncode == code, result.stderr
+        assert words in result.stderr.splitlines()[-1]
     (cluster.folder / "broken.jsonl").write_text('{"prompt": "no completion"}\n')
     assert "broken.jsonl:1" in cluster.submit("data.path=broken.jsonl").stderr
     without = cluster.corral("train", "support.yaml", "--no-wait")
     assert (without.returncode, "--submit" in without.stderr) == (2, True)
-    assert len(cluster.jobs()) == known
+    assert len(cluster.jobs()) == num_jobs
 
 
 @pytest.mark.slow
 @pytest.mark.promise("D14")
 def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster: Cluster) -> None:
-    told = ("--submission-id", "stopped", "adapter=stopped", "max_steps=100")
-    client = cluster.start("train", "support.yaml", "--submit", cluster.address, *told)
+    arguments = ("--submission-id", "stopped", "adapter=stopped", "max_steps=100")
+    client = cluster.start("train", "support.yaml", "--submit", cluster.address, *arguments)
     wait_until(lambda: step_of("stopped") >= 7)
     client.send_signal(signal.SIGINT)
     _, stderr = client.communicate(timeout=300)
@@ -193,7 +193,7 @@ def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster:
     assert "stopped" not in AdapterRegistry().names()
     assert read_run(runs_of(), "stopped").state == "stopped"
 
-    resumed = cluster.submit(*told)
+    resumed = cluster.submit(*arguments)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job stopped.2 of run stopped" in resumed.stderr
     assert "tiny-llama:stopped@1 is registered" in resumed.stdout
@@ -204,9 +204,9 @@ def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster:
 @pytest.mark.slow
 @pytest.mark.promise("D14")
 def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(cluster: Cluster) -> None:
-    told = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched-job")
+    command = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched-job")
     first, second = (Path(runs_of(), "search", "trials", number) for number in ("000", "001"))
-    client = cluster.start(*told, "max_steps=240")
+    client = cluster.start(*command, "max_steps=240")
     wait_until(lambda: (first / "result.json").exists() and (second / "metrics.jsonl").exists())
     client.send_signal(signal.SIGINT)
     _, stderr = client.communicate(timeout=300)
@@ -225,25 +225,25 @@ def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(clus
     assert not (second / "result.json").exists()
     trained = (first / "result.json").stat().st_mtime_ns
 
-    resumed = cluster.corral(*told, "max_steps=240")
+    resumed = cluster.corral(*command, "max_steps=240")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job search.2 of run search" in resumed.stderr
     assert "registered tiny-llama:searched-job@1 from trial 1" in resumed.stdout
     assert (first / "result.json").stat().st_mtime_ns == trained
     assert AdapterRegistry().resolve("searched-job").run_name == "search/trials/001"
 
-    again = cluster.corral(*told, "max_steps=240")
-    assert again.returncode == 0, again.stderr
-    assert "@1 from trial 1" in again.stdout
+    repeated = cluster.corral(*command, "max_steps=240")
+    assert repeated.returncode == 0, repeated.stderr
+    assert "@1 from trial 1" in repeated.stdout
     assert AdapterRegistry().versions("searched-job") == [1]
-    other = cluster.corral(*told, "max_steps=240", "sweep.num_samples=2")
+    other = cluster.corral(*command, "max_steps=240", "sweep.num_samples=2")
     assert other.returncode == 2
     assert "submitted with sweep.num_samples=1, now sweep.num_samples is 2" in other.stderr.splitlines()[-1]
     # Its first job has the id `search`: the name means the run, as it is now.
     assert "@1 from trial 1" in cluster.corral("runs", "logs", "search", "--address", cluster.address).stdout
-    shown = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
-    assert "search: SUCCEEDED" in shown
-    assert "python -m training --config search.yaml adapter=searched-job max_steps=240 run_name=search" in shown
+    output = cluster.corral("runs", "show", "search", "--address", cluster.address).stdout
+    assert "search: SUCCEEDED" in output
+    assert "python -m training --config search.yaml adapter=searched-job max_steps=240 run_name=search" in output
 
 
 def test_a_wrong_or_missing_token_is_one_clear_line(
@@ -278,13 +278,13 @@ def test_nothing_at_an_address_is_one_clear_line() -> None:
 
 
 def test_output_told_again_after_a_lost_connection_is_shown_once() -> None:
-    shown: list[str] = []
-    cursor = jobs.LogCursor(shown.append)
+    output: list[str] = []
+    cursor = jobs.LogCursor(output.append)
     cursor("one\ntwo\n")
     cursor.position = 0
     for text in ("one\n", "two\nthr", "ee\n"):
         cursor(text)
-    assert "".join(shown) == "one\ntwo\nthree\n"
+    assert "".join(output) == "one\ntwo\nthree\n"
 
 
 def runs_of() -> str:
@@ -302,12 +302,12 @@ def status_of(cluster: Cluster, submission_id: str) -> str:
 
 def training_processes(words: str) -> list[psutil.Process]:
     """Processes of this session's cluster with these words in their command line."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline", "environ"]):
         command, env = process.info["cmdline"] or [], process.info["environ"] or {}
         if words in " ".join(command) and "clients.cli" not in command and env.get("RAY_AUTH_TOKEN") == TOKEN:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 180) -> None:

@@ -1,4 +1,4 @@
-"""What a job is sent: all that training needs, data under names of the package, and nothing else."""
+"""The package of a job: everything that training needs, data under the package's names, and nothing else."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from clients.jobs import package as job_package
 from clients.jobs.package import JobPackage, pack
 from training.config.load import load_config
 from training.errors import ConfigError, DatasetError
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder with a configuration and data, as the current directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "support.yaml").write_text("adapter: support\ndata:\n  path: rows/a.jsonl\n")
@@ -40,7 +39,7 @@ def data_of(package: JobPackage) -> dict[str, str]:
     return {name: str(file) for name, file in package.files.items() if name.startswith("data")}
 
 
-def test_the_code_the_configuration_and_its_data_are_sent_and_nothing_else(here: Path) -> None:
+def test_the_code_the_configuration_and_its_data_are_sent_and_nothing_else(project: Path) -> None:
     package = packed("lora.r=8")
     assert data_of(package) == {"data/a.jsonl": "rows/a.jsonl"}
     assert package.overrides == ["lora.r=8", "data.path=data/a.jsonl"]
@@ -50,14 +49,14 @@ def test_the_code_the_configuration_and_its_data_are_sent_and_nothing_else(here:
     assert sum(file.stat().st_size for file in package.files.values()) < 2**20
 
 
-def test_the_sent_files_alone_read_the_same_configuration(here: Path, tmp_path: Path) -> None:
-    printed = dry_run_there(packed("lora.r=8"), tmp_path)
-    assert "data/a.jsonl" in printed
-    assert "r: 8" in printed
+def test_the_sent_files_alone_read_the_same_configuration(project: Path, tmp_path: Path) -> None:
+    output = dry_run_there(packed("lora.r=8"), tmp_path)
+    assert "data/a.jsonl" in output
+    assert "r: 8" in output
 
 
-def test_the_sent_files_of_a_sweep_alone_list_the_same_trials(here: Path, tmp_path: Path) -> None:
-    with (here / "support.yaml").open("a") as file:
+def test_the_sent_files_of_a_sweep_alone_list_the_same_trials(project: Path, tmp_path: Path) -> None:
+    with (project / "support.yaml").open("a") as file:
         file.write("search:\n  learning_rate: {grid: [0.001, 0.01]}\n")
     sweep = Path("support.yaml")
     package = pack(sweep, ["seed=7"], load_run_config(sweep, ["seed=7"]))
@@ -67,7 +66,7 @@ def test_the_sent_files_of_a_sweep_alone_list_the_same_trials(here: Path, tmp_pa
 
 
 def dry_run_there(package: JobPackage, tmp_path: Path) -> str:
-    """What the job's command prints of its configuration, where there is nothing but what was sent."""
+    """The configuration that the job's command prints where only the package exists."""
     package.write(tmp_path / "package.zip")
     zipfile.ZipFile(tmp_path / "package.zip").extractall(tmp_path / "there")
     # Without the checkout, which an editable installation puts on the path.
@@ -78,13 +77,13 @@ def dry_run_there(package: JobPackage, tmp_path: Path) -> str:
     )
     command = [sys.executable, "-c", code, "--config", package.config_name, *package.overrides, "--dry-run"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path / "there", env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run(command, cwd=tmp_path / "there", env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_paths_of_every_kind_are_named_inside_the_package(here: Path) -> None:
-    assert packed(f"data.path={here}/rows/a.jsonl").overrides == ["data.path=data/a.jsonl"]
+def test_paths_of_every_kind_are_named_inside_the_package(project: Path) -> None:
+    assert packed(f"data.path={project}/rows/a.jsonl").overrides == ["data.path=data/a.jsonl"]
     folder = packed("data.path=rows")
     assert data_of(folder).keys() == {"data/rows/a.jsonl", "data/rows/more/b.jsonl"}
     assert folder.overrides == ["data.path=data/rows"]
@@ -96,40 +95,40 @@ def test_paths_of_every_kind_are_named_inside_the_package(here: Path) -> None:
     assert hub.overrides == ["data.path=owner/name"]
 
 
-def test_two_files_of_one_name_and_weights_stay_apart(here: Path) -> None:
+def test_two_files_of_one_name_and_weights_stay_apart(project: Path) -> None:
     package = packed("data.path=[rows/a.jsonl, {path: other/a.jsonl, weight: 2.0}]", "data.held_out_path=rows/a.jsonl")
     assert data_of(package) == {"data/a.jsonl": "rows/a.jsonl", "data-2/a.jsonl": "other/a.jsonl"}
-    there = load_config(Path("support.yaml"), package.overrides).data
-    assert [(source.path, source.weight) for source in there.path] == [("data/a.jsonl", 1), ("data-2/a.jsonl", 2)]
-    assert [source.path for source in there.held_out_path] == ["data/a.jsonl"]
+    data = load_config(Path("support.yaml"), package.overrides).data
+    assert [(source.path, source.weight) for source in data.path] == [("data/a.jsonl", 1), ("data-2/a.jsonl", 2)]
+    assert [source.path for source in data.held_out_path] == ["data/a.jsonl"]
 
 
-def test_what_is_not_here_is_left_to_the_cluster_or_refused(here: Path) -> None:
+def test_what_is_not_here_is_left_to_the_cluster_or_refused(project: Path) -> None:
     package = packed("data.path=/shared/rows.jsonl")
     assert package.remote_paths == ["/shared/rows.jsonl"]
     assert not data_of(package)
     with pytest.raises(DatasetError, match=r"rows/none\.jsonl"):
         packed("data.path=rows/none.jsonl")
-    (here / "weights").mkdir()
+    (project / "weights").mkdir()
     with pytest.raises(ConfigError, match=r"base_model is 'weights'.*absolute path"):
         packed("base_model=weights")
     with pytest.raises(ConfigError, match=r"storage_path is 'runs'.*absolute path"):
         packed("storage_path=runs")
 
 
-def test_a_package_over_rays_limit_is_refused_before_it_is_sent(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (here / "rows/a.jsonl").write_bytes(os.urandom(3 * 2**20))
-    monkeypatch.setattr(job_package, "MAX_PACKAGE_BYTES", 2 * 2**20)
+def test_a_package_over_rays_limit_is_refused_before_it_is_sent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "rows/a.jsonl").write_bytes(os.urandom(3 * 2**20))
+    monkeypatch.setattr("clients.jobs.package.MAX_PACKAGE_BYTES", 2 * 2**20)
     with pytest.raises(ConfigError, match=r"limit of 2\.0 MiB.*rows/a\.jsonl' \(3\.0 MiB\).*shared"):
-        packed().write(here / "package.zip")
+        packed().write(project / "package.zip")
 
 
-def test_the_same_files_are_the_same_bytes_and_other_data_has_another_hash(here: Path) -> None:
+def test_the_same_files_are_the_same_bytes_and_other_data_has_another_hash(project: Path) -> None:
     package = packed()
-    package.write(here / "one.zip")
-    os.utime(here / "rows/a.jsonl", (1, 1))
-    packed().write(here / "two.zip")
-    assert (here / "one.zip").read_bytes() == (here / "two.zip").read_bytes()
+    package.write(project / "one.zip")
+    os.utime(project / "rows/a.jsonl", (1, 1))
+    packed().write(project / "two.zip")
+    assert (project / "one.zip").read_bytes() == (project / "two.zip").read_bytes()
     before = package.data_sha256()
-    (here / "rows/a.jsonl").write_text('{"prompt": "new", "completion": "row"}\n')
+    (project / "rows/a.jsonl").write_text('{"prompt": "new", "completion": "row"}\n')
     assert packed().data_sha256() != before

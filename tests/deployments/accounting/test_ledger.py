@@ -44,26 +44,26 @@ class Server:
         return httpx.post(url, json=self.body(ignore_eos=True, **changes), headers=headers, timeout=120)
 
     def stream(self, up: ExitStack, key: str) -> httpx.Response:
-        """A stream that lasts for a while: it has begun, and it ends with `up`."""
+        """A long stream that has started; it is closed with `up`."""
         url, headers = f"{self.url}/v1/chat/completions", {"authorization": f"Bearer {key}"}
         body = self.body(ignore_eos=True, stream=True, max_tokens=480, n=8)
         response = up.enter_context(httpx.stream("POST", url, json=body, headers=headers, timeout=120))
         if response.status_code == 200:
             lines = response.iter_lines()
             next(lines)
-            up.callback(lines.close)  # a generator that nobody holds would close the connection
+            up.callback(lines.close)  # an unreferenced generator would close the connection
         return response
 
     def kill(self, deployment: str) -> None:
-        found = descendants(self.pid, f"ServeReplica:corral:{deployment}")
-        assert found
-        for process in found:
+        pids = descendants(self.pid, f"ServeReplica:corral:{deployment}")
+        assert pids
+        for process in pids:
             os.kill(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
 def server(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Keys are made while it runs; in a CORRAL_HOME of its own, since keys shut others out."""
+    """Keys are created while it runs, in a CORRAL_HOME of its own, since the first key closes a server."""
     content = serve_config()
     application = content["applications"][0]
     application["args"] = {"base_model": str(tiny_base.path), "engine": {"max_model_len": 512}}
@@ -93,9 +93,9 @@ def test_a_limit_holds_over_all_replicas_of_the_api(server: Server) -> None:
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda _: server.post(key), range(20)))
     assert sorted(answer.status_code for answer in answers) == [200] * 6 + [429] * 14
-    for refused in (answer for answer in answers if answer.status_code == 429):
-        assert 1 <= int(refused.headers["retry-after"]) <= 61
-        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    for refusal in (answer for answer in answers if answer.status_code == 429):
+        assert 1 <= int(refusal.headers["retry-after"]) <= 61
+        assert refusal.headers["x-ratelimit-remaining-requests"] == "0"
     wait_for(lambda: usage_of("six a minute").requests == 20, 300)
     with closing(sqlite3.connect(usage_path())) as db:
         assert db.execute("SELECT count(*) FROM reports").fetchone() == (2,)  # both have served some
@@ -106,12 +106,12 @@ def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(ser
     key = server.key("two at a time", streams=2)
     with ExitStack() as first, ExitStack() as second:
         assert server.stream(first, key).status_code == server.stream(second, key).status_code == 200
-        refused = [server.post(key) for _ in range(4)]
-        assert [answer.status_code for answer in refused] == [429] * 4
-        assert "2 requests at a time" in refused[0].json()["error"]["message"]
+        refusals = [server.post(key) for _ in range(4)]
+        assert [answer.status_code for answer in refusals] == [429] * 4
+        assert "2 requests at a time" in refusals[0].json()["error"]["message"]
         first.close()
         wait_for(lambda: server.post(key).status_code == 200, 300)
-    for _ in range(5):  # one after the other, nothing is in the way
+    for _ in range(5):  # sequential requests pass
         assert server.post(key, stream=True).status_code == 200
 
 
@@ -126,17 +126,17 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
     assert row.prompt_tokens == sum(answer["prompt_tokens"] for answer in answers)
     assert row.completion_tokens == sum(answer["completion_tokens"] for answer in answers) == 6
     command = [sys.executable, "-m", "clients.cli", "usage", "--json", "--by", "key"]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
-    assert next(entry for entry in told if entry["key"] == "alice")["completion_tokens"] == 6
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+    assert next(entry for entry in report if entry["key"] == "alice")["completion_tokens"] == 6
 
     headers = {"authorization": f"Bearer {key}"}
     assert httpx.get(f"{server.url}/metrics", timeout=120).status_code == 401
-    found = series(httpx.get(f"{server.url}/metrics", headers=headers, timeout=120).text)
-    assert found["corral_key_requests_total", ("alice",)] >= 4
-    assert found["corral_key_generation_tokens_total", ("alice",)] == 6
-    assert found["corral_requests_total", (server.base, "/v1/chat/completions", "429")] >= 18
-    assert found["corral_replicas", ()] == 1
-    assert next(value for (name, _), value in found.items() if name == "corral_prefix_cache_queries_total") > 0
+    metrics = series(httpx.get(f"{server.url}/metrics", headers=headers, timeout=120).text)
+    assert metrics["corral_key_requests_total", ("alice",)] >= 4
+    assert metrics["corral_key_generation_tokens_total", ("alice",)] == 6
+    assert metrics["corral_requests_total", (server.base, "/v1/chat/completions", "429")] >= 18
+    assert metrics["corral_replicas", ()] == 1
+    assert next(value for (name, _), value in metrics.items() if name == "corral_prefix_cache_queries_total") > 0
 
 
 @pytest.mark.promise("C2")
@@ -146,24 +146,24 @@ def test_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Se
     wait_for(lambda: usage_of("limited").requests == usage_of("free").requests == 1, 300)
     server.kill("Ledger")
     num_limited = num_free = 1
-    refused = 0
+    num_refused = 0
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         answer = server.post(limited)
         num_limited += 1
-        if answer.status_code == 200 and refused:
+        if answer.status_code == 200 and num_refused:
             break
         if answer.status_code == 503:
-            refused += 1
+            num_refused += 1
             assert answer.headers["retry-after"] == "1"
             assert "limits" in answer.json()["error"]["message"]
         assert server.post(free).status_code == 200
         num_free += 1
-    assert refused
+    assert num_refused
     assert server.post(limited).status_code == 200
     num_limited += 1
     wait_for(lambda: (usage_of("limited").requests, usage_of("free").requests) == (num_limited, num_free), 300)
-    assert usage_of("limited").errors == refused
+    assert usage_of("limited").errors == num_refused
     assert usage_of("free").errors == 0
 
 

@@ -1,5 +1,5 @@
 """Admission and trace on the real ingress and the real ledger in one process (C2, A4, A8): whatever ends a request,
-it is settled once and counted once. A model replica is played, so that it fails and waits where a test wants it to.
+its reservation is released once and counted once. The model replica is scripted to fail and wait on request.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class Replica:
 
 
 class LedgerHandle:
-    """Ray's handle of a ledger in this process; remembers what was called, and can lose its ledger."""
+    """Ray's handle of a ledger in this process; records the calls, and can lose its ledger."""
 
     def __init__(self) -> None:
         self.ledger: Any = cast(serve.Deployment, Ledger).func_or_class()
@@ -169,24 +169,24 @@ def limited(**limits: int) -> Caller:
     return Caller("k1", "alice", frozenset({"chat"}), KeyLimits(**limits))
 
 
-def settled(api: Api) -> list[int]:
-    """Tokens of each settlement; each is of another request, and of one that was admitted."""
-    settlements = api.ledger.called("release")
+def released_tokens(api: Api) -> list[int]:
+    """Tokens of each release; each is of another request, and of one that was admitted."""
+    releases = api.ledger.called("release")
     admitted = [request_id for _, request_id, _, _ in api.ledger.called("admit")]
-    assert len({request_id for _, request_id, _ in settlements}) == len(settlements)
-    assert {request_id for _, request_id, _ in settlements} <= set(admitted)
-    return [num_tokens for _, _, num_tokens in settlements]
+    assert len({request_id for _, request_id, _ in releases}) == len(releases)
+    assert {request_id for _, request_id, _ in releases} <= set(admitted)
+    return [num_tokens for _, _, num_tokens in releases]
 
 
 @pytest.mark.promise("C2")
-def test_an_answer_is_settled_once_with_its_usage_and_has_the_headers(run: Callable[..., None]) -> None:
+def test_an_answer_is_released_once_with_its_usage_and_has_the_headers(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(rpm=5, tpm=1000, streams=1)
         first = await api.post()
         assert first.status_code == 200, first.text
         usage = first.json()["usage"]
         assert usage["completion_tokens"] == NUM_TOKENS
-        assert settled(api) == [usage["total_tokens"]]
+        assert released_tokens(api) == [usage["total_tokens"]]
         reserved = usage["prompt_tokens"] + 9
         assert first.headers["x-ratelimit-limit-tokens"] == "1000"
         assert first.headers["x-ratelimit-remaining-tokens"] == str(1000 - reserved)
@@ -206,27 +206,27 @@ def test_an_answer_is_settled_once_with_its_usage_and_has_the_headers(run: Calla
 
 
 @pytest.mark.promise("C2")
-def test_a_stream_is_settled_once_and_before_its_end_is_sent(run: Callable[..., None]) -> None:
+def test_a_stream_is_released_once_and_before_its_end_is_sent(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(streams=1, rpm=10)
-        given = [{"type": "http.request", "body": json.dumps(api.body(stream=True)).encode()}]
-        settled_when_done: list[list[int]] = []
+        messages = [{"type": "http.request", "body": json.dumps(api.body(stream=True)).encode()}]
+        released_when_done: list[list[int]] = []
 
         async def receive() -> Any:
-            if given:
-                return given.pop()
+            if messages:
+                return messages.pop()
             await asyncio.sleep(3600)
 
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 assert (b"x-ratelimit-remaining-requests", b"9") in message["headers"]
             if b"[DONE]" in message.get("body", b""):
-                settled_when_done.append(settled(api))
+                released_when_done.append(released_tokens(api))
 
         await api.asgi(receive, send)
-        (tokens,) = settled_when_done
+        (tokens,) = released_when_done
         assert len(tokens) == 1
-        assert settled(api) == tokens
+        assert released_tokens(api) == tokens
         assert (await api.post()).status_code == 200  # its place is free
 
     run(scenario)
@@ -234,26 +234,26 @@ def test_a_stream_is_settled_once_and_before_its_end_is_sent(run: Callable[..., 
 
 @pytest.mark.promise("C2", "A8")
 @pytest.mark.parametrize("how", ["the connection closes", "Ray cancels the request"])
-def test_a_client_that_leaves_is_settled_and_counted_with_what_it_used(run: Callable[..., None], how: str) -> None:
+def test_a_client_that_leaves_is_released_and_counted_with_what_it_used(run: Callable[..., None], how: str) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(streams=1)
-        given = [{"type": "http.request", "body": json.dumps(api.body(stream=True)).encode()}]
-        begun, left = asyncio.Event(), asyncio.Event()
+        messages = [{"type": "http.request", "body": json.dumps(api.body(stream=True)).encode()}]
+        started, closed = asyncio.Event(), asyncio.Event()
 
         async def receive() -> Any:
-            if given:
-                return given.pop()
-            await left.wait()
+            if messages:
+                return messages.pop()
+            await closed.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             if b"content" in message.get("body", b""):
-                begun.set()
+                started.set()
 
         request = asyncio.ensure_future(api.asgi(receive, send))
-        await begun.wait()
+        await started.wait()
         if how == "the connection closes":
-            left.set()
+            closed.set()
         else:
             request.cancel()
         await asyncio.wait({request})
@@ -261,7 +261,7 @@ def test_a_client_that_leaves_is_settled_and_counted_with_what_it_used(run: Call
         (row,) = read_usage(usage_path(), LONG_AGO)
         assert (row.requests, row.errors) == (1, 0)
         assert 1 <= row.completion_tokens < NUM_TOKENS
-        assert settled(api) == [row.prompt_tokens + row.completion_tokens]
+        assert released_tokens(api) == [row.prompt_tokens + row.completion_tokens]
         counted = series(await api.ledger.ledger.metrics())
         assert counted["corral_requests_total", ("tiny-llama", CHAT, "499")] == 1
         assert api.replica.num_open == 0
@@ -274,7 +274,7 @@ def test_a_client_that_leaves_is_settled_and_counted_with_what_it_used(run: Call
 @pytest.mark.promise("C2")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fails_at", [0, 3])
-def test_a_failed_answer_is_settled_once_and_counted_as_an_error(
+def test_a_failed_answer_is_released_once_and_counted_as_an_error(
     run: Callable[..., None], fails_at: int, stream: bool
 ) -> None:
     async def scenario(api: Api) -> None:
@@ -288,21 +288,21 @@ def test_a_failed_answer_is_settled_once_and_counted_as_an_error(
         assert (row.requests, row.errors) == (1, 1)
         assert row.completion_tokens == fails_at
         assert bool(row.prompt_tokens) == (fails_at > 0)
-        assert settled(api) == [row.prompt_tokens + row.completion_tokens]
+        assert released_tokens(api) == [row.prompt_tokens + row.completion_tokens]
         assert series(await api.ledger.ledger.metrics())["corral_requests_total", ("tiny-llama", CHAT, "500")] == 1
 
     run(scenario, Replica(fails_at=fails_at))
 
 
 @pytest.mark.promise("C2")
-def test_what_is_refused_before_it_is_admitted_is_not_settled(run: Callable[..., None]) -> None:
+def test_what_is_refused_before_it_is_admitted_is_not_released(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
         api.caller = limited(rpm=1)
         assert (await api.post(temperature=3)).status_code == 400
         assert (await api.post(max_tokens=5000)).json()["error"]["code"] == "context_length_exceeded"
         assert (await api.post(model="nobody")).status_code == 404
-        assert (api.ledger.called("admit"), settled(api)) == ([], [])
-        assert (await api.post()).status_code == 200  # they took nothing
+        assert (api.ledger.called("admit"), released_tokens(api)) == ([], [])
+        assert (await api.post()).status_code == 200  # they reserved nothing
 
     run(scenario)
 
@@ -313,14 +313,14 @@ def test_over_the_limit_is_429_in_openais_shape_before_any_header(run: Callable[
         api.caller = limited(rpm=1)
         assert (await api.post()).status_code == 200
         for stream in (False, True):
-            refused = await api.post(stream=stream)
-            assert refused.status_code == 429
-            error = refused.json()["error"]
+            response = await api.post(stream=stream)
+            assert response.status_code == 429
+            error = response.json()["error"]
             assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
-            assert 59 <= int(refused.headers["retry-after"]) <= 61
-            assert refused.headers["x-ratelimit-remaining-requests"] == "0"
-            assert f"try again in {refused.headers['retry-after']} s" in error["message"]
-        assert len(api.replica.requests) == len(settled(api)) == 1
+            assert 59 <= int(response.headers["retry-after"]) <= 61
+            assert response.headers["x-ratelimit-remaining-requests"] == "0"
+            assert f"try again in {response.headers['retry-after']} s" in error["message"]
+        assert len(api.replica.requests) == len(released_tokens(api)) == 1
         await api.reported()
         (row,) = read_usage(usage_path(), LONG_AGO)
         assert (row.requests, row.errors) == (3, 2)
@@ -354,7 +354,7 @@ def test_the_ui_is_held_to_the_same_limits_and_counted(run: Callable[..., None])
         half = api.ingress.chat(body, ANONYMOUS)
         await anext(half)
         await half.aclose()
-        assert len(settled(api)) == 1
+        assert len(released_tokens(api)) == 1
         await api.reported()
         assert [(r.key, r.requests, r.errors) for r in read_usage(usage_path(), LONG_AGO)] == [
             ("alice", 2, 1),
@@ -393,8 +393,8 @@ def test_without_a_ledger_limited_callers_get_503_and_nothing_is_lost(
         assert (await api.post()).status_code == 200
         api.caller = limited(rpm=1)
         async with asyncio.timeout(60):  # the ledger would be away for longer
-            refused = await api.post()
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            response = await api.post()
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert (await api.send("GET", "/metrics")).status_code == 503
         await asyncio.sleep(0.5)
         api.ledger.away = False
@@ -415,9 +415,9 @@ def test_a_caller_who_leaves_while_the_ledger_decides_holds_no_place(run: Callab
         admit = ledger.admit
 
         async def slow(*args: Any) -> Any:
-            verdict = await admit(*args)
+            admission = await admit(*args)
             await decide.wait()
-            return verdict
+            return admission
 
         ledger.admit = slow
         request = asyncio.ensure_future(api.post())
@@ -427,7 +427,7 @@ def test_a_caller_who_leaves_while_the_ledger_decides_holds_no_place(run: Callab
         await asyncio.wait({request})
         decide.set()
         await asyncio.sleep(0.05)
-        assert settled(api) == [0]
+        assert released_tokens(api) == [0]
         assert (await api.post()).status_code == 200
 
     run(scenario)
@@ -470,11 +470,11 @@ def test_metrics_are_of_the_ledger_and_of_the_model_replicas(run: Callable[..., 
         await api.reported()
         answer = await api.send("GET", "/metrics")
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-        found = series(answer.text)
-        assert found["corral_generation_tokens_total", ("tiny-llama",)] == NUM_TOKENS
-        assert found["corral_time_to_first_token_seconds_count", ("tiny-llama",)] == 1
-        assert found["corral_num_requests_running", ("replica-1",)] == 2
-        assert found["corral_replicas", ()] == 1
+        metrics = series(answer.text)
+        assert metrics["corral_generation_tokens_total", ("tiny-llama",)] == NUM_TOKENS
+        assert metrics["corral_time_to_first_token_seconds_count", ("tiny-llama",)] == 1
+        assert metrics["corral_num_requests_running", ("replica-1",)] == 2
+        assert metrics["corral_replicas", ()] == 1
 
     run(scenario)
 

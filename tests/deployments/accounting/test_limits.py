@@ -41,7 +41,7 @@ steps = st.lists(
         st.floats(0, 30),  # seconds since the last request
         st.integers(1, 60),  # tokens that it may use
         st.floats(0, 1),  # the part of them that it does use
-        st.floats(0, 70),  # seconds until that is settled
+        st.floats(0, 70),  # seconds until those are released
     ),
     max_size=60,
 )
@@ -55,22 +55,22 @@ def test_no_minute_has_more_than_the_limit_and_retry_after_is_true(
     limits = KeyLimits(rpm=rpm, tpm=tpm)
     clock = Clock()
     limiter = Limiter(clock)
-    admitted: list[list[float]] = []  # time, tokens that count now, tokens used, when they are settled
+    admitted: list[list[float]] = []  # time, tokens that count now, tokens used, time of release
     for i, (pause, num_tokens, part, settled_after) in enumerate(steps):
         clock.now += pause
         for j, (_, _, used, settled_at) in enumerate(admitted):
             if settled_at <= clock.now:
                 admitted[j][1] = used
                 limiter.release("k1", str(j), int(used))
-        verdict = limiter.admit("k1", str(len(admitted)), limits, num_tokens)
-        if verdict.refusal is None:
+        admission = limiter.admit("k1", str(len(admitted)), limits, num_tokens)
+        if admission.refusal is None:
             admitted.append([clock.now, num_tokens, int(num_tokens * part), clock.now + settled_after])
         last_minute = [entry for entry in admitted if entry[0] > clock.now - WINDOW_S]
         assert len(last_minute) <= rpm
         assert sum(entry[1] for entry in last_minute) <= tpm
-        if verdict.refusal is not None:
+        if admission.refusal is not None:
             assert len(last_minute) == rpm or sum(entry[1] for entry in last_minute) + num_tokens > tpm
-            seconds = int(verdict.headers["retry-after"])
+            seconds = int(admission.headers["retry-after"])
             assert 1 <= seconds <= WINDOW_S + 1
             later = copy.deepcopy(limiter)
             later._clock.now += seconds  # type: ignore[attr-defined]
@@ -87,9 +87,9 @@ def test_a_request_a_minute_after_the_first_passes(clock: Clock, limiter: Limite
     assert admit(limiter, limits).refusal is None
     clock.now += 20
     assert admit(limiter, limits).refusal is None
-    refused = admit(limiter, limits)
-    assert refused.refusal == "this key's request limit is used up (2 per minute): try again in 41 s"
-    assert refused.headers["retry-after"] == "41"
+    admission = admit(limiter, limits)
+    assert admission.refusal == "this key's request limit is used up (2 per minute): try again in 41 s"
+    assert admission.headers["retry-after"] == "41"
     clock.now += 40
     assert admit(limiter, limits).refusal is None  # the first has left, not both
     assert admit(limiter, limits).refusal is not None
@@ -99,9 +99,9 @@ def test_a_request_a_minute_after_the_first_passes(clock: Clock, limiter: Limite
 def test_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
     limits = KeyLimits(tpm=100)
     assert admit(limiter, limits, 80, "a").refusal is None
-    refused = admit(limiter, limits, 30)
-    assert refused.refusal is not None
-    assert "80 are used or reserved, and this request may use 30" in refused.refusal
+    admission = admit(limiter, limits, 30)
+    assert admission.refusal is not None
+    assert "80 are used or reserved, and this request may use 30" in admission.refusal
     limiter.release("k1", "a", 70)
     assert admit(limiter, limits, 30, "b").refusal is None
     assert admit(limiter, limits, 1).refusal is not None
@@ -109,12 +109,12 @@ def test_tokens_are_reserved_and_given_back(limiter: Limiter) -> None:
 
 @pytest.mark.promise("C2")
 def test_what_can_never_fit_says_so_and_is_not_to_be_sent_again(limiter: Limiter) -> None:
-    refused = admit(limiter, KeyLimits(tpm=100), 101)
-    assert refused.refusal is not None
-    assert "101 tokens" in refused.refusal
-    assert "lower max_tokens" in refused.refusal
-    assert "retry-after" not in refused.headers
-    assert refused.headers["x-should-retry"] == "false"
+    admission = admit(limiter, KeyLimits(tpm=100), 101)
+    assert admission.refusal is not None
+    assert "101 tokens" in admission.refusal
+    assert "lower max_tokens" in admission.refusal
+    assert "retry-after" not in admission.headers
+    assert admission.headers["x-should-retry"] == "false"
     assert admit(limiter, KeyLimits(tpm=100), 100).refusal is None  # the other took nothing
 
 
@@ -123,8 +123,8 @@ def test_requests_at_a_time(limiter: Limiter) -> None:
     limits = KeyLimits(streams=2)
     assert admit(limiter, limits, request_id="a").refusal is None
     assert admit(limiter, limits, request_id="b").refusal is None
-    refused = admit(limiter, limits)
-    assert refused.headers == {"retry-after": "1"}
+    admission = admit(limiter, limits)
+    assert admission.headers == {"retry-after": "1"}
     limiter.release("k1", "a", 5)
     assert admit(limiter, limits).refusal is None
     assert admit(limiter, limits).refusal is not None
@@ -182,10 +182,10 @@ def test_the_headers_are_openais(clock: Clock, limiter: Limiter) -> None:
 def test_a_busy_key_takes_little_memory_and_time(clock: Clock, limiter: Limiter) -> None:
     limits = KeyLimits(rpm=600)
 
-    def refused() -> Iterator[bool]:
+    def refusals() -> Iterator[bool]:
         for _ in range(5000):
             clock.now += 0.05
             yield admit(limiter, limits).refusal is not None
 
-    assert sum(refused()) > 1000
+    assert sum(refusals()) > 1000
     assert len(limiter._keys["k1"].window) <= 600

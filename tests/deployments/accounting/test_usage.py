@@ -68,11 +68,11 @@ def test_a_client_that_left_is_no_error_and_what_named_no_model_is_no_usage(path
 
 def test_a_report_that_comes_again_counts_once_also_in_a_new_process(path: Path) -> None:
     assert UsageStore(path).add("r1", 7, [RECORD])
-    again = UsageStore(path)
-    assert not again.add("r1", 7, [RECORD])
-    assert not again.add("r1", 6, [RECORD])
-    assert again.add("r1", 8, [RECORD])
-    assert again.add("r2", 1, [RECORD])
+    reopened = UsageStore(path)
+    assert not reopened.add("r1", 7, [RECORD])
+    assert not reopened.add("r1", 6, [RECORD])
+    assert reopened.add("r1", 8, [RECORD])
+    assert reopened.add("r2", 1, [RECORD])
     assert read_usage(path, LONG_AGO)[0].requests == 3
 
 

@@ -98,7 +98,7 @@ def test_list_and_show(api: Api, tiny_base: BaseCheckpoint, tiny_adapter: Path) 
     assert [version["canary_percent"] for version in ranch["versions"]] == [None, None, 12.5]
     assert ranch["versions"][2]["model_id"] == f"{api.base}:ranch@3"
     assert ranch["versions"][0]["metrics"] == {"eval_loss": 1.0, "base_eval_loss": 2.0}
-    assert other["versions"][0]["metrics"]["eval_loss"] == "NaN"  # which JSON has no number for
+    assert other["versions"][0]["metrics"]["eval_loss"] == "NaN"  # not representable in JSON
     assert other["versions"][0]["forced"]
 
 
@@ -169,8 +169,8 @@ def test_models_tell_parent_alias_created_and_canary(api: Api) -> None:
     AdapterPromoter(api.registry).promote("ranch", 3, percent=5)
     base, *versions = api.http.get("/v1/models").json()["data"]
     assert (base["id"], base["parent"], base["canary_percent"]) == (api.base, None, None)
-    told = [(v["id"], v["parent"], v["aliases"], v["canary_percent"]) for v in versions]
-    assert told == [
+    fields = [(v["id"], v["parent"], v["aliases"], v["canary_percent"]) for v in versions]
+    assert fields == [
         (f"{api.base}:ranch@3", api.base, [], 5.0),
         (f"{api.base}:ranch@2", api.base, ["champion"], None),
         (f"{api.base}:ranch@1", api.base, [], None),
@@ -183,13 +183,13 @@ def test_models_tell_parent_alias_created_and_canary(api: Api) -> None:
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_the_command_line_says_the_same_of_a_server_and_of_its_registry(api: Api, remote: bool) -> None:
+def test_the_command_line_reports_a_server_as_its_registry(api: Api, remote: bool) -> None:
     where = ["--url", str(api.http.base_url)] if remote else ["--registry", api.registry.storage.address]
 
     def adapters(*arguments: str) -> str:
-        done = corral("adapters", *arguments, *where)
-        assert done.exit_code == 0, done.stderr
-        return done.stdout
+        result = corral("adapters", *arguments, *where)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
 
     ranch = f"{api.base}:ranch@champion is version"
     assert adapters("promote", "ranch", "3", "--percent", "10") == f"{ranch} 2, and version 3 for 10 % of its traffic\n"
@@ -235,32 +235,32 @@ def test_every_change_is_a_line_of_the_audit_log(api: Api) -> None:
     api.http.delete("/v1/adapters/ranch/versions/2")
     api.http.delete("/v1/adapters/ranch/versions/3")
     api.http.get("/v1/adapters")
-    promoted, rolled_back, refused, deleted = api.audit()
+    promoted, rolled_back, refusal, deleted = api.audit()
     assert promoted["actor"] == {"key_id": None, "name": "anonymous", "request_id": "mine"}
     assert (promoted["action"], promoted["target"], promoted["outcome"]) == ("promote", "ranch", "done")
     assert (promoted["before"], promoted["after"]) == ({"version": 2}, {"version": 2, "canary": 3, "percent": 10})
     assert (rolled_back["before"], rolled_back["after"]) == (promoted["after"], promoted["before"])
-    assert (refused["action"], refused["target"], refused["outcome"]) == ("delete", "ranch@2", "refused")
-    assert "alias 'champion' points at" in refused["reason"]
+    assert (refusal["action"], refusal["target"], refusal["outcome"]) == ("delete", "ranch@2", "refused")
+    assert "alias 'champion' points at" in refusal["reason"]
     assert (deleted["target"], deleted["outcome"]) == ("ranch@3", "done")
 
 
 @pytest.mark.promise("D10")
 def test_a_deleted_version_ends_its_answers_and_begins_no_more(api: Api) -> None:
     long: dict[str, Any] = {"max_tokens": 480, "ignore_eos": True}
-    whole = api.ask(f"{api.base}:ranch@3", **long).json()["choices"][0]["message"]["content"]
+    full_answer = api.ask(f"{api.base}:ranch@3", **long).json()["choices"][0]["message"]["content"]
     body = {"model": f"{api.base}:ranch@3", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **long}
     text = ""
     with api.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         assert "role" in next(lines)
         assert api.http.delete("/v1/adapters/ranch/versions/3").status_code == 200
-        assert api.model._engine.num_running == 1  # it is still at it
+        assert api.model._engine.num_running == 1  # it is still running
         for line in lines:
             if line == "[DONE]":
                 break
             text += json.loads(line)["choices"][0]["delta"].get("content", "")
-    assert text == whole
+    assert text == full_answer
     assert_error(api.ask(f"{api.base}:ranch@3"), 404, "model_not_found", "it has 1, 2", "model")
     assert api.ask(f"{api.base}:ranch").json()["model"] == f"{api.base}:ranch@2"
 
@@ -268,14 +268,14 @@ def test_a_deleted_version_ends_its_answers_and_begins_no_more(api: Api) -> None
 @pytest.mark.promise("A4")
 def test_tokenize_and_detokenize_over_http(api: Api) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    told = api.http.post("/tokenize", json={"model": f"{api.base}:ranch", "messages": messages}).json()
+    response = api.http.post("/tokenize", json={"model": f"{api.base}:ranch", "messages": messages}).json()
     usage = api.ask(f"{api.base}:ranch", messages=messages).json()["usage"]
-    assert told["count"] == len(told["tokens"]) == usage["prompt_tokens"]
-    assert told["max_model_len"] == 512
-    text = api.http.post("/detokenize", json={"tokens": told["tokens"]}).json()["prompt"]
+    assert response["count"] == len(response["tokens"]) == usage["prompt_tokens"]
+    assert response["max_model_len"] == 512
+    text = api.http.post("/detokenize", json={"tokens": response["tokens"]}).json()["prompt"]
     assert text.startswith("<|im_start|>system\nBe brief.")
-    body = {"model": api.base, "prompt": told["tokens"], "max_tokens": 1}
-    assert api.http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens"] == told["count"]
+    body = {"model": api.base, "prompt": response["tokens"], "max_tokens": 1}
+    assert api.http.post("/v1/completions", json=body).json()["usage"]["prompt_tokens"] == response["count"]
     assert_error(
         api.http.post("/tokenize", json={"model": "nobody", "prompt": "a"}), 404, "model_not_found", "", "model"
     )

@@ -1,4 +1,4 @@
-"""Canary and rollback (A5), request ids (A8) and what is written down (C8), on a real server."""
+"""Canary and rollback (A5), request ids (A8) and what is logged (C8), on a real server."""
 
 import json
 import os
@@ -67,9 +67,9 @@ def test_a_tenth_of_the_users_get_the_canary_until_it_is_rolled_back(http: httpx
     assert (shares[champion], shares[canary]) == (None, 10)
 
     http.post(f"/v1/adapters/{NAME}/rollback")
-    taken = [user for user in USERS if drawn[user] == canary]
+    canary_users = [user for user in USERS if drawn[user] == canary]
     deadline = time.monotonic() + 300
-    while canary in {answered_by(user) for user in taken}:
+    while canary in {answered_by(user) for user in canary_users}:
         assert time.monotonic() < deadline
     assert set(answered().values()) == {champion}
 
@@ -129,10 +129,10 @@ def test_changes_are_in_the_audit_log_and_prompts_answers_and_keys_in_no_log(
     del http.headers["authorization"]
 
     home, sessions = Path(os.environ["CORRAL_HOME"]), Path(os.environ["RAY_TMPDIR"])
-    *_, promoted, refused = [json.loads(line) for line in (home / "audit.jsonl").read_text().splitlines()]
+    *_, promoted, refusal = [json.loads(line) for line in (home / "audit.jsonl").read_text().splitlines()]
     assert (promoted["action"], promoted["target"], promoted["outcome"]) == ("promote", NAME, "done")
     assert (promoted["before"], promoted["after"]) == ({"version": 1}, {"version": 2})
-    assert (refused["action"], refused["target"], refused["outcome"]) == ("delete", f"{NAME}@2", "refused")
+    assert (refusal["action"], refusal["target"], refusal["outcome"]) == ("delete", f"{NAME}@2", "refused")
 
     logs = [server.log, home / "audit.jsonl", *(p for p in sessions.rglob("*") if p.is_file() and "logs" in p.parts)]
     texts = {path: path.read_text(errors="replace") for path in logs}

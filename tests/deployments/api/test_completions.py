@@ -53,23 +53,23 @@ def client(server: RunningServer) -> openai.OpenAI:
 
 @pytest.mark.promise("A2")
 def test_a_text_is_continued_with_the_openai_client(server: RunningServer, client: openai.OpenAI) -> None:
-    done = client.completions.create(model=server.base_model, prompt=PROMPT, temperature=0)
-    assert done.object == "text_completion"
-    assert done.model == server.base_model
-    assert done.choices[0].text.startswith(" Paris")
-    assert done.choices[0].finish_reason == "length"
-    assert done.choices[0].logprobs is None
-    assert done.usage is not None
-    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (5, 16, 21)
+    result = client.completions.create(model=server.base_model, prompt=PROMPT, temperature=0)
+    assert result.object == "text_completion"
+    assert result.model == server.base_model
+    assert result.choices[0].text.startswith(" Paris")
+    assert result.choices[0].finish_reason == "length"
+    assert result.choices[0].logprobs is None
+    assert result.usage is not None
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens, result.usage.total_tokens) == (5, 16, 21)
 
 
 @pytest.mark.promise("A2")
 def test_the_prompt_is_text_or_token_ids_one_or_many(server: RunningServer, embedded_base: BaseCheckpoint) -> None:
     ids = AutoTokenizer.from_pretrained(embedded_base.path)(PROMPT).input_ids
-    (alone,) = choices(server)
-    assert choices(server, prompt=ids) == [alone]
+    (expected,) = choices(server)
+    assert choices(server, prompt=ids) == [expected]
     for many in ([PROMPT, PROMPT], [ids, ids]):
-        assert [choice["text"] for choice in choices(server, prompt=many)] == [alone["text"]] * 2
+        assert [choice["text"] for choice in choices(server, prompt=many)] == [expected["text"]] * 2
 
 
 @pytest.mark.promise("A2")
@@ -92,11 +92,11 @@ def test_choices_are_numbered_by_prompt_then_answer(server: RunningServer) -> No
     sampled: dict[str, Any] = {"temperature": 1.2, "seed": 3, "n": 2}
     response = post(server, prompt=prompts, **sampled).json()
     assert [choice["index"] for choice in response["choices"]] == list(range(6))
-    alone = [post(server, prompt=prompt, **sampled).json() for prompt in prompts]
-    texts = [choice["text"] for answer in alone for choice in answer["choices"]]
+    single_answers = [post(server, prompt=prompt, **sampled).json() for prompt in prompts]
+    texts = [choice["text"] for answer in single_answers for choice in answer["choices"]]
     assert [choice["text"] for choice in response["choices"]] == texts
     for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        assert response["usage"][count] == sum(answer["usage"][count] for answer in alone)
+        assert response["usage"][count] == sum(answer["usage"][count] for answer in single_answers)
 
 
 @pytest.mark.promise("A2")
@@ -127,22 +127,22 @@ def test_scores_are_those_of_the_model(server: RunningServer, embedded_base: Bas
     with torch.no_grad():
         logits = load_quantized(embedded_base, Quantization())(ids).logits[0, :-1].float()
     expected = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0]
-    found = torch.tensor(choice["logprobs"]["token_logprobs"][1:])
-    assert (found - expected).abs().mean() < 0.1  # both in bf16
+    logprobs = torch.tensor(choice["logprobs"]["token_logprobs"][1:])
+    assert (logprobs - expected).abs().mean() < 0.1  # both in bf16
 
 
 @pytest.mark.promise("A2")
 def test_a_generated_token_scores_as_it_did_when_it_was_made(server: RunningServer) -> None:
-    (made,) = choices(server, max_tokens=16, logprobs=1, echo=True)
-    (scored,) = choices(server, prompt=made["text"], max_tokens=0, logprobs=1, echo=True)
-    assert made["text"].startswith(PROMPT)
-    assert made["logprobs"]["tokens"] == scored["logprobs"]["tokens"]
-    assert made["logprobs"]["text_offset"] == scored["logprobs"]["text_offset"]
-    pairs = zip(made["logprobs"]["token_logprobs"][1:], scored["logprobs"]["token_logprobs"][1:], strict=True)
+    (generated,) = choices(server, max_tokens=16, logprobs=1, echo=True)
+    (scored,) = choices(server, prompt=generated["text"], max_tokens=0, logprobs=1, echo=True)
+    assert generated["text"].startswith(PROMPT)
+    assert generated["logprobs"]["tokens"] == scored["logprobs"]["tokens"]
+    assert generated["logprobs"]["text_offset"] == scored["logprobs"]["text_offset"]
+    pairs = zip(generated["logprobs"]["token_logprobs"][1:], scored["logprobs"]["token_logprobs"][1:], strict=True)
     differences = [abs(a - b) for a, b in pairs]
     assert sum(differences) / len(differences) < 0.1
-    greedy = made["logprobs"]["token_logprobs"][5:]
-    assert greedy == [max(top.values()) for top in made["logprobs"]["top_logprobs"][5:]]
+    greedy = generated["logprobs"]["token_logprobs"][5:]
+    assert greedy == [max(top.values()) for top in generated["logprobs"]["top_logprobs"][5:]]
 
 
 @pytest.mark.promise("A2")
@@ -161,14 +161,14 @@ def test_an_evaluation_harness_can_score_continuations(server: RunningServer, em
 
 @pytest.mark.promise("A6")
 def test_a_stream_has_the_text_and_scores_of_the_whole(server: RunningServer) -> None:
-    asked: dict[str, Any] = {"prompt": [PROMPT, "One, two,"], "n": 2, "logprobs": 1, "echo": True}
-    chunks = events(server, **asked, stream_options={"include_usage": True})
-    whole = post(server, **asked).json()
+    fields: dict[str, Any] = {"prompt": [PROMPT, "One, two,"], "n": 2, "logprobs": 1, "echo": True}
+    chunks = events(server, **fields, stream_options={"include_usage": True})
+    answer = post(server, **fields).json()
     assert {(chunk["id"], chunk["object"]) for chunk in chunks} == {(chunks[0]["id"], "text_completion")}
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    assert chunks[-1]["usage"]["total_tokens"] == answer["usage"]["total_tokens"]
     assert not any("usage" in chunk for chunk in chunks[:-1])
-    for choice in whole["choices"]:
+    for choice in answer["choices"]:
         parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == ["length"]

@@ -76,12 +76,12 @@ def test_the_page_and_its_files_come_from_here(url: str) -> None:
 def test_docs_work_in_a_browser(url: str) -> None:
     from playwright.sync_api import sync_playwright
 
-    asked: list[str] = []
+    requests: list[str] = []
     complaints: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         page = browser.new_page()
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(f"{url}/docs")
@@ -90,5 +90,5 @@ def test_docs_work_in_a_browser(url: str) -> None:
         browser.close()
     assert any("/v1/chat/completions" in path.replace("\u200b", "") for path in paths)
     assert len(paths) >= 12
-    assert [address for address in asked if not address.startswith((f"{url}/", "data:"))] == []
+    assert [address for address in requests if not address.startswith((f"{url}/", "data:"))] == []
     assert complaints == []

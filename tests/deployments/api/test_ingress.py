@@ -1,4 +1,4 @@
-"""The HTTP API on a real server: OpenAI's shapes (A), refusals (B), adapters by model id."""
+"""The HTTP API on a real server: OpenAI's response formats (A), refusals (B), adapters by model id."""
 
 import json
 import re
@@ -59,12 +59,12 @@ def events(server: RunningServer, **changes: Any) -> list[str]:
 
 @pytest.mark.promise("A1")
 def test_a_completion_with_the_openai_client(server: RunningServer, client: openai.OpenAI) -> None:
-    done = client.chat.completions.create(model=server.base_model, messages=QUESTION, temperature=0, max_tokens=8)  # type: ignore[arg-type]
-    assert "Paris" in (done.choices[0].message.content or "")
-    assert done.choices[0].finish_reason == "length"
-    assert done.usage is not None
-    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (16, 8, 24)
-    assert done.model == server.base_model
+    result = client.chat.completions.create(model=server.base_model, messages=QUESTION, temperature=0, max_tokens=8)  # type: ignore[arg-type]
+    assert "Paris" in (result.choices[0].message.content or "")
+    assert result.choices[0].finish_reason == "length"
+    assert result.usage is not None
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens, result.usage.total_tokens) == (16, 8, 24)
+    assert result.model == server.base_model
 
 
 @pytest.mark.promise("A6")
@@ -112,14 +112,14 @@ def test_same_seed_same_text(server: RunningServer) -> None:
 @pytest.mark.promise("A1")
 def test_n_answers_are_those_of_consecutive_seeds(server: RunningServer) -> None:
     sampled = body(server, temperature=1.2, seed=5, max_tokens=12)
-    done = post(server, sampled | {"n": 3}).json()
-    assert [choice["index"] for choice in done["choices"]] == [0, 1, 2]
-    texts = [choice["message"]["content"] for choice in done["choices"]]
-    alone = [post(server, sampled | {"seed": 5 + i}).json() for i in range(3)]
-    assert texts == [answer["choices"][0]["message"]["content"] for answer in alone]
+    response = post(server, sampled | {"n": 3}).json()
+    assert [choice["index"] for choice in response["choices"]] == [0, 1, 2]
+    texts = [choice["message"]["content"] for choice in response["choices"]]
+    singles = [post(server, sampled | {"seed": 5 + i}).json() for i in range(3)]
+    assert texts == [answer["choices"][0]["message"]["content"] for answer in singles]
     assert len(set(texts)) > 1
-    assert done["usage"]["prompt_tokens"] == 16
-    assert done["usage"]["completion_tokens"] == sum(answer["usage"]["completion_tokens"] for answer in alone)
+    assert response["usage"]["prompt_tokens"] == 16
+    assert response["usage"]["completion_tokens"] == sum(answer["usage"]["completion_tokens"] for answer in singles)
 
 
 @pytest.mark.promise("A6")
@@ -127,22 +127,22 @@ def test_each_of_n_streamed_answers_has_one_role_and_one_finish_reason(server: R
     sampled: dict[str, Any] = {"temperature": 1.2, "seed": 5, "max_tokens": 12, "n": 3}
     lines = events(server, **sampled, stream_options={"include_usage": True})
     chunks = [json.loads(line) for line in lines[:-1]]
-    done = post(server, body(server, **sampled)).json()
+    answer = post(server, body(server, **sampled)).json()
     assert {key: chunks[-1]["usage"][key] for key in ("prompt_tokens", "completion_tokens")} == {
-        key: done["usage"][key] for key in ("prompt_tokens", "completion_tokens")
+        key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens")
     }
-    for whole in done["choices"]:
-        parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == whole["index"]]
+    for full in answer["choices"]:
+        parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == full["index"]]
         assert sum("role" in part["delta"] for part in parts) == 1
-        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [whole["finish_reason"]]
-        assert "".join(part["delta"].get("content", "") for part in parts) == whole["message"]["content"]
+        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [full["finish_reason"]]
+        assert "".join(part["delta"].get("content", "") for part in parts) == full["message"]["content"]
 
 
 @pytest.mark.promise("A1")
 def test_logprobs_of_a_message_whole_and_streamed(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
-    done = client.chat.completions.create(**body(server, **asked))
-    choice = done.choices[0]
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 3}
+    completion = client.chat.completions.create(**body(server, **fields))
+    choice = completion.choices[0]
     assert choice.logprobs is not None
     content = choice.logprobs.content
     assert content is not None
@@ -155,7 +155,7 @@ def test_logprobs_of_a_message_whole_and_streamed(server: RunningServer, client:
         logprobs = [top.logprob for top in token.top_logprobs]
         assert logprobs == sorted(logprobs, reverse=True)
         assert 0 >= token.logprob == logprobs[0]
-    chunks = [json.loads(line) for line in events(server, **asked)[:-1]]
+    chunks = [json.loads(line) for line in events(server, **fields)[:-1]]
     streamed = [
         token
         for chunk in chunks
@@ -206,19 +206,19 @@ def test_null_is_the_default_and_every_other_field_is_accepted(server: RunningSe
 
 @pytest.mark.promise("A1")
 def test_answers_are_of_a_schema_whole_parsed_and_streamed(server: RunningServer, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = body(server, max_tokens=60)
-    parsed = client.chat.completions.parse(response_format=City, **asked).choices[0]
+    fields: dict[str, Any] = body(server, max_tokens=60)
+    parsed = client.chat.completions.parse(response_format=City, **fields).choices[0]
     assert parsed.finish_reason == "stop"
     assert isinstance(parsed.message.parsed, City)
-    some = post(server, asked | {"response_format": {"type": "json_object"}}).json()["choices"][0]
+    some = post(server, fields | {"response_format": {"type": "json_object"}}).json()["choices"][0]
     assert some["message"]["content"].startswith("{")
     if some["finish_reason"] == "stop":
         assert isinstance(json.loads(some["message"]["content"]), dict)
-    with client.chat.completions.stream(response_format=City, **asked) as stream:
+    with client.chat.completions.stream(response_format=City, **fields) as stream:
         final = stream.get_final_completion().choices[0]
     assert final.message.content == parsed.message.content
     assert final.message.parsed == parsed.message.parsed
-    answers = client.chat.completions.parse(response_format=City, **asked | {"n": 3, "seed": 1, "temperature": 1.5})
+    answers = client.chat.completions.parse(response_format=City, **fields | {"n": 3, "seed": 1, "temperature": 1.5})
     assert all(isinstance(choice.message.parsed, City) for choice in answers.choices)
 
 
@@ -236,11 +236,11 @@ def test_cached_tokens_tell_what_a_second_turn_did_not_compute(server: RunningSe
 
 @pytest.mark.promise("A8")
 def test_every_response_has_a_request_id(server: RunningServer) -> None:
-    given = {"x-request-id": "mine-1"}
-    assert httpx.get(f"{server.url}/healthz", headers=given).headers["x-request-id"] == "mine-1"
-    fresh = {httpx.get(f"{server.url}/nope").headers["x-request-id"], post(server, "{").headers["x-request-id"]}
-    assert len(fresh) == 2
-    assert all(len(request_id) >= 32 for request_id in fresh)
+    headers = {"x-request-id": "mine-1"}
+    assert httpx.get(f"{server.url}/healthz", headers=headers).headers["x-request-id"] == "mine-1"
+    request_ids = {httpx.get(f"{server.url}/nope").headers["x-request-id"], post(server, "{").headers["x-request-id"]}
+    assert len(request_ids) == 2
+    assert all(len(request_id) >= 32 for request_id in request_ids)
 
 
 @pytest.mark.promise("A3")
@@ -380,12 +380,12 @@ def test_content_parts_are_joined(server: RunningServer) -> None:
 @pytest.mark.promise("E2")
 def test_base_and_adapters_answer_side_by_side(server: RunningServer) -> None:
     """E2 over HTTP: greedy answers are the same alone and mixed with others."""
-    wanted = [body(server, model=model, max_tokens=24) for model in (server.base_model, server.adapter)]
-    alone = [post(server, request).json()["choices"][0]["message"]["content"] for request in wanted]
-    assert alone[0] != alone[1]
+    requests = [body(server, model=model, max_tokens=24) for model in (server.base_model, server.adapter)]
+    expected = [post(server, request).json()["choices"][0]["message"]["content"] for request in requests]
+    assert expected[0] != expected[1]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(lambda request: post(server, request).json(), wanted * 3))
-    agreeing = sum(answer["choices"][0]["message"]["content"] == alone[i % 2] for i, answer in enumerate(together))
+        together = list(pool.map(lambda request: post(server, request).json(), requests * 3))
+    agreeing = sum(answer["choices"][0]["message"]["content"] == expected[i % 2] for i, answer in enumerate(together))
     assert agreeing >= 5  # bf16 batches of another size may round one token differently
 
 
@@ -432,21 +432,21 @@ def test_an_adapter_that_gives_nan_is_quarantined_and_others_serve_on(
     weights = folder / "adapter_model.safetensors"
     save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(weights).items()}, weights)
     imported = import_adapter(registry, folder, "huge", embedded_base, chat_format="chatml", force=True)
-    alone = post(server, body(server, model=server.adapter, max_tokens=32)).json()["choices"]
+    expected = post(server, body(server, model=server.adapter, max_tokens=32)).json()["choices"]
     with ThreadPoolExecutor(4) as pool:
-        asked = [server.adapter, imported.model_id, server.adapter, server.base_model]
-        answers = list(pool.map(lambda model: post(server, body(server, model=model, max_tokens=32)), asked))
+        models = [server.adapter, imported.model_id, server.adapter, server.base_model]
+        answers = list(pool.map(lambda model: post(server, body(server, model=model, max_tokens=32)), models))
     assert [answer.status_code for answer in answers] == [200, 500, 200, 200]
-    assert answers[0].json()["choices"] == answers[2].json()["choices"] == alone
+    assert answers[0].json()["choices"] == answers[2].json()["choices"] == expected
     for streamed in (False, True):  # quarantined: refused before anything is computed
-        refused = post(server, body(server, model=imported.model_id, stream=streamed))
-        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "adapter_unhealthy")
-        assert "roll back" in refused.json()["error"]["message"]
+        response = post(server, body(server, model=imported.model_id, stream=streamed))
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "adapter_unhealthy")
+        assert "roll back" in response.json()["error"]["message"]
     AdapterPromoter(registry).delete("huge", 1)
 
 
 def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> None:
-    for _ in range(20):  # more than there are places in the engine
+    for _ in range(20):  # more than the engine runs at once
         request = body(server, stream=True, max_tokens=3000, ignore_eos=True)
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=request, timeout=120) as response:
             next(response.iter_lines())
@@ -459,6 +459,6 @@ def test_a_client_that_leaves_does_not_hold_up_others(server: RunningServer) -> 
 
 def num_running(server: RunningServer) -> list[float]:
     """Sequences in the replicas' engines."""
-    found = re.findall(r"^corral_num_requests_running\{.*\} (\S+)$", httpx.get(f"{server.url}/metrics").text, re.M)
-    assert found
-    return [float(number) for number in found]
+    counts = re.findall(r"^corral_num_requests_running\{.*\} (\S+)$", httpx.get(f"{server.url}/metrics").text, re.M)
+    assert counts
+    return [float(number) for number in counts]

@@ -1,4 +1,4 @@
-"""Scripted token deltas through answers and shapes: what a client sees of n answers, log-probabilities and echo."""
+"""Scripted token deltas through the formatters: n answers, log-probabilities and echo as a client sees them."""
 
 import asyncio
 import json
@@ -55,21 +55,21 @@ async def grow(
 
 
 def stream(
-    shape: ResponseFormatter,
+    formatter: ResponseFormatter,
     answers: PromptOutput,
     batches: Sequence[list[Delta] | Exception],
     include_usage: bool = False,
 ) -> list[str]:
     async def collect() -> list[str]:
         return [
-            text async for text in sse_events(shape, [answers], grow(answers, batches), include_usage=include_usage)
+            text async for text in sse_events(formatter, [answers], grow(answers, batches), include_usage=include_usage)
         ]
 
     return asyncio.run(collect())
 
 
-def parsed(written: Sequence[str]) -> list[Any]:
-    lines = "".join(written).split("\n\n")
+def parsed(events: Sequence[str]) -> list[Any]:
+    lines = "".join(events).split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
@@ -108,10 +108,10 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
         [delta(a[1:2], 0), delta(a[2:], 0), delta(b[1:], 1, finish_reason="length")],
         [delta([], 0, finish_reason="stop")],
     ]
-    shape = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
-    written = stream(shape, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
-    assert len(written) == len(batches)  # what is ready together is one write
-    chunks = parsed(written)
+    formatter = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
+    events = stream(formatter, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
+    assert len(events) == len(batches)  # what is ready together is one write
+    chunks = parsed(events)
     assert {(chunk["id"], chunk["object"], chunk["model"]) for chunk in chunks} == {
         ("chatcmpl-1", "chat.completion.chunk", "m")
     }
@@ -136,15 +136,15 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
 @pytest.mark.promise("A1")
 def test_streamed_logprobs_are_those_of_the_whole_answer(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     token_ids = ids(tokenizer, "a 👩 b STOP c")
-    shape = ChatFormatter("x", "m", vocabulary, with_logprobs=True)
+    formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=True)
 
     def answers() -> PromptOutput:
         return PromptOutput(generation([1], logprobs=2), vocabulary, ["STOP"])
 
-    chunks = parsed(stream(shape, answers(), [[delta([token_id])] for token_id in token_ids]))
+    chunks = parsed(stream(formatter, answers(), [[delta([token_id])] for token_id in token_ids]))
     together = answers()
-    done = json.loads(asyncio.run(collect(shape, [together], grow(together, [[delta(token_ids)]]))))
-    (choice,) = done["choices"]
+    response = json.loads(asyncio.run(collect(formatter, [together], grow(together, [[delta(token_ids)]]))))
+    (choice,) = response["choices"]
     content = choice["logprobs"]["content"]
     assert content == [
         token
@@ -166,9 +166,9 @@ def test_top_logprobs_are_listed_likeliest_first(tokenizer: Tokenizer, vocabular
     token = TokenLogprob(cow, -5.0, ((cat, -0.1), (dog, float("-inf"))))
     batch = [Delta([cow], "length", logprobs=(token,))]
 
-    def choice(shape: ResponseFormatter) -> Any:
+    def choice(formatter: ResponseFormatter) -> Any:
         answers = PromptOutput(generation([1], logprobs=2), vocabulary, continues_prompt=True)
-        return json.loads(asyncio.run(collect(shape, [answers], grow(answers, [batch]))))["choices"][0]
+        return json.loads(asyncio.run(collect(formatter, [answers], grow(answers, [batch]))))["choices"][0]
 
     (chat,) = choice(ChatFormatter("x", "m", vocabulary, with_logprobs=True))["logprobs"]["content"]
     assert (chat["token"], chat["logprob"], chat["bytes"]) == (" cow", -5.0, list(b" cow"))
@@ -188,20 +188,20 @@ def test_echo_scores_the_prompt_and_every_answer_begins_with_it(tokenizer: Token
         continues_prompt=True,
         echo=True,
     )
-    early = [delta(more[:1], 1)]  # answer 0 brings what answer 1 needs to begin
+    early = [delta(more[:1], 1)]  # answer 1 starts with the output of answer 0
     batches = [early, [delta(more, 0, finish_reason="length", prompt_logprobs=prompt_logprobs)], [delta(more[1:], 1)]]
     batches.append([delta([], 1, finish_reason="length")])
-    shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=True)
-    done = json.loads(asyncio.run(collect(shape, [answers], grow(answers, batches))))
-    assert [choice["index"] for choice in done["choices"]] == [4, 5]
-    for choice in done["choices"]:
+    formatter = CompletionFormatter("x", "m", vocabulary, with_logprobs=True)
+    response = json.loads(asyncio.run(collect(formatter, [answers], grow(answers, batches))))
+    assert [choice["index"] for choice in response["choices"]] == [4, 5]
+    for choice in response["choices"]:
         assert choice["text"] == "the red house is"
         assert choice["logprobs"]["tokens"] == ["the", " red", " house", " is"]
         assert choice["logprobs"]["text_offset"] == [0, 3, 7, 13]
         assert choice["logprobs"]["token_logprobs"] == [None, *(-token_id / 1000 for token_id in (*prompt[1:], *more))]
         assert choice["logprobs"]["top_logprobs"][0] is None
-    assert done["usage"]["prompt_tokens"] == len(prompt)
-    assert done["usage"]["completion_tokens"] == 2 * len(more)
+    assert response["usage"]["prompt_tokens"] == len(prompt)
+    assert response["usage"]["completion_tokens"] == 2 * len(more)
 
 
 @pytest.mark.promise("A2")
@@ -221,11 +221,11 @@ def test_a_scored_text_is_one_piece_without_new_tokens(tokenizer: Tokenizer, voc
 def test_an_error_before_the_first_batch_is_raised_and_a_later_one_is_an_event(
     tokenizer: Tokenizer, vocabulary: Vocabulary
 ) -> None:
-    shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
+    formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
     with pytest.raises(EngineFault):
-        stream(shape, PromptOutput(generation([1]), vocabulary), [EngineFault("broke")])
+        stream(formatter, PromptOutput(generation([1]), vocabulary), [EngineFault("broke")])
     batches = [[delta(ids(tokenizer, "hi"))], EngineFault("broke")]
-    *_, last = parsed(stream(shape, PromptOutput(generation([1]), vocabulary), batches))
+    *_, last = parsed(stream(formatter, PromptOutput(generation([1]), vocabulary), batches))
     assert last["error"]["message"] == "broke"
     with pytest.raises(EngineFault):
         PromptOutput(generation([1]), vocabulary).add([Delta([], "error")])
@@ -243,10 +243,10 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
 
     async def leave() -> None:
         answers = PromptOutput(generation([1]), vocabulary)
-        shape = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
-        written = sse_events(shape, [answers], endless(answers), include_usage=False)
-        await anext(written)
-        await written.aclose()
+        formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
+        events = sse_events(formatter, [answers], endless(answers), include_usage=False)
+        await anext(events)
+        await events.aclose()
 
     asyncio.run(leave())
     assert closed == [True]
@@ -266,27 +266,27 @@ async def counted(length: int, closed: list[int], fails: bool = False) -> AsyncG
 
 def test_streams_of_several_prompts_come_together_and_an_error_or_a_leaving_client_closes_them_all() -> None:
     async def drain(fails: bool, leave_after: int) -> tuple[list[int], list[int]]:
-        seen: list[int] = []
+        indices: list[int] = []
         closed: list[int] = []
         lengths = (1, 5, 50)
         streams = [counted(length, closed, fails and length == 5) for length in lengths]
         async with aclosing(interleaved(streams)) as together:
             try:
                 async for (piece,) in together:
-                    seen.append(piece.index)
-                    if len(seen) == leave_after:
+                    indices.append(piece.index)
+                    if len(indices) == leave_after:
                         break
             except EngineFault:
-                seen.append(-1)
-        return seen, sorted(closed)
+                indices.append(-1)
+        return indices, sorted(closed)
 
-    seen, closed = asyncio.run(drain(False, 100))
-    assert sorted(seen) == [1] + [5] * 5 + [50] * 50
-    assert seen.index(50) < 3  # none waits for another's end
+    indices, closed = asyncio.run(drain(False, 100))
+    assert sorted(indices) == [1] + [5] * 5 + [50] * 50
+    assert indices.index(50) < 3  # none waits for another's end
     assert closed == [1, 5, 50]
-    seen, closed = asyncio.run(drain(True, 100))
-    assert seen[-1] == -1
-    assert seen.count(50) < 50
+    indices, closed = asyncio.run(drain(True, 100))
+    assert indices[-1] == -1
+    assert indices.count(50) < 50
     assert closed == [1, 5, 50]
     _, closed = asyncio.run(drain(False, 6))
     assert closed == [1, 5, 50]
@@ -298,10 +298,10 @@ def test_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, voca
 
     async def collect() -> list[str]:
         prompts = [PromptOutput(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
-        shape = CompletionFormatter("x", "m", vocabulary, with_logprobs=False)
+        formatter = CompletionFormatter("x", "m", vocabulary, with_logprobs=False)
         together = interleaved([grow(prompt, batches) for prompt in prompts])  # all have grown when one is seen
-        return [text async for text in sse_events(shape, prompts, together, include_usage=False)]
+        return [text async for text in sse_events(formatter, prompts, together, include_usage=False)]
 
     chunks = parsed(asyncio.run(collect()))
-    found = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}
-    assert found == dict.fromkeys(range(3), "the end")
+    texts = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}
+    assert texts == dict.fromkeys(range(3), "the end")

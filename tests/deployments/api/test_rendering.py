@@ -1,4 +1,4 @@
-"""From a request's body to what a replica gets: texts and BOS (A2), refusals that need the tokenizer (B2, B3, B5)."""
+"""From a request's body to the replica's request: texts and BOS (A2), refusals that need the tokenizer (B2, B3, B5)."""
 
 import json
 from dataclasses import replace
@@ -64,10 +64,10 @@ def test_a_text_has_the_ids_that_transformers_gives_it(
         if bos is not None:
             content["post_processor"] = template_with(*bos)
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>" if bos else "<|begin_of_text|>"}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>" if bos else "<|begin_of_text|>"}
         if add_bos_token is not None:
-            named["add_bos_token"] = add_bos_token
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+            config["add_bos_token"] = add_bos_token
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         base = replace(embedded_base, path=tmp_path)
     reference = AutoTokenizer.from_pretrained(base.path)
     encoder = text_encoder(base)
@@ -94,9 +94,9 @@ def test_control_tokens_in_a_text_stay_text(embedded_base: BaseCheckpoint) -> No
 
 @pytest.mark.parametrize("text", ["a\x04b", "\x04", "ab \U00050000"])
 def test_a_character_without_a_token_is_named_and_refused(renderer: RequestRenderer, text: str) -> None:
-    with pytest.raises(RequestValidationError) as refused:
+    with pytest.raises(RequestValidationError) as exc_info:
         renderer.completion(completion(prompt=["fine", text]), None, "r")
-    (error,) = refused.value.errors()
+    (error,) = exc_info.value.errors()
     assert error["loc"] == ("body", "prompt", "1")
     assert "U+0004" in error["msg"] or "U+50000" in error["msg"]
 
@@ -104,9 +104,9 @@ def test_a_character_without_a_token_is_named_and_refused(renderer: RequestRende
 @pytest.mark.promise("B8")
 def test_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> None:
     for text in ("\ud800", "a\udfff b"):
-        with pytest.raises(RequestValidationError) as refused:
+        with pytest.raises(RequestValidationError) as exc_info:
             renderer.completion(completion(prompt=text), None, "r")
-        (error,) = refused.value.errors()
+        (error,) = exc_info.value.errors()
         assert "surrogate" in error["msg"]
 
 
@@ -122,9 +122,9 @@ def test_a_lone_surrogate_in_a_text_is_refused(renderer: RequestRenderer) -> Non
 def test_a_token_id_outside_the_vocabulary_is_named_with_the_range(
     renderer: RequestRenderer, fields: dict[str, Any], where: str
 ) -> None:
-    with pytest.raises(RequestValidationError) as refused:
+    with pytest.raises(RequestValidationError) as exc_info:
         renderer.completion(completion(**fields), None, "r")
-    (error,) = refused.value.errors()
+    (error,) = exc_info.value.errors()
     assert ".".join(error["loc"]) == f"body.{where}"
     assert "0 to 49151" in error["msg"]
 
@@ -140,13 +140,13 @@ def test_a_text_and_its_answer_fit_the_context(renderer: RequestRenderer) -> Non
     assert max_tokens(60, max_tokens=None) == 4
     assert max_tokens(4, max_tokens=60) == 60
     assert max_tokens(64, max_tokens=0, echo=True) == 0
-    refused: list[tuple[int, dict[str, Any], str, str]] = [
+    cases: list[tuple[int, dict[str, Any], str, str]] = [
         (64, {}, "prompt", "64"),
         (65, {"max_tokens": 0, "echo": True}, "prompt", "65"),
         (60, {"max_tokens": 5}, "max_tokens", "5"),
         (60, {"min_tokens": 6}, "prompt", "6"),
     ]
-    for num_prompt_tokens, fields, param, number in refused:
+    for num_prompt_tokens, fields, param, number in cases:
         with pytest.raises(ContextLengthExceeded, match=f"64.*{num_prompt_tokens}.*{number}|64.*{number}") as error:
             max_tokens(num_prompt_tokens, **fields)
         assert error.value.param == param
@@ -219,9 +219,9 @@ def test_prompts_may_be_texts_or_token_ids_one_or_many(renderer: RequestRenderer
 @pytest.mark.promise("A1")
 def test_a_response_format_becomes_a_grammar_of_chats_only(renderer: RequestRenderer) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "é"}, "strict": True}}
-    held = renderer.chat(chat(response_format=schema), None, "r")
-    assert held.grammar is not None
-    assert json.dumps({"const": "é"})[:-1] in held.grammar
+    request = renderer.chat(chat(response_format=schema), None, "r")
+    assert request.grammar is not None
+    assert json.dumps({"const": "é"})[:-1] in request.grammar
     assert renderer.chat(chat(response_format={"type": "text"}), None, "r").grammar is None
     assert renderer.chat(chat(response_format=None), None, "r").grammar is None
     with pytest.raises(ValidationError, match="response_format"):

@@ -1,4 +1,4 @@
-"""A4: /tokenize and /detokenize give and take what generation does (E1), on every kind of tokenizer."""
+"""A4: /tokenize and /detokenize agree with generation (E1), on every kind of tokenizer."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ CONTROL_TEXT = "<s> </s> [INST] <<SYS>> <|im_start|> <|eot_id|> <|begin_of_text|
 @pytest.fixture(scope="module")
 def renderers(embedded_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RequestRenderer]:
     """For the embedded model (byte-level BPE), Llama 2 (SentencePiece) and Llama 3 (byte-level BPE with BOS)."""
-    found = {}
+    by_family = {}
     for family, chat_format in FORMATS.items():
         base = embedded_base
         if family != "embedded":
@@ -44,8 +44,8 @@ def renderers(embedded_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFa
             (folder / "config.json").write_text(json.dumps(config))
             base = replace(embedded_base, path=folder)
         tokenizer = load_tokenizer(base)
-        found[family] = RequestRenderer(base, chat_format, tokenizer, Vocabulary(tokenizer), max_model_len=8192)
-    return found
+        by_family[family] = RequestRenderer(base, chat_format, tokenizer, Vocabulary(tokenizer), max_model_len=8192)
+    return by_family
 
 
 def tokenize(renderer: RequestRenderer, **fields: Any) -> TokenizeResponse:
@@ -60,26 +60,28 @@ ALPHABET = " aé漢👩\u200d\U0001f3fd\n\t\0<>|[]/sINThibcd"
 
 
 @pytest.fixture(scope="module")
-def known(renderers: dict[str, RequestRenderer]) -> dict[str, str]:
-    """Of ALPHABET, what each vocabulary has; the reduced ones lack some."""
-    found = {}
+def known_characters(renderers: dict[str, RequestRenderer]) -> dict[str, str]:
+    """The characters of ALPHABET that each vocabulary has; the reduced ones lack some."""
+    characters = {}
     for family, renderer in renderers.items():
-        found[family] = ""
+        characters[family] = ""
         for character in ALPHABET:
             with contextlib.suppress(RequestValidationError):
                 tokenize(renderer, prompt=character)
-                found[family] += character
-    assert found["embedded"] == found["llama3"] == ALPHABET
-    assert set(" \n\0[]/hiabc") <= set(found["llama2"])
-    return found
+                characters[family] += character
+    assert characters["embedded"] == characters["llama3"] == ALPHABET
+    assert set(" \n\0[]/hiabc") <= set(characters["llama2"])
+    return characters
 
 
 @pytest.mark.promise("A4")
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(alphabet=ALPHABET, max_size=60))
-def test_a_text_comes_back_as_it_was(renderers: dict[str, RequestRenderer], known: dict[str, str], text: str) -> None:
+def test_a_text_comes_back_as_it_was(
+    renderers: dict[str, RequestRenderer], known_characters: dict[str, str], text: str
+) -> None:
     for family, renderer in renderers.items():
-        part = "".join(character for character in text if character in known[family])
+        part = "".join(character for character in text if character in known_characters[family])
         tokens = tokenize(renderer, prompt=part, add_special_tokens=False).tokens
         assert detokenize(renderer, tokens) == part
 
@@ -120,10 +122,10 @@ def test_tokenize_gives_the_ids_that_generation_begins_from(renderers: dict[str,
     renderer = renderers[family]
     for messages in DIALOGS:
         chat = ChatCompletionRequest.model_validate({"model": "m", "messages": messages})
-        told = tokenize(renderer, messages=messages)
-        assert told.tokens == renderer.chat(chat, None, "r").prompt_token_ids
-        assert told.count == len(told.tokens)
-        assert told.max_model_len == 8192
+        response = tokenize(renderer, messages=messages)
+        assert response.tokens == renderer.chat(chat, None, "r").prompt_token_ids
+        assert response.count == len(response.tokens)
+        assert response.max_model_len == 8192
     for prompt in ("hi", "a b"):
         (generation,) = renderer.completion(
             CompletionRequest.model_validate({"model": "m", "prompt": prompt}), None, "r"
@@ -146,8 +148,8 @@ def test_an_adapters_dialogs_are_in_its_own_format(
 
 @pytest.mark.promise("A4")
 def test_token_strs_are_the_vocabularys_names(renderers: dict[str, RequestRenderer]) -> None:
-    told = tokenize(renderers["embedded"], prompt="The capital", return_token_strs=True)
-    assert told.token_strs == ["The", "Ġcapital"]
+    response = tokenize(renderers["embedded"], prompt="The capital", return_token_strs=True)
+    assert response.token_strs == ["The", "Ġcapital"]
     assert tokenize(renderers["embedded"], prompt="The capital").token_strs is None
     assert tokenize(renderers["embedded"], prompt="").tokens == []
 
@@ -172,9 +174,9 @@ def test_bodies_that_are_refused(fields: dict[str, Any], words: str) -> None:
 def test_ids_outside_the_vocabulary_are_refused(renderers: dict[str, RequestRenderer]) -> None:
     assert detokenize(renderers["embedded"], []) == ""
     assert detokenize(renderers["embedded"], [49151])
-    with pytest.raises(RequestValidationError, match="0 to 49151") as refused:
+    with pytest.raises(RequestValidationError, match="0 to 49151") as exc_info:
         detokenize(renderers["embedded"], [5, 49152])
-    assert refused.value.errors()[0]["loc"] == ("body", "tokens", "1")
+    assert exc_info.value.errors()[0]["loc"] == ("body", "tokens", "1")
     for tokens in ([-1], [1.5], ["5"], [True]):
         with pytest.raises(ValidationError):
             DetokenizeRequest.model_validate({"tokens": tokens})

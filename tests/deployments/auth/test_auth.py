@@ -1,4 +1,4 @@
-"""The door of the HTTP API: who gets in with which key, and that no route was forgotten (C1, C2, C8)."""
+"""Authentication of the HTTP API: which key is accepted for what, and that every route requires one (C1, C2, C8)."""
 
 import logging
 import socket
@@ -19,7 +19,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from deployments.api.http_app import create_api
-from deployments.auth import dependencies as auth
+from deployments.auth import dependencies
 from deployments.auth.caller import ANONYMOUS
 from deployments.auth.dependencies import AdminCaller, ChatCaller, key_store
 from deployments.auth.keys import KeyStore
@@ -39,7 +39,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyStore]
 
 
 def api() -> FastAPI:
-    """The application that the ingress has its routes on, with two that say who calls."""
+    """The ingress's application, with two routes that report the caller."""
     app = create_api()
 
     @app.get("/v1/models")
@@ -86,12 +86,12 @@ def test_without_keys_everybody_on_this_machine_gets_in(client: TestClient) -> N
 @pytest.mark.promise("C1")
 def test_the_first_key_closes_a_running_server(client: TestClient, store: KeyStore) -> None:
     assert client.get("/v1/models").status_code == 200
-    made, key = store.create("laptop", ("chat",))
+    record, key = store.create("laptop", ("chat",))
     assert_refused(client.get("/v1/models"), 401, "invalid_api_key", "Authorization: Bearer KEY")
     assert_refused(client.get("/v1/models", headers=bearer("none")), 401, "invalid_api_key", "corral keys create")
     answer = client.get("/v1/models", headers=bearer(key))
-    assert answer.json() == {"id": made.id, "name": "laptop"}
-    store.revoke(made.id)
+    assert answer.json() == {"id": record.id, "name": "laptop"}
+    store.revoke(record.id)
     assert_refused(client.get("/v1/models", headers=bearer(key)), 401, "invalid_api_key", "revoked")
 
 
@@ -128,10 +128,10 @@ def test_without_keys_a_server_that_haproxy_opens_to_others_lets_nobody_in(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("*", 401), ("::", 401), ("10.0.0.7", 401)):
-        auth._listens_on_loopback.cache_clear()
+        dependencies._listens_on_loopback.cache_clear()
         monkeypatch.setenv("CORRAL_HAPROXY_BIND", f"{host}:8000 ssl crt /run/tls.crt")
         assert client.get("/v1/models").status_code == status, host
-    auth._listens_on_loopback.cache_clear()
+    dependencies._listens_on_loopback.cache_clear()
 
 
 @pytest.mark.promise("A4")
@@ -159,18 +159,18 @@ def asks_for_a_caller(dependant: Any) -> bool:
 def test_every_route_of_the_api_asks_for_a_key() -> None:
     from deployments.api.ingress import api as ingress_api
 
-    found = list(routes(ingress_api))
-    assert not [route for route in found if isinstance(route, Mount) or not hasattr(route, "dependant")]
-    open_routes = {route.path for route in found if not asks_for_a_caller(route.dependant)}
+    api_routes = list(routes(ingress_api))
+    assert not [route for route in api_routes if isinstance(route, Mount) or not hasattr(route, "dependant")]
+    open_routes = {route.path for route in api_routes if not asks_for_a_caller(route.dependant)}
     assert open_routes == OPEN_ROUTES
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/docs", "/openapi.json"} <= {
-        route.path for route in found
+        route.path for route in api_routes
     }
 
 
 @pytest.fixture
 def address(store: KeyStore) -> Iterator[tuple[str, int]]:
-    """The application on a socket, which is sent what no client library would."""
+    """The application on a socket, for requests that no client library would send."""
     config = uvicorn.Config(api(), port=free_port(), log_level="critical")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -192,7 +192,7 @@ def status_of(address: tuple[str, int], target: bytes, *headers: bytes) -> int:
 
 @pytest.mark.promise("C1")
 def test_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) -> None:
-    made, key = store.create("laptop", ("chat",))
+    record, key = store.create("laptop", ("chat",))
     host, good = b"Host: 127.0.0.1", b"Authorization: Bearer " + key.encode()
     assert status_of(address, b"/v1/models", host, good) == 200
     any_case = b"authorization: bearer " + key.encode()  # RFC 9110
@@ -219,13 +219,13 @@ def test_no_odd_request_gets_in(address: tuple[str, int], store: KeyStore) -> No
         b"Bearer", b"Bearer ", b"bearer wrong", b"Bearer none", b"Basic " + key.encode(), key.encode(),
         b"Bearer" + key.encode(), b"Bearer " + key.upper().encode(), b"Bearer Bearer " + key.encode(),
         b"Bearer " + key.encode() + b", Bearer x", b"Bearer " + key.encode() + b" x", b"Bearer \xc3\xbc",
-        b"Bearer \xff", b"Bearer " + made.id.encode(), b"Bearer " + made.sha256.encode(),
+        b"Bearer \xff", b"Bearer " + record.id.encode(), b"Bearer " + record.sha256.encode(),
         b"Bearer " + key[:-1].encode(), b"Token " + key.encode(), b"Bearer\x0b" + key.encode(),
     ]  # fmt: skip
     for value in wrong:
         assert status_of(address, b"/v1/models", host, b"Authorization: " + value) in (400, 401), value
     bad = b"Authorization: Bearer wrong"
-    for pair in ((good, good), (good, bad), (bad, good)):  # which of two counts is for nobody to guess
+    for pair in ((good, good), (good, bad), (bad, good)):  # two headers are ambiguous
         assert status_of(address, b"/v1/models", host, *pair) == 401
 
 
@@ -291,15 +291,15 @@ def test_a_key_is_in_no_answer_and_in_no_log(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     logging.getLogger("ray.serve").addHandler(caplog.handler)  # it passes nothing on to the root
-    made, key = store.create("laptop", ("chat",))
-    secret = key.partition(made.id)[2]
-    sent = [key, key[:-1], key.upper(), f"{key} x", key.replace(made.id, "0" * 10)]
+    record, key = store.create("laptop", ("chat",))
+    secret = key.partition(record.id)[2]
+    sent = [key, key[:-1], key.upper(), f"{key} x", key.replace(record.id, "0" * 10)]
     answers = [client.get("/v1/models", headers=bearer(text)) for text in sent]
     answers += [client.get("/v1/models", headers={"authorization": text}) for text in sent]
     json_type = {"content-type": "application/json"}
     answers += [client.get("/fails", headers=bearer(key)), client.post("/v1/adapters", json={}, headers=bearer(key))]
     answers += [client.post("/v1/adapters", content="{", headers=bearer(key) | json_type)]
-    store.revoke(made.id)
+    store.revoke(record.id)
     answers += [client.get("/v1/models", headers=bearer(key))]
     store.path.write_text("{")
     answers += [client.get("/v1/models", headers=bearer(key))]
@@ -311,5 +311,5 @@ def test_a_key_is_in_no_answer_and_in_no_log(
 
 def test_keys_are_importable_without_torch_and_ray() -> None:
     code = "import sys, deployments.auth.keys; print(sorted({'torch', 'ray', 'fastapi'} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -36,10 +36,10 @@ def test_the_first_key_closes_the_running_server(server: RunningServer, key: str
         model=server.base_model, messages=[{"role": "user", "content": "hi"}], max_tokens=4
     )
     assert answer.usage is not None
-    with pytest.raises(openai.AuthenticationError) as refused:
+    with pytest.raises(openai.AuthenticationError) as exc_info:
         client(server, key[:-1]).models.list()
-    assert refused.value.code == "invalid_api_key"
-    assert refused.value.response.headers["www-authenticate"] == "Bearer"
+    assert exc_info.value.code == "invalid_api_key"
+    assert exc_info.value.response.headers["www-authenticate"] == "Bearer"
     with pytest.raises(ServerError, match="Authorization: Bearer KEY"), CorralClient(server.url) as keyless:
         keyless.models()
     with CorralClient(server.url, key) as with_key:
@@ -85,23 +85,23 @@ def test_ray_serves_own_routes_tell_no_more_than_where_applications_are(server: 
 def test_neither_keys_nor_prompts_are_in_the_logs(server: RunningServer, key: str) -> None:
     secret = key.split("-", 3)[3]
     ask = {"model": server.base_model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
-    for given, body in ((key, ask), (key[:-1], ask), (key, ask | {"stop": 5}), (key, ask | {"model": "nobody"})):
-        headers = {"authorization": f"Bearer {given}"}
+    for bearer, body in ((key, ask), (key[:-1], ask), (key, ask | {"stop": 5}), (key, ask | {"model": "nobody"})):
+        headers = {"authorization": f"Bearer {bearer}"}
         response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120)
         assert secret[:-1] not in response.text
         assert PROMPT not in response.text or response.status_code == 200
     httpx.post(f"{server.ui_url}login", data={"key": key[:-1]})
     store = KeyStore()
-    whole = store.path.read_bytes()
+    content = store.path.read_bytes()
     store.path.write_text("{")  # an error is what makes the replicas write their logs
     try:
         assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 500
         assert httpx.get(f"{server.ui_url}config").status_code == 500
     finally:
-        store.path.write_bytes(whole)
+        store.path.write_bytes(content)
     logs = [path for path in Path(os.environ["RAY_TMPDIR"]).rglob("*") if path.is_file() and "logs" in path.parts]
-    written = "".join(path.read_text(errors="replace") for path in [*logs, server.log])
-    assert written.count("keys.json is broken") >= 2
-    assert "/v1/chat/completions" in written
-    assert secret[:-1] not in written
-    assert "xylophone-quagmire" not in written
+    log_text = "".join(path.read_text(errors="replace") for path in [*logs, server.log])
+    assert log_text.count("keys.json is broken") >= 2
+    assert "/v1/chat/completions" in log_text
+    assert secret[:-1] not in log_text
+    assert "xylophone-quagmire" not in log_text

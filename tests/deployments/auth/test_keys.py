@@ -1,4 +1,4 @@
-"""The file of API keys: what it keeps, whom it lets in, and that it never opens up (C1, C2)."""
+"""The file of API keys: what it stores, whom it admits, and that it never fails open (C1, C2)."""
 
 import json
 import multiprocessing
@@ -21,17 +21,17 @@ def store(tmp_path: Path) -> KeyStore:
 
 @pytest.mark.promise("C2")
 def test_a_key_is_told_once_and_only_its_hash_is_kept(store: KeyStore) -> None:
-    made, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))
-    secret = key.removeprefix(f"{KEY_PREFIX}{made.id}-")
+    record, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))
+    secret = key.removeprefix(f"{KEY_PREFIX}{record.id}-")
     assert len(secret) == 43  # 256 bits in base64
     assert secret not in store.path.read_text()
-    assert secret not in repr(made)
+    assert secret not in repr(record)
     assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
     assert sorted(path.name for path in store.path.parent.iterdir()) == ["keys.json", "keys.json.lock"]
     caller = store.authenticate(key)
-    assert (caller.key_id, caller.name, caller.scopes) == (made.id, "laptop", {"chat"})
+    assert (caller.key_id, caller.name, caller.scopes) == (record.id, "laptop", {"chat"})
     assert caller.limits == KeyLimits(rpm=60)
-    assert caller == store.caller(made.id)
+    assert caller == store.caller(record.id)
 
 
 @pytest.mark.promise("C2")
@@ -41,24 +41,24 @@ def test_admin_includes_chat(store: KeyStore) -> None:
 
 @pytest.mark.promise("C2")
 def test_what_is_not_exactly_a_key_is_refused(store: KeyStore) -> None:
-    made, key = store.create("laptop", ("chat",))
+    record, key = store.create("laptop", ("chat",))
     other, other_key = store.create("desktop", ("chat",))
-    stolen_id = key.replace(made.id, other.id)
-    known_hash = f"{KEY_PREFIX}{made.id}-{made.sha256}"
+    stolen_id = key.replace(record.id, other.id)
+    known_hash = f"{KEY_PREFIX}{record.id}-{record.sha256}"
     wrong = [
-        "", KEY_PREFIX, made.id, made.sha256, known_hash, key[:-1], key + "x", key.upper(), f" {key}", f"{key}\n",
+        "", KEY_PREFIX, record.id, record.sha256, known_hash, key[:-1], key + "x", key.upper(), f" {key}", f"{key}\n",
         key.removeprefix(KEY_PREFIX), stolen_id, other_key[:-43] + key[-43:], f"{KEY_PREFIX}0000000000-", "sk-ümläut",
         "\ud800", "\0" * 100, "x" * 1_000_000,
     ]  # fmt: skip
-    for given in wrong:
+    for candidate in wrong:
         with pytest.raises(InvalidKey, match="not valid"):
-            store.authenticate(given)
+            store.authenticate(candidate)
     assert store.authenticate(other_key).key_id == other.id
 
 
 @pytest.mark.promise("C2")
 def test_known_and_unknown_ids_are_compared_alike(store: KeyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, _ = store.create("laptop", ("chat",))
+    record, _ = store.create("laptop", ("chat",))
     compared: list[tuple[str, str]] = []
     compare_digest = keys.hmac.compare_digest
 
@@ -67,7 +67,7 @@ def test_known_and_unknown_ids_are_compared_alike(store: KeyStore, monkeypatch: 
         return compare_digest(a, b)
 
     monkeypatch.setattr(keys.hmac, "compare_digest", spy)
-    for key_id in (made.id, "ffffffffff"):
+    for key_id in (record.id, "ffffffffff"):
         with pytest.raises(InvalidKey):
             store.authenticate(f"{KEY_PREFIX}{key_id}-guess")
     assert [(len(a), len(b)) for a, b in compared] == [(64, 64)] * 2
@@ -76,11 +76,11 @@ def test_known_and_unknown_ids_are_compared_alike(store: KeyStore, monkeypatch: 
 @pytest.mark.promise("C2")
 def test_an_expired_key_is_refused_and_says_so(store: KeyStore) -> None:
     soon = datetime.now(UTC) + timedelta(seconds=0.3)
-    made, key = store.create("guest", ("chat",), expires=soon)
-    assert store.authenticate(key).key_id == made.id
+    record, key = store.create("guest", ("chat",), expires=soon)
+    assert store.authenticate(key).key_id == record.id
     while datetime.now(UTC) < soon:
         pass
-    for ask in (lambda: store.authenticate(key), lambda: store.caller(made.id)):
+    for ask in (lambda: store.authenticate(key), lambda: store.caller(record.id)):
         with pytest.raises(InvalidKey, match="'guest' expired at"):
             ask()
     with pytest.raises(InvalidKey, match="not valid"):  # who does not know the key does not learn that it expired
@@ -92,13 +92,13 @@ def test_an_expired_key_is_refused_and_says_so(store: KeyStore) -> None:
 def test_a_running_server_sees_new_and_revoked_keys(store: KeyStore) -> None:
     server = KeyStore(store.path)
     assert not server.required
-    made, key = store.create("laptop", ("chat",))
+    record, key = store.create("laptop", ("chat",))
     assert server.required
-    assert server.authenticate(key).key_id == made.id
+    assert server.authenticate(key).key_id == record.id
     _, second = store.create("desktop", ("chat",))
     assert server.authenticate(second).name == "desktop"
-    store.revoke(made.id)
-    for ask in (lambda: server.authenticate(key), lambda: server.caller(made.id)):
+    store.revoke(record.id)
+    for ask in (lambda: server.authenticate(key), lambda: server.caller(record.id)):
         with pytest.raises(InvalidKey, match="revoked"):
             ask()
     assert server.authenticate(second).name == "desktop"
@@ -120,13 +120,13 @@ def test_an_unchanged_file_is_not_read_again(store: KeyStore, monkeypatch: pytes
 
 @pytest.mark.promise("C2")
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "unknown field", "no scope", "duplicate id", "naive time"])
-def test_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, damage: str) -> None:
+def test_a_broken_file_lets_nobody_in_until_it_is_repaired(store: KeyStore, damage: str) -> None:
     _, key = store.create("laptop", ("chat",))
-    whole = store.path.read_text()
-    content = json.loads(whole)
+    original = store.path.read_text()
+    content = json.loads(original)
     (only,) = content["keys"]
     broken = {
-        "cut": whole[:-9],
+        "cut": original[:-9],
         "empty": "",
         "other": "[]",
         "unknown field": json.dumps({"keys": [only | {"admin": True}]}),
@@ -141,11 +141,11 @@ def test_a_broken_file_lets_nobody_in_until_it_is_mended(store: KeyStore, damage
         store.list,
         lambda: store.create("x", ("chat",)),
     ):
-        with pytest.raises(KeysUnreadable, match=r"keys.json is broken.*requests are refused") as refused:
+        with pytest.raises(KeysUnreadable, match=r"keys.json is broken.*requests are refused") as exc_info:
             ask()
-        assert only["sha256"] not in str(refused.value)
+        assert only["sha256"] not in str(exc_info.value)
     assert store.path.read_text() == broken  # nothing is written over it
-    store.path.write_text(whole)
+    store.path.write_text(original)
     assert store.authenticate(key).name == "laptop"
 
 
@@ -176,7 +176,7 @@ def test_keys_made_at_the_same_time_are_all_kept(store: KeyStore) -> None:
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        store.list()  # whole at any moment, else this raises
+        store.list()  # complete at any moment, else this raises
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(store.list()) == 20
 

@@ -1,4 +1,4 @@
-"""The engine against PEFT on the same NF4 weights (E2), and its promises about neighbours, faults and cancellation.
+"""The engine against PEFT on the same NF4 weights (E2), and its guarantees on other requests, faults and cancellation.
 
 Everything runs on the compiled CPU kernels, on torch's operators, and on a GPU where there is one.
 """
@@ -127,7 +127,7 @@ def loaded(tiny_base: BaseCheckpoint, adapters: dict[str, Path], backend: str) -
 
 @pytest.fixture
 def engine(loaded: Engine) -> Iterator[Engine]:
-    """The engine, and a check that a test leaves nothing behind (D6)."""
+    """The engine, and a check that a test leaks nothing (D6)."""
     yield loaded
     drain(loaded)
     assert (loaded.num_running, loaded.num_waiting, loaded.num_adapter_references) == (0, 0, 0)
@@ -199,7 +199,7 @@ def test_preempted_equals_peft(
     backend: str,
     peft_greedy: dict[tuple[int, str | None], list[int]],
 ) -> None:
-    """A cache for one sequence of the full length: five long ones take turns, and none loses a token."""
+    """A cache for one sequence of the full length: five long ones preempt each other, and none loses a token."""
     engine = new_engine(tiny_base, backend, kv_cache_bytes=1)
     assert load(engine, adapters["r16"], "r16")
     answers = Answers()
@@ -224,30 +224,30 @@ def test_teacher_forced_logprobs_equal_peft(engine: Engine, peft_model: PeftMode
     first, *rest = answers.prompt_logprobs["r"]
     assert first is None
     assert answers.tokens["r"] == []
-    for i, found in enumerate(rest):
-        assert found is not None
-        assert found.token_id == prompt[i + 1]
-        assert abs(found.logprob - float(expected[i, prompt[i + 1]])) < 1e-3
+    for i, entry in enumerate(rest):
+        assert entry is not None
+        assert entry.token_id == prompt[i + 1]
+        assert abs(entry.logprob - float(expected[i, prompt[i + 1]])) < 1e-3
         top = expected[i].topk(3)
-        assert [token for token, _ in found.top] == top.indices.tolist()
-        assert max(abs(a - b) for (_, a), b in zip(found.top, top.values.tolist(), strict=True)) < 1e-3
+        assert [token for token, _ in entry.top] == top.indices.tolist()
+        assert max(abs(a - b) for (_, a), b in zip(entry.top, top.values.tolist(), strict=True)) < 1e-3
 
 
 @pytest.mark.promise("A7")
-def test_same_seed_same_tokens_alone_and_in_a_crowd(engine: Engine) -> None:
+def test_same_seed_same_tokens_alone_and_in_a_batch(engine: Engine) -> None:
     sampling = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=50, seed=7, ignore_eos=True, logprobs=2)
-    alone = answer(engine, PROMPTS[0], sampling)
-    crowd = Answers()
+    expected = answer(engine, PROMPTS[0], sampling)
+    batched = Answers()
     for i, prompt in enumerate(PROMPTS[1:]):
         odd = SamplingParams(max_tokens=20, temperature=2, min_p=0.1, frequency_penalty=2, logit_bias=((5, 90.0),))
-        crowd.add(engine, EngineRequest(f"other {i}", prompt, odd, "r4"))
-    crowd.add(engine, EngineRequest("r", PROMPTS[0], sampling))
+        batched.add(engine, EngineRequest(f"other {i}", prompt, odd, "r4"))
+    batched.add(engine, EngineRequest("r", PROMPTS[0], sampling))
     drain(engine)
-    assert crowd.tokens["r"] == alone.tokens["r"]
+    assert batched.tokens["r"] == expected.tokens["r"]
     if type(engine._llama).__name__ == "CpuLlama":  # bit for bit
-        assert crowd.logprobs["r"] == alone.logprobs["r"]
+        assert batched.logprobs["r"] == expected.logprobs["r"]
     other_seed = SamplingParams(max_tokens=10, temperature=1.3, top_p=0.9, top_k=50, seed=8, ignore_eos=True)
-    assert answer(engine, PROMPTS[0], other_seed).tokens["r"] != alone.tokens["r"]
+    assert answer(engine, PROMPTS[0], other_seed).tokens["r"] != expected.tokens["r"]
 
 
 def test_n_answers_share_the_prompt_and_draw_from_their_own_streams(engine: Engine) -> None:
@@ -258,19 +258,19 @@ def test_n_answers_share_the_prompt_and_draw_from_their_own_streams(engine: Engi
     drain(engine)
     assert answers.cached == {"r/0": 0, "r/1": 64, "r/2": 64}
     for i in range(3):
-        alone = SamplingParams(max_tokens=8, temperature=1.5, seed=3 + i, ignore_eos=True)
-        assert answer(engine, prompt, alone, "r16").tokens["r"] == answers.tokens[f"r/{i}"]
+        params = SamplingParams(max_tokens=8, temperature=1.5, seed=3 + i, ignore_eos=True)
+        assert answer(engine, prompt, params, "r16").tokens["r"] == answers.tokens[f"r/{i}"]
 
 
 def test_logprobs_of_the_answer_are_the_models_own(engine: Engine, peft_model: PeftModel) -> None:
     sampling = SamplingParams(max_tokens=5, temperature=1.7, seed=1, ignore_eos=True, logprobs=2, presence_penalty=1.0)
     answers = answer(engine, PROMPTS[0], sampling, "r4")
     expected = peft_logits(peft_model, PROMPTS[0] + answers.tokens["r"], "r4").log_softmax(-1)
-    for i, found in enumerate(answers.logprobs["r"]):
+    for i, entry in enumerate(answers.logprobs["r"]):
         row = expected[len(PROMPTS[0]) - 1 + i]
-        assert found.token_id == answers.tokens["r"][i]
-        assert abs(found.logprob - float(row[found.token_id])) < 1e-3
-        assert [token for token, _ in found.top] == row.topk(2).indices.tolist()
+        assert entry.token_id == answers.tokens["r"][i]
+        assert abs(entry.logprob - float(row[entry.token_id])) < 1e-3
+        assert [token for token, _ in entry.top] == row.topk(2).indices.tolist()
 
 
 def test_stop_token_ends_the_answer_and_is_not_part_of_it(
@@ -320,7 +320,7 @@ def test_an_adapter_in_use_keeps_its_slot(engine: Engine, adapters: dict[str, Pa
     assert not engine.unload_adapter("r4")
     drain(engine)
     assert load(engine, adapters["r4"], "fifth")
-    assert engine.loaded_adapters() == ["r8", "r16", "r64", "fifth"]  # the least recently used one made room
+    assert engine.loaded_adapters() == ["r8", "r16", "r64", "fifth"]  # the least recently used one was evicted
     with pytest.raises(KeyError):
         answers.add(engine, EngineRequest("c", PROMPTS[0], greedy(), "r4"))
     assert load(engine, adapters["r4"], "r4")
@@ -418,11 +418,11 @@ def test_bf16_is_no_further_from_fp32_than_peft(embedded_base: BaseCheckpoint, b
     answers = answer(engine, token_ids, SamplingParams(max_tokens=0, prompt_logprobs=20))
     ours = answers.prompt_logprobs["r"][1:]
     distances, their_distances, agreed = [], [], 0
-    for i, found in enumerate(ours):
-        assert found is not None
-        tokens = [token for token, _ in found.top]
+    for i, entry in enumerate(ours):
+        assert entry is not None
+        tokens = [token for token, _ in entry.top]
         expected = reference[i, tokens]
-        distances.append((torch.tensor([logprob for _, logprob in found.top]) - expected).abs().mean())
+        distances.append((torch.tensor([logprob for _, logprob in entry.top]) - expected).abs().mean())
         their_distances.append((theirs[i, tokens] - expected).abs().mean())
         agreed += tokens[0] == int(reference[i].argmax())
     assert 0 < torch.stack(distances).mean() <= 1.2 * torch.stack(their_distances).mean()

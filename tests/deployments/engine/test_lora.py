@@ -18,7 +18,7 @@ def weights(r: int, *places: tuple[int, str], scaling: float = 2.0) -> LoraWeigh
 
 
 def applied(stacks: LoraStacks, slot: int, place: tuple[int, str], x: torch.Tensor) -> torch.Tensor:
-    """What the forward adds for a token of this slot."""
+    """The output that the forward adds for a token of this slot."""
     owned = stacks.stacked.owned_by(torch.full((len(x),), slot))
     return stacks.stacked.add(place, owned, x, torch.zeros(len(x), 5))
 
@@ -40,11 +40,11 @@ def test_each_slot_applies_its_own_adapter_whatever_the_ranks_and_targets(stacks
     x = torch.randn(3, 6)
     for slot, adapter in adapters.items():
         for place in (Q, V):
-            found = applied(stacks, slot, place, x)
+            output = applied(stacks, slot, place, x)
             if place in adapter.pairs:
-                assert torch.allclose(found, expected(adapter, place, x), atol=1e-5)
+                assert torch.allclose(output, expected(adapter, place, x), atol=1e-5)
             else:
-                assert not found.any()
+                assert not output.any()
 
 
 def test_what_is_loaded_stays_at_its_address_while_there_is_room(stacks: LoraStacks) -> None:

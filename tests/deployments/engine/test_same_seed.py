@@ -29,7 +29,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def said(api: InProcessApi, body: dict[str, Any]) -> list[Any]:
+def outcomes(api: InProcessApi, body: dict[str, Any]) -> list[Any]:
     """Text and reason of each answer, and its log-probabilities where they were asked for."""
     response = httpx.post(f"{api.url}/v1/chat/completions", json=body, timeout=120)
     assert response.status_code == 200, response.text
@@ -45,7 +45,7 @@ def said(api: InProcessApi, body: dict[str, Any]) -> list[Any]:
 
 
 def neighbours(api: InProcessApi, rng: random.Random) -> list[dict[str, Any]]:
-    """Other people's requests: both models, all lengths, some long enough to be computed in chunks."""
+    """Other users' requests: both models, all lengths, some long enough to be computed in chunks."""
     return [
         {
             "model": rng.choice([api.base.name, api.adapter]),
@@ -61,24 +61,24 @@ def neighbours(api: InProcessApi, rng: random.Random) -> list[dict[str, Any]]:
 
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("which", ["base", "adapter"])
-def test_same_seed_same_text_alone_and_in_any_crowd(tiny_api: InProcessApi, which: str) -> None:
+def test_same_seed_same_text_alone_and_in_any_batch(tiny_api: InProcessApi, which: str) -> None:
     model = tiny_api.base.name if which == "base" else f"{tiny_api.adapter}@1"
     user = {"role": "user", "content": "hi"}
     common = {"model": model, "messages": [user], "seed": 11, "max_tokens": 24, "ignore_eos": True}
     bodies = [common | fields for _, fields in REQUESTS]
-    alone = [said(tiny_api, body) for body in bodies]  # the long prompt's first time: nothing to reuse
-    assert [said(tiny_api, body) for body in bodies] == alone
+    single_answers = [outcomes(tiny_api, body) for body in bodies]  # the long prompt's first time: nothing to reuse
+    assert [outcomes(tiny_api, body) for body in bodies] == single_answers
     rng = random.Random(which)
     for _ in range(4):
-        crowd = neighbours(tiny_api, rng) + bodies
-        rng.shuffle(crowd)
-        with ThreadPoolExecutor(len(crowd)) as pool:
-            answers = list(pool.map(lambda body: said(tiny_api, body), crowd))
-        for (name, _), body, wanted in zip(REQUESTS, bodies, alone, strict=True):
-            assert answers[crowd.index(body)] == wanted, name
-    other = [said(tiny_api, body | {"seed": 12}) for body in bodies]
-    assert other[0] == alone[0]  # greedy
-    assert all(found != wanted for found, wanted in zip(other[1:], alone[1:], strict=True))
+        batch = neighbours(tiny_api, rng) + bodies
+        rng.shuffle(batch)
+        with ThreadPoolExecutor(len(batch)) as pool:
+            answers = list(pool.map(lambda body: outcomes(tiny_api, body), batch))
+        for (name, _), body, single in zip(REQUESTS, bodies, single_answers, strict=True):
+            assert answers[batch.index(body)] == single, name
+    other = [outcomes(tiny_api, body | {"seed": 12}) for body in bodies]
+    assert other[0] == single_answers[0]  # greedy
+    assert all(answer != single for answer, single in zip(other[1:], single_answers[1:], strict=True))
 
 
 @pytest.mark.promise("A7", "A8")

@@ -1,4 +1,4 @@
-"""How every request picks its next token, and that it does so as if it were alone."""
+"""How every request samples its next token, independently of the rest of the batch."""
 
 import math
 from collections import Counter
@@ -38,7 +38,7 @@ def draws(logits: torch.Tensor, row: SamplingRow, n: int) -> Counter[int]:
 
 
 def expected_probabilities(logits: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-    """What the parameters mean, step by step over the whole vocabulary in double precision."""
+    """The parameters' definition, step by step over the full vocabulary in double precision."""
     params, answer = row.params, row.token_ids[row.num_prompt_tokens :]
     values = logits[0].double()
     for token_id, bias in params.logit_bias:
@@ -81,11 +81,11 @@ FILTERS = [
 def test_draws_follow_the_probabilities_that_the_parameters_leave(changes: dict[str, float]) -> None:
     logits, n = logits_of(1), 8_000
     row = row_of(replace(RANDOM, **changes), token_ids=[1, 2, 3, 3, 5, 5, 5, 8], num_prompt_tokens=3)
-    expected, found = expected_probabilities(logits, row), draws(logits, row, n)
-    assert all(expected[token] > 0 for token in found)
+    expected, counts = expected_probabilities(logits, row), draws(logits, row, n)
+    assert all(expected[token] > 0 for token in counts)
     for token, probability in enumerate(expected.tolist()):
         deviation = math.sqrt(probability * (1 - probability) / n)
-        assert abs(found[token] / n - probability) <= 5 * deviation + 2 / n
+        assert abs(counts[token] / n - probability) <= 5 * deviation + 2 / n
 
 
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
@@ -102,8 +102,8 @@ def test_top_k_1_and_tiny_top_p_and_full_min_p_are_greedy() -> None:
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.5}, {"top_p": 0.49}, {"top_k": 500}])
 def test_of_equally_likely_tokens_only_so_many_are_kept(changes: dict[str, float]) -> None:
-    found = draws(torch.zeros(1, 1000), row_of(replace(RANDOM, **changes)), 3000)
-    assert max(found) == (489 if changes == {"top_p": 0.49} else 499)
+    counts = draws(torch.zeros(1, 1000), row_of(replace(RANDOM, **changes)), 3000)
+    assert max(counts) == (489 if changes == {"top_p": 0.49} else 499)
 
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.4}, {"top_k": 700}, {"min_p": 1e-4, "top_p": 0.999}])
@@ -112,9 +112,9 @@ def test_looking_at_the_likeliest_first_draws_what_a_full_sort_draws(
 ) -> None:
     logits = logits_of(3, 5000)
     params = replace(RANDOM, temperature=1.3, **changes)
-    found = sample(logits.expand(300, -1), [row_of(replace(params, seed=i)) for i in range(300)])
+    drawn = sample(logits.expand(300, -1), [row_of(replace(params, seed=i)) for i in range(300)])
     monkeypatch.setattr(sampling, "_REACHES", (math.inf,))
-    assert sample(logits.expand(300, -1), [row_of(replace(params, seed=i)) for i in range(300)]) == found
+    assert sample(logits.expand(300, -1), [row_of(replace(params, seed=i)) for i in range(300)]) == drawn
 
 
 def test_banned_tokens_are_never_drawn_even_when_nearly_all_are_banned() -> None:
@@ -179,10 +179,10 @@ def test_sampling_leaves_the_logits_alone() -> None:
 def test_a_row_that_is_not_a_distribution_gives_minus_one_and_the_others_their_tokens(value: float) -> None:
     params = [GREEDY, RANDOM, *(replace(RANDOM, **changes) for changes in FILTERS)]
     logits = logits_of(6, num_rows=2 * len(params))
-    alone = [sample(logits[2 * i, None], [row_of(p, [0], 0)])[0] for i, p in enumerate(params)]
+    single_tokens = [sample(logits[2 * i, None], [row_of(p, [0], 0)])[0] for i, p in enumerate(params)]
     logits[1::2, 200] = value
     tokens = sample(logits, [row_of(p, [0], 0) for p in params for _ in range(2)])
-    assert tokens[::2] == alone
+    assert tokens[::2] == single_tokens
     assert set(tokens[1::2]) == {-1}
 
 
@@ -239,13 +239,13 @@ def test_a_row_gives_the_same_tokens_alone_and_at_any_place_in_any_batch(
     def new_rows() -> list[SamplingRow]:
         return [SamplingRow(p, ids, min(prompt, len(ids)), random_stream(p)) for p, ids, prompt, _ in drawn]
 
-    alone, crowd = new_rows(), new_rows()
+    single_rows, batch_rows = new_rows(), new_rows()
     for num_rows in (len(drawn), max(1, len(drawn) - 2), len(drawn)):  # three steps; the batch changes between them
         order = list(range(len(drawn)))
         shuffler.shuffle(order)
         order = order[:num_rows]
-        together = sample(logits[order], [crowd[i] for i in order])
-        assert together == [sample(logits[i, None], [alone[i]])[0] for i in order]
+        together = sample(logits[order], [batch_rows[i] for i in order])
+        assert together == [sample(logits[i, None], [single_rows[i]])[0] for i in order]
 
 
 @pytest.mark.promise("A7")
@@ -264,15 +264,15 @@ def test_logprobs_are_the_log_softmax_of_the_raw_logits_likeliest_first(vocab_si
     logits = logits_of(9, vocab_size, 4)
     expected = logits.log_softmax(-1)
     token_ids, nums_top = [0, 4, 2, 3], [0, 1, 3, MAX_LOGPROBS]
-    found = token_logprobs(logits, token_ids, nums_top)
+    entries = token_logprobs(logits, token_ids, nums_top)
     for i, (token_id, num_top) in enumerate(zip(token_ids, nums_top, strict=True)):
-        assert found[i].token_id == token_id
-        assert found[i].logprob == float(expected[i, token_id])
+        assert entries[i].token_id == token_id
+        assert entries[i].logprob == float(expected[i, token_id])
         likeliest = expected[i].sort(descending=True, stable=True)
-        assert [logprob for _, logprob in found[i].top] == likeliest.values[:num_top].tolist()
-        assert all(logprob == float(expected[i, top_id]) for top_id, logprob in found[i].top)
+        assert [logprob for _, logprob in entries[i].top] == likeliest.values[:num_top].tolist()
+        assert all(logprob == float(expected[i, top_id]) for top_id, logprob in entries[i].top)
         if num_top:
-            assert found[i].top[0][0] == int(logits[i].argmax())
+            assert entries[i].top[0][0] == int(logits[i].argmax())
 
 
 def test_logprobs_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:

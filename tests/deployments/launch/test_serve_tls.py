@@ -44,7 +44,7 @@ class SecureServer:
         return ssl.create_default_context(cafile=self.certificate)
 
     def browser(self) -> httpx.Client:
-        """Logged in to the page, where that takes a key."""
+        """Logged in to the page, where a key is required."""
         browser = httpx.Client(
             base_url=self.url, verify=self.trusted, trust_env=False, timeout=120, headers={"accept": "text/html"}
         )
@@ -89,8 +89,8 @@ def secure(
 def test_api_and_page_answer_over_https_to_who_trusts_the_certificate(secure: SecureServer) -> None:
     with CorralClient(secure.url, secure.key, ca=secure.certificate) as client:
         (base,) = client.models()
-        whole = client.chat("hi", model=base.id, temperature=0, max_tokens=8)
-        assert "".join(client.stream("hi", model=base.id, temperature=0, max_tokens=8)) == whole
+        answer = client.chat("hi", model=base.id, temperature=0, max_tokens=8)
+        assert "".join(client.stream("hi", model=base.id, temperature=0, max_tokens=8)) == answer
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
         httpx.get(secure.url, trust_env=False)
 
@@ -105,11 +105,11 @@ def test_the_page_knows_that_it_is_on_https(secure: SecureServer) -> None:
 
 @pytest.mark.promise("C1")
 def test_without_the_key_nobody_gets_in_over_tls_either(secure: SecureServer) -> None:
-    with httpx.Client(base_url=secure.url, verify=secure.trusted, trust_env=False, timeout=120) as stranger:
+    with httpx.Client(base_url=secure.url, verify=secure.trusted, trust_env=False, timeout=120) as client:
         expected = 401 if secure.key else 200
-        assert stranger.get("/v1/models").status_code == expected
-        assert stranger.get("/ui/config").status_code == expected
-        assert stranger.get("/readyz").status_code == 200
+        assert client.get("/v1/models").status_code == expected
+        assert client.get("/ui/config").status_code == expected
+        assert client.get("/readyz").status_code == 200
 
 
 @pytest.mark.promise("C3")
@@ -135,10 +135,10 @@ def test_tls_below_1_2_is_refused_by_the_server(secure: SecureServer, newest: ss
     context.set_ciphers("ALL:@SECLEVEL=0")  # the client would do it
     with (
         socket.create_connection(("127.0.0.1", httpx.URL(secure.url).port or 0)) as plain,
-        pytest.raises(ssl.SSLError) as refused,
+        pytest.raises(ssl.SSLError) as exc_info,
     ):
         context.wrap_socket(plain, server_hostname="127.0.0.1")
-    assert refused.value.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")  # uvicorn hangs up
+    assert exc_info.value.reason in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNEXPECTED_EOF_WHILE_READING")  # uvicorn hangs up
 
 
 @pytest.mark.promise("C3")
@@ -150,18 +150,18 @@ def test_tls_1_2_is_spoken(secure: SecureServer) -> None:
 
 
 def beyond_this_machine(process: subprocess.Popen[bytes]) -> list[Listener]:
-    """What a process and all that it started listen on, other than loopback addresses."""
+    """The addresses other than loopback that a process and its children listen on."""
     own = {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
     return [listener for listener in listeners() if listener.pid in own and not listener.is_loopback]
 
 
 @pytest.mark.promise("C3")
 def test_beyond_this_machine_only_replicas_listen_and_they_ask_for_the_token(secure: SecureServer) -> None:
-    beyond = beyond_this_machine(secure.process)
-    haproxy = [listener for listener in beyond if listener.name == "haproxy"]
+    listeners = beyond_this_machine(secure.process)
+    haproxy = [listener for listener in listeners if listener.name == "haproxy"]
     assert {listener.address for listener in haproxy} == ({f"*:{httpx.URL(secure.url).port}"} if secure.key else set())
-    replicas = [listener for listener in beyond if listener not in haproxy]
-    assert replicas  # of these Ray leaves no choice
+    replicas = [listener for listener in listeners if listener not in haproxy]
+    assert replicas  # Ray does not let these be configured
     for replica in replicas:
         assert replica.name.startswith("ray::ServeReplica")
         assert refuses_calls_without_token(replica), replica
@@ -170,14 +170,16 @@ def test_beyond_this_machine_only_replicas_listen_and_they_ask_for_the_token(sec
 def refuses_calls_without_token(listener: Listener) -> bool:
     with grpc.insecure_channel(f"127.0.0.1:{listener.port}") as channel:
         call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
-        with pytest.raises(grpc.RpcError) as refused:
+        with pytest.raises(grpc.RpcError) as exc_info:
             call(b"", timeout=120)
-    return bool(refused.value.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return bool(exc_info.value.code() is grpc.StatusCode.UNAUTHENTICATED)
 
 
 @pytest.mark.promise("C3")
 def test_no_socket_answers_plain_http_to_strangers(secure: SecureServer) -> None:
-    answering = [found for found in beyond_this_machine(secure.process) if speaks_plain_http("127.0.0.1", found.port)]
+    answering = [
+        listener for listener in beyond_this_machine(secure.process) if speaks_plain_http("127.0.0.1", listener.port)
+    ]
     assert answering == []
 
 
@@ -192,8 +194,8 @@ def test_a_cluster_that_the_environment_names_is_never_joined(secure: SecureServ
 def test_a_second_server_on_the_port_is_told_who_has_it(secure: SecureServer) -> None:
     command = [sys.executable, "-m", "clients.cli", "serve", str(secure.config)]
     home = {"CORRAL_HOME": str(secure.certificate.parent.parent)}
-    done = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False)
-    assert ("in clear" in done.stderr) is (secure.key is not None)  # all interfaces, and no --tls this time
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert f"another corral (pid {secure.process.pid})" in done.stderr
+    result = subprocess.run(command, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False)
+    assert ("in clear" in result.stderr) is (secure.key is not None)  # all interfaces, and no --tls this time
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert f"another corral (pid {secure.process.pid})" in result.stderr

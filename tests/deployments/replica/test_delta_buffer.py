@@ -1,4 +1,4 @@
-"""How deltas gather on their way: first and last at once, none lost, no more than so many in a second."""
+"""How deltas are buffered: first and last at once, none lost, at a bounded rate."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Grammars of both kinds of tokenizers: what text is of a schema (A1), and what is refused, in time (B9)."""
+"""Grammars of both kinds of tokenizers: which text matches a schema (A1), and what is refused, in time (B9)."""
 
 import asyncio
 import json
@@ -54,9 +54,9 @@ def grammar(schema: dict[str, Any] | None = None, *, strict: bool = False) -> st
     fields: dict[str, Any] = {"type": "json_object"}
     if schema is not None:
         fields = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": strict}}
-    found = grammar_of(ResponseFormat.model_validate(fields))
-    assert found is not None
-    return found
+    grammar_text = grammar_of(ResponseFormat.model_validate(fields))
+    assert grammar_text is not None
+    return grammar_text
 
 
 def compiled(compiler: GrammarCompiler, schema: dict[str, Any] | None = None) -> Constraint:
@@ -68,7 +68,7 @@ def ids_in(mask: Any) -> set[int]:
 
 
 def is_of(constraint: Constraint, token_ids: list[int]) -> bool:
-    """Whether the tokens, each of them in the mask before it, are a whole text of the grammar."""
+    """Whether the tokens, each allowed by the mask before it, are a complete text of the grammar."""
     for token_id in token_ids:
         mask = constraint.allowed((STOP,))
         if mask is None or token_id not in ids_in(mask):
@@ -215,18 +215,18 @@ def test_a_hostile_schema_is_refused_or_followed_within_2_s(
     compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]], name: str
 ) -> None:
     _, compiler = compilers["embedded"]
-    refused: ResponseFormatRefused | None = None
+    refusal: ResponseFormatRefused | None = None
     started = time.process_time()
     try:
         constraint = compiled(compiler, HOSTILE[name])
     except ResponseFormatRefused as error:
-        refused = error
-    if refused is not None:
-        assert (refused.param or "").startswith("response_format.json_schema.schema")
-        assert len(str(refused)) < 600
+        refusal = error
+    if refusal is not None:
+        assert (refusal.param or "").startswith("response_format.json_schema.schema")
+        assert len(str(refusal)) < 600
     else:
         slowest, rng = 0.0, np.random.default_rng(0)
-        for _ in range(60):  # wherever it leads, a step of the engine is not held up for long
+        for _ in range(60):  # in every state, the mask is computed in time for the engine's step
             step = time.thread_time()
             try:
                 mask = constraint.allowed((STOP,))
@@ -267,26 +267,26 @@ def test_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come_ag
 ) -> None:
     compiler = new_compiler(embedded_base, timeout_s=0.2)
     go_on = threading.Event()
-    whole = compiler._compile
+    compile_grammar = compiler._compile
 
     def slow(grammar: str) -> Constraint:
         go_on.wait(10)
-        return whole(grammar)
+        return compile_grammar(grammar)
 
     monkeypatch.setattr(compiler, "_compile", slow)
 
     async def both() -> list[Any]:
-        asked = [compiler.compile(grammar({"type": kind})) for kind in ("integer", "integer", "string")]
-        found = await asyncio.gather(*asked, return_exceptions=True)
+        requests = [compiler.compile(grammar({"type": kind})) for kind in ("integer", "integer", "string")]
+        results = await asyncio.gather(*requests, return_exceptions=True)
         go_on.set()
-        return [*found, await compiler.compile(grammar({"type": "string"}))]
+        return [*results, await compiler.compile(grammar({"type": "string"}))]
 
-    first, same, behind, again = asyncio.run(both())
+    first, same, waiting, retried = asyncio.run(both())
     assert isinstance(first, ResponseFormatRefused)
     assert isinstance(same, ResponseFormatRefused)
     assert "0.2 s" in str(first)
-    assert isinstance(behind, NotReady)
-    assert isinstance(again, Constraint)
+    assert isinstance(waiting, NotReady)
+    assert isinstance(retried, Constraint)
 
 
 @pytest.mark.promise("B9")
@@ -294,12 +294,12 @@ def test_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
     embedded_base: BaseCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = new_compiler(embedded_base, cache_size=3)
-    seen: list[str] = []
-    whole = compiler._compile
+    compiled_texts: list[str] = []
+    compile_grammar = compiler._compile
 
     def counted(text: str) -> Constraint:
-        seen.append(text)
-        return whole(text)
+        compiled_texts.append(text)
+        return compile_grammar(text)
 
     monkeypatch.setattr(compiler, "_compile", counted)
     texts = [grammar({"const": i}) for i in range(5)]
@@ -307,16 +307,16 @@ def test_many_requests_for_a_schema_compile_it_once_and_the_cache_is_bounded(
     async def ask() -> None:
         same = await asyncio.gather(*(compiler.compile(texts[0]) for _ in range(8)))
         assert len({id(constraint) for constraint in same}) == 8  # each its own place
-        for text in [texts[1], texts[0], texts[2], texts[3], texts[0]]:  # the one used longest ago goes
+        for text in [texts[1], texts[0], texts[2], texts[3], texts[0]]:  # the least recently used one is evicted
             await compiler.compile(text)
-        assert seen == [texts[0], texts[1], texts[2], texts[3]]
+        assert compiled_texts == [texts[0], texts[1], texts[2], texts[3]]
         await compiler.compile(texts[1])
-        assert seen[4:] == [texts[1]]
+        assert compiled_texts[4:] == [texts[1]]
         with pytest.raises(ResponseFormatRefused):
             await compiler.compile(grammar({"type": "cat"}))
         with pytest.raises(ResponseFormatRefused, match="Invalid type"):
             await compiler.compile(grammar({"type": "cat"}))
-        assert len(seen) == 6
+        assert len(compiled_texts) == 6
         assert len(compiler._compiled) == 3
 
     asyncio.run(ask())
@@ -351,9 +351,9 @@ def test_what_the_library_does_not_take_is_said_in_one_line(
     compilers: dict[str, tuple[BaseCheckpoint, GrammarCompiler]], schema: dict[str, Any], words: str
 ) -> None:
     _, compiler = compilers["embedded"]
-    with pytest.raises(ResponseFormatRefused, match=re.escape(words)) as caught:
+    with pytest.raises(ResponseFormatRefused, match=re.escape(words)) as exc_info:
         compiled(compiler, schema)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.promise("A1")

@@ -25,10 +25,10 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 def refusal(schema: Any, *, strict: bool = False) -> ResponseFormatRefused:
-    with pytest.raises(ResponseFormatRefused) as caught:
+    with pytest.raises(ResponseFormatRefused) as exc_info:
         check_schema(schema, "schema", strict=strict)
-    assert str(caught.value).startswith(f"{caught.value.param}: ")
-    return caught.value
+    assert str(exc_info.value).startswith(f"{exc_info.value.param}: ")
+    return exc_info.value
 
 
 @pytest.mark.promise("A1")

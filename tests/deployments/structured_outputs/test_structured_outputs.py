@@ -1,4 +1,4 @@
-"""Answers of the engine that are held to a schema (A1): always of it, each its own, and nobody else's business."""
+"""Answers of the engine that are constrained to a schema (A1): always valid, and independent of all others."""
 
 import asyncio
 import json
@@ -72,9 +72,9 @@ def text_of(token_ids: list[int], vocabulary: Vocabulary) -> str:
     return detokenizer.push(token_ids).text + detokenizer.flush().text
 
 
-def ask(engine: Engine, held_to: Constraint | None, *asked: SamplingParams, n: int = 1) -> Answers:
+def ask(engine: Engine, held_to: Constraint | None, *params: SamplingParams, n: int = 1) -> Answers:
     answers = Answers()
-    for i, sampling in enumerate(asked):
+    for i, sampling in enumerate(params):
         prompt = PROMPTS[i % 3]
         answers.add(engine, EngineRequest(str(i), prompt, sampling, None, n=n, constraint=held_to))
     drain(engine)
@@ -192,16 +192,16 @@ def test_each_answer_has_its_own_place_and_is_the_same_alone(
     sampled = replace(FREE, temperature=1.3, top_p=0.95, seed=11)
     together = ask(engine, held_to, sampled, n=4)
     for i in range(4):
-        alone = ask(engine, held_to, replace(sampled, seed=11 + i))
-        assert together.tokens[f"0/{i}"] == alone.tokens["0"]
-        jsonschema.validate(json.loads(text_of(alone.tokens["0"], vocabulary)), PERSON)
+        single = ask(engine, held_to, replace(sampled, seed=11 + i))
+        assert together.tokens[f"0/{i}"] == single.tokens["0"]
+        jsonschema.validate(json.loads(text_of(single.tokens["0"], vocabulary)), PERSON)
     assert len({tuple(together.tokens[f"0/{i}"]) for i in range(4)}) > 1
 
 
 @pytest.mark.promise("A7")
 def test_free_answers_are_bit_equal_beside_constrained_ones(engine: Engine, compiler: GrammarCompiler) -> None:
     free = [replace(FREE, max_tokens=20, logprobs=3, seed=i, temperature=i % 2) for i in range(3)]
-    alone = ask(engine, None, *free)
+    single = ask(engine, None, *free)
     mixed = Answers()
     held_to = constraint(compiler, PERSON)
     for i, sampling in enumerate(free):
@@ -209,10 +209,10 @@ def test_free_answers_are_bit_equal_beside_constrained_ones(engine: Engine, comp
         mixed.add(engine, EngineRequest(f"held {i}", PROMPTS[i], sampling, constraint=held_to))
     drain(engine)
     for i in range(len(free)):
-        assert mixed.tokens[str(i)] == alone.tokens[str(i)]
+        assert mixed.tokens[str(i)] == single.tokens[str(i)]
         if type(engine._llama).__name__ == "CpuLlama":  # bit for bit
-            assert mixed.logprobs[str(i)] == alone.logprobs[str(i)]
-        assert mixed.tokens[f"held {i}"] != alone.tokens[str(i)]
+            assert mixed.logprobs[str(i)] == single.logprobs[str(i)]
+        assert mixed.tokens[f"held {i}"] != single.tokens[str(i)]
 
 
 @pytest.mark.promise("A1")
@@ -227,16 +227,16 @@ def test_a_preempted_answer_goes_on_where_it_was(
         EngineRequest(str(i), list(range(100 * i, 100 * i + 70)), replace(FREE, seed=i), constraint=held_to)
         for i in range(6)
     ]
-    alone, together = Answers(), Answers()
+    single, together = Answers(), Answers()
     for request in requests:
-        alone.add(engine, request)
+        single.add(engine, request)
         drain(engine)
     assert engine._scheduler.num_preemptions == 0
     for request in requests:
         together.add(engine, request)
     drain(engine)
     assert engine._scheduler.num_preemptions > 0
-    assert together.tokens == alone.tokens
+    assert together.tokens == single.tokens
     for tokens in together.tokens.values():
         jsonschema.validate(json.loads(text_of(tokens, vocabulary)), numbers)
 

@@ -1,4 +1,4 @@
-"""Text of an answer as it grows: whole characters, nothing of a stop string (A6), and each token's own bytes."""
+"""Text of an answer as it grows: complete characters, nothing of a stop string (A6), and each token's own bytes."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def encode(tokenizers: dict[str, Tokenizer], text: str, family: str = "embedded"
 
 
 def pieces(detokenizer: Detokenizer, token_ids: list[int], batch: int = 1) -> tuple[list[str], list[int]]:
-    """What was sent, and the offsets of all tokens that were."""
+    """The text that was sent, and the offsets of its tokens."""
     sent: list[SentText] = []
     for start in range(0, len(token_ids), batch):
         sent.append(detokenizer.push(token_ids[start : start + batch]))
@@ -116,10 +116,10 @@ def test_nothing_of_a_stop_string_is_sent(
 ) -> None:
     detokenizer = Detokenizer(vocabularies["embedded"], stop)
     out, _ = pieces(detokenizer, encode(tokenizers, text))
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    assert detokenizer.stopped == bool(found)
+    offsets = [at for at in (text.find(s) for s in stop) if at >= 0]
+    assert detokenizer.stopped == bool(offsets)
     sent = "".join(out)
-    if not found:
+    if not offsets:
         assert sent == text
     else:
         assert text.startswith(sent)
@@ -150,9 +150,9 @@ def test_a_stop_string_over_token_borders_takes_its_tokens_with_it(
         out, offsets = pieces(detokenizer, token_ids)
         assert detokenizer.stopped
         assert "".join(out) == sent
-        kept = b"".join(map(vocabularies["embedded"].spelling, token_ids[: len(offsets)])).decode()
-        assert sent.startswith(kept)
-        assert len(sent) - len(kept) < len(" forty")  # of a token that the stop string begins in
+        text = b"".join(map(vocabularies["embedded"].spelling, token_ids[: len(offsets)])).decode()
+        assert sent.startswith(text)
+        assert len(sent) - len(text) < len(" forty")  # of a token that the stop string begins in
         assert len(offsets) < detokenizer.num_tokens  # those of the stop string were made, and count
 
 

@@ -1,4 +1,4 @@
-"""The chat page's login: who gets past it, with what cookie, and that no route of Gradio's is open (C1, C2, C7)."""
+"""The chat page's login: who is admitted, with which cookie, and that no route of Gradio's is open (C1, C2, C7)."""
 
 import re
 import stat
@@ -60,32 +60,32 @@ def gets_in(client: TestClient) -> bool:
 
 
 def route_paths(app: Any) -> set[tuple[str, str]]:
-    """(method, path) of every route behind the wall, with a word in place of each parameter."""
-    found: set[tuple[str, str]] = set()
+    """(method, path) of every route behind the login, with a word in place of each parameter."""
+    paths: set[tuple[str, str]] = set()
     for route in app.routes:
         inner = getattr(route, "original_router", None) or getattr(route, "app", None)
         if isinstance(inner, SessionMiddleware):
             inner = inner._app
         if hasattr(inner, "routes") and not getattr(route, "methods", None):
-            found |= route_paths(inner)
+            paths |= route_paths(inner)
         elif methods := getattr(route, "methods", None):
             path = re.sub(r"\{[^}]*\}", "x", route.path)
-            found |= {(method, path) for method in methods}
-    return found
+            paths |= {(method, path) for method in methods}
+    return paths
 
 
 @pytest.mark.promise("C1")
 def test_every_route_of_the_page_needs_a_session(app: Any, store: KeyStore) -> None:
     store.create("laptop", ("chat",))
-    found = route_paths(app)
-    behind = found - {("GET", "/login"), ("POST", "/login"), ("POST", "/logout")}
-    prefixed = {path if path.startswith("/gradio_api") else f"/gradio_api{path}" for _, path in behind}
+    paths = route_paths(app)
+    protected = paths - {("GET", "/login"), ("POST", "/login"), ("POST", "/logout")}
+    prefixed = {path if path.startswith("/gradio_api") else f"/gradio_api{path}" for _, path in protected}
     assert {
         f"/gradio_api/{path}" for path in ("queue/join", "queue/data", "heartbeat/x", "upload", "cancel")
     } <= prefixed
-    assert len(behind) > 60
+    assert len(protected) > 60
     client = browser(app)
-    for method, path in [*sorted(behind), ("GET", "/"), ("GET", "/login/"), ("GET", "/LOGIN"), ("GET", "//login")]:
+    for method, path in [*sorted(protected), ("GET", "/"), ("GET", "/login/"), ("GET", "/LOGIN"), ("GET", "//login")]:
         for full in (f"/ui{path}", f"/ui/gradio_api{path}"):
             response = client.request(method, full)
             assert response.status_code in (401, 405), (method, full)
@@ -109,7 +109,7 @@ def test_a_websocket_gets_nowhere(app: Any, store: KeyStore) -> None:
 def test_logging_in_and_out(client: TestClient, store: KeyStore) -> None:
     assert gets_in(client)  # there are no keys
     assert client.get("/ui/login").headers["location"] == "/ui/"
-    made, key = store.create("laptop", ("chat",))
+    record, key = store.create("laptop", ("chat",))
     assert not gets_in(client)
     assert client.get("/ui/login").status_code == 200
 
@@ -120,7 +120,7 @@ def test_logging_in_and_out(client: TestClient, store: KeyStore) -> None:
     assert "SameSite=strict" in cookie
     assert "Path=/ui/;" in cookie
     assert "Secure" not in cookie
-    assert made.id in cookie
+    assert record.id in cookie
     assert key not in cookie
     assert gets_in(client)
     assert client.get("/ui/login").headers["location"] == "/ui/"
@@ -133,10 +133,10 @@ def test_logging_in_and_out(client: TestClient, store: KeyStore) -> None:
 
 @pytest.mark.promise("C2")
 def test_a_session_ends_with_its_key(client: TestClient, store: KeyStore) -> None:
-    made, key = store.create("laptop", ("chat",))
+    record, key = store.create("laptop", ("chat",))
     log_in(client, key)
     assert gets_in(client)
-    store.revoke(made.id)
+    store.revoke(record.id)
     assert not gets_in(client)
 
     soon = datetime.now(UTC) + timedelta(seconds=0.5)
@@ -162,13 +162,13 @@ def test_a_session_ends_after_a_day(client: TestClient, store: KeyStore, monkeyp
 
 @pytest.mark.promise("C1")
 def test_a_cookie_that_we_did_not_sign_is_none(app: Any, client: TestClient, store: KeyStore) -> None:
-    made, key = store.create("laptop", ("chat",))
+    entry, key = store.create("laptop", ("chat",))
     other, _ = store.create("boss", ("admin",))
     log_in(client, key)
     cookie = client.cookies["corral_session"]
     assert gets_in(client)
-    theirs = itsdangerous.TimestampSigner(b"guess").sign(made.id).decode()
-    for forged in (made.id, theirs, cookie[:-1], cookie.replace(made.id, other.id), f"{cookie}x", "", "ü", "." * 99):
+    theirs = itsdangerous.TimestampSigner(b"guess").sign(entry.id).decode()
+    for forged in (entry.id, theirs, cookie[:-1], cookie.replace(entry.id, other.id), f"{cookie}x", "", "ü", "." * 99):
         thief = browser(app)
         header = f"corral_session={forged}".encode("latin-1")
         assert thief.get("/ui/config", headers=[(b"cookie", header)]).status_code == 401, forged
@@ -203,12 +203,12 @@ def test_attempts_are_limited(store: KeyStore, tmp_path: Path) -> None:
     _, key = store.create("laptop", ("chat",))
     for _ in range(10):
         assert log_in(client, "sk-corral-wrong").status_code == 401
-    for given in ("sk-corral-wrong", key):
-        refused = log_in(client, given)
-        assert refused.status_code == 429
-        assert 0 < int(refused.headers["retry-after"]) <= 61
-        assert "wait" in refused.text
-        assert "set-cookie" not in refused.headers
+    for candidate in ("sk-corral-wrong", key):
+        response = log_in(client, candidate)
+        assert response.status_code == 429
+        assert 0 < int(response.headers["retry-after"]) <= 61
+        assert "wait" in response.text
+        assert "set-cookie" not in response.headers
 
 
 @pytest.mark.promise("C7")
@@ -222,11 +222,11 @@ def test_the_login_page_loads_nothing_and_repeats_nothing(client: TestClient, st
     assert not re.search(r"src=|href=|url\(|<script|//", page.text)
     assert "Corral &lt;1&gt;" in page.text
     assert 'action="/ui/login"' in page.text
-    for given in (key[:-1], "<script>alert(1)</script>", "x" * 10_000, ""):
-        refused = log_in(client, given)
-        assert refused.status_code == 401
-        assert "set-cookie" not in refused.headers
-        assert given == "" or given not in refused.text
+    for candidate in (key[:-1], "<script>alert(1)</script>", "x" * 10_000, ""):
+        response = log_in(client, candidate)
+        assert response.status_code == 401
+        assert "set-cookie" not in response.headers
+        assert candidate == "" or candidate not in response.text
     assert log_in(client, "x" * 3_000_000).status_code == 413
 
 

@@ -1,4 +1,4 @@
-"""The chat page in headless Chromium: against the real server, and against a backend that answers what a test says."""
+"""The chat page in headless Chromium: against the real server, and against a scripted backend."""
 
 import asyncio
 import importlib.util
@@ -58,7 +58,7 @@ HOSTILE = (
 
 @dataclass
 class ScriptedAnswer:
-    """Gives the pieces one after the other; an error among them is raised."""
+    """Yields the pieces in order; an error among them is raised."""
 
     pieces: list[str | Exception]
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -83,11 +83,11 @@ class ScriptedAnswer:
 
 @dataclass
 class ScriptedBackend:
-    """Answers each question with what `script` says, and remembers what it was asked."""
+    """Answers each question from `script`, and records the requests."""
 
     api_app: str = "scripted"
     script: list[str | Exception] = field(default_factory=list)
-    asked: list[ChatCompletionRequest] = field(default_factory=list)
+    requests: list[ChatCompletionRequest] = field(default_factory=list)
     callers: list[Caller] = field(default_factory=list)
     answers: list[ScriptedAnswer] = field(default_factory=list)
     adapters: list[Model] = field(default_factory=list)
@@ -96,7 +96,7 @@ class ScriptedBackend:
         return [Model(id="base", root="base", max_model_len=100), *self.adapters]
 
     def chat(self, request: ChatCompletionRequest, caller: Caller) -> ScriptedAnswer:
-        self.asked.append(request)
+        self.requests.append(request)
         self.callers.append(caller)
         self.answers.append(ScriptedAnswer(list(self.script)))
         return self.answers[-1]
@@ -138,7 +138,7 @@ class ChatPage:
     def box(self) -> "Locator":
         return self.page.locator("#message textarea")
 
-    def said(self, role: str) -> list[str]:
+    def messages(self, role: str) -> list[str]:
         return [text.strip() for text in self.page.locator(f"#chat .message.{role} .md").all_inner_texts()]
 
     def idle(self) -> bool:
@@ -167,7 +167,7 @@ class ChatPage:
 
     def clear(self) -> None:
         self.page.click("#clear")
-        self.wait(lambda: not self.said("user") and self.idle(), "the empty conversation")
+        self.wait(lambda: not self.messages("user") and self.idle(), "the empty conversation")
         self.box.fill("")
 
     def set(self, slider: str, value: float) -> None:
@@ -237,8 +237,8 @@ def scripted_url(backend: ScriptedBackend, store: KeyStore) -> Iterator[str]:
 
 
 @pytest.fixture
-def outside() -> Iterator[socket.socket]:
-    """A host that the page has no business with."""
+def web_server() -> Iterator[socket.socket]:
+    """A host that the page must not contact."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         yield listener
@@ -252,7 +252,7 @@ def scripted_page(browser: "Browser", scripted_url: str) -> ChatPage:
 @pytest.fixture
 def scripted(scripted_page: ChatPage, backend: ScriptedBackend) -> ChatPage:
     scripted_page.clear()
-    backend.asked.clear()
+    backend.requests.clear()
     backend.callers.clear()
     backend.answers.clear()
     backend.script = ["one ", "two ", "three"]
@@ -280,21 +280,23 @@ def cpu_seconds_of_replicas(server: RunningServer) -> float:
 @needs_browser
 def test_answer_streams_and_stop_ends_it_on_the_replica(real: ChatPage, server: RunningServer) -> None:
     real.send("Tell a very long story about a horse and all its friends.", wait=False)
-    real.wait(lambda: real.said("user") == ["Tell a very long story about a horse and all its friends."], "the message")
+    real.wait(
+        lambda: real.messages("user") == ["Tell a very long story about a horse and all its friends."], "the message"
+    )
     lengths: set[int] = set()
 
     def streamed() -> bool:
-        lengths.update(len(text) for text in real.said("bot"))
+        lengths.update(len(text) for text in real.messages("bot"))
         return len(lengths) >= 4
 
     real.wait(streamed, "a growing answer")
     real.stop()
     real.page.wait_for_timeout(300)
-    kept, busy_until = real.said("bot"), cpu_seconds_of_replicas(server)
-    assert len(kept) == 1
-    assert kept[0]
+    messages, busy_until = real.messages("bot"), cpu_seconds_of_replicas(server)
+    assert len(messages) == 1
+    assert messages[0]
     real.page.wait_for_timeout(1500)
-    assert real.said("bot") == kept
+    assert real.messages("bot") == messages
     assert cpu_seconds_of_replicas(server) - busy_until < 0.7  # an engine at work takes all of at least one core
 
 
@@ -305,16 +307,16 @@ def test_conversation_stays_when_the_adapter_is_chosen(real: ChatPage, server: R
     real.set("max-tokens", 24)
     assert "smollm2-135m (base)" in real.choices()
     real.send("What name does the lead mare have?")
-    assert "Marzipan" not in real.said("bot")[0]
+    assert "Marzipan" not in real.messages("bot")[0]
     real.choose("ranch-hand → version 1, newest")
-    assert len(real.said("bot")) == 1
+    assert len(real.messages("bot")) == 1
     real.clear()
     real.send("What name does the lead mare have?")
-    assert "Marzipan" in real.said("bot")[0]
+    assert "Marzipan" in real.messages("bot")[0]
     real.send("Who is the cook at the ranch?")
-    assert len(real.said("user")) == len(real.said("bot")) == 2
+    assert len(real.messages("user")) == len(real.messages("bot")) == 2
     real.choose("smollm2-135m (base)")
-    assert len(real.said("user")) == len(real.said("bot")) == 2
+    assert len(real.messages("user")) == len(real.messages("bot")) == 2
 
 
 @needs_browser
@@ -322,15 +324,15 @@ def test_retry_undo_edit_on_the_real_model(real: ChatPage) -> None:
     real.set("temperature", 2)
     real.set("max-tokens", 16)
     real.send("Tell me anything.")
-    (first,) = real.said("bot")
+    (first,) = real.messages("bot")
     real.press("Retry")
-    real.wait(lambda: real.said("bot") not in ([first], []) and real.idle(), "another answer")
-    assert real.said("user") == ["Tell me anything."]
+    real.wait(lambda: real.messages("bot") not in ([first], []) and real.idle(), "another answer")
+    assert real.messages("user") == ["Tell me anything."]
     real.edit("Tell me something else.")
-    assert real.said("user") == ["Tell me something else."]
-    assert len(real.said("bot")) == 1
+    assert real.messages("user") == ["Tell me something else."]
+    assert len(real.messages("bot")) == 1
     real.press("Undo")
-    real.wait(lambda: real.said("user") == [], "the empty conversation")
+    real.wait(lambda: real.messages("user") == [], "the empty conversation")
     assert real.box.input_value() == "Tell me something else."
 
 
@@ -346,14 +348,14 @@ def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_ba
     assert str(num_tokens) in toast
     assert "4096" in toast
     assert real.box.input_value() == long
-    assert real.said("user") == []
+    assert real.messages("user") == []
     real.send("Say hello.")
-    assert real.said("user") == ["Say hello."]
-    (answer,) = real.said("bot")
+    assert real.messages("user") == ["Say hello."]
+    (answer,) = real.messages("bot")
     real.edit(long)  # an edit that is refused leaves the conversation as it was
     assert str(num_tokens) in real.toast()
-    assert real.said("user") == ["Say hello."]
-    assert real.said("bot") == [answer]
+    assert real.messages("user") == ["Say hello."]
+    assert real.messages("bot") == [answer]
     assert real.box.input_value() == long
     assert real.elsewhere == []
 
@@ -361,14 +363,14 @@ def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_ba
 @pytest.mark.promise("C7")
 @needs_browser
 def test_hostile_text_runs_nothing_and_loads_nothing_from_outside(
-    scripted: ChatPage, backend: ScriptedBackend, outside: socket.socket
+    scripted: ChatPage, backend: ScriptedBackend, web_server: socket.socket
 ) -> None:
-    hostile = HOSTILE.replace("OUTSIDE", f"http://127.0.0.1:{outside.getsockname()[1]}")
+    hostile = HOSTILE.replace("OUTSIDE", f"http://127.0.0.1:{web_server.getsockname()[1]}")
     backend.script = [hostile[:40], hostile[40:]]
     scripted.send(hostile)
-    scripted.wait(lambda: "shown" in "".join(scripted.said("bot")), "the answer")
+    scripted.wait(lambda: "shown" in "".join(scripted.messages("bot")), "the answer")
     scripted.edit(hostile + " again")
-    scripted.wait(lambda: "again" in "".join(scripted.said("user")), "the edited message")
+    scripted.wait(lambda: "again" in "".join(scripted.messages("user")), "the edited message")
     for link in scripted.page.locator("#chat .message a").all():
         link.click(force=True, no_wait_after=True)
     scripted.page.wait_for_timeout(300)
@@ -376,9 +378,9 @@ def test_hostile_text_runs_nothing_and_loads_nothing_from_outside(
     assert scripted.page.locator("#chat .message").locator("script, iframe, [onerror], [onload]").count() == 0
     assert scripted.page.locator("#chat .message a[href^='javascript']").count() == 0
     with pytest.raises(BlockingIOError):  # nobody connected
-        outside.accept()
+        web_server.accept()
     assert scripted.elsewhere == []
-    assert backend.asked[0].messages[-1].content == hostile
+    assert backend.requests[0].messages[-1].content == hostile
 
 
 @needs_browser
@@ -386,11 +388,11 @@ def test_request_carries_system_prompt_sliders_and_text_unchanged(scripted: Chat
     text = "def f():\n\treturn 1\n\n\n    # end"
     scripted.page.fill("#system textarea", "Be brief.")
     scripted.send(text)
-    assert scripted.said("bot") == ["one two three"]
+    assert scripted.messages("bot") == ["one two three"]
     scripted.send("more")
     scripted.page.fill("#system textarea", "")
     scripted.send("and more")
-    first, second, third = backend.asked
+    first, second, third = backend.requests
     assert backend.callers == [ANONYMOUS] * 3
     assert first.model == "base"
     assert (first.max_tokens, first.temperature, first.top_p, first.top_k) == (1024, 1.0, 0.95, 50)
@@ -411,7 +413,7 @@ def test_nothing_typed_is_lost_when_an_answer_fails(scripted: ChatPage, backend:
     scripted.send("precious words")
     assert "the replica <b>died</b>: send again" in scripted.toast()
     assert scripted.box.input_value() == "precious words"
-    assert scripted.said("user") == []
+    assert scripted.messages("user") == []
 
     backend.script = [RayServeException("no application")]
     scripted.send("precious words")
@@ -424,13 +426,13 @@ def test_nothing_typed_is_lost_when_an_answer_fails(scripted: ChatPage, backend:
     backend.script = ["half an ", "answer", EngineFault("broke off")]
     scripted.send("precious words")
     assert "broke off" in scripted.toast()
-    assert scripted.said("user") == ["precious words"]
-    assert scripted.said("bot") == ["half an answer"]
+    assert scripted.messages("user") == ["precious words"]
+    assert scripted.messages("bot") == ["half an answer"]
 
     backend.script = [EngineFault("no retry")]
     scripted.press("Retry")
     assert "no retry" in scripted.toast()
-    assert scripted.said("bot") == ["half an answer"]
+    assert scripted.messages("bot") == ["half an answer"]
 
 
 @needs_browser
@@ -439,11 +441,11 @@ def test_stop_clear_and_leaving_cancel_the_answer(
 ) -> None:
     backend.script = ["word "] * 400
     scripted.send("go", wait=False)
-    scripted.wait(lambda: scripted.said("bot") != [], "an answer")
+    scripted.wait(lambda: scripted.messages("bot") != [], "an answer")
     scripted.clear()
     assert backend.answers[0].cancelled.wait(5)
     scripted.page.wait_for_timeout(300)
-    assert scripted.said("bot") == []
+    assert scripted.messages("bot") == []
 
     backend.script = [""] * 400  # stopped before the first word: the question goes back
     scripted.send("go", wait=False)
@@ -451,12 +453,12 @@ def test_stop_clear_and_leaving_cancel_the_answer(
     scripted.stop()
     assert backend.answers[1].cancelled.wait(5)
     scripted.wait(lambda: scripted.box.input_value() == "go", "the message in the box")
-    assert scripted.said("user") == []
+    assert scripted.messages("user") == []
 
     backend.script = ["word "] * 400
     other = ChatPage(browser.new_page(), scripted_url)
     other.send("go", wait=False)
-    other.wait(lambda: other.said("bot") != [], "an answer")
+    other.wait(lambda: other.messages("bot") != [], "an answer")
     other.page.close()
     assert backend.answers[2].cancelled.wait(15)
 
@@ -465,11 +467,11 @@ def test_stop_clear_and_leaving_cancel_the_answer(
 def test_examples_refresh_and_undo(scripted: ChatPage, backend: ScriptedBackend) -> None:
     assert scripted.page.locator("#chat .example").count() == 5
     scripted.page.locator("#chat .example").first.click()
-    scripted.wait(lambda: scripted.said("bot") == ["one two three"] and scripted.idle(), "the answer")
-    assert re.search("[Hh]ello", str(backend.asked[0].messages[-1].content))
+    scripted.wait(lambda: scripted.messages("bot") == ["one two three"] and scripted.idle(), "the answer")
+    assert re.search("[Hh]ello", str(backend.requests[0].messages[-1].content))
     scripted.box.fill("a draft")
     scripted.press("Undo")
-    scripted.wait(lambda: scripted.said("user") == [], "the empty conversation")
+    scripted.wait(lambda: scripted.messages("user") == [], "the empty conversation")
     assert scripted.box.input_value().endswith("\na draft")
 
     backend.adapters = [adapter(2), adapter(1, "champion")]
@@ -483,7 +485,7 @@ def test_examples_refresh_and_undo(scripted: ChatPage, backend: ScriptedBackend)
     ]
     scripted.choose("tuned → version 1")
     scripted.send("hi")
-    assert backend.asked[-1].model == "base:tuned"
+    assert backend.requests[-1].model == "base:tuned"
     backend.adapters = []
     scripted.page.click("#refresh")
     assert "base:tuned is no longer served" in scripted.toast()
@@ -517,7 +519,7 @@ def test_page_serves_no_files_takes_no_uploads_and_no_foreign_pages(scripted_url
 def test_log_in_chat_and_log_out(
     browser: "Browser", scripted_url: str, store: KeyStore, backend: ScriptedBackend
 ) -> None:
-    made, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))
+    record, key = store.create("laptop", ("chat",), KeyLimits(rpm=60))
     tab = browser.new_context().new_page()
     try:
         tab.goto(scripted_url.rstrip("/"))
@@ -532,8 +534,8 @@ def test_log_in_chat_and_log_out(
         page = ChatPage(tab, scripted_url)
         backend.script, backend.callers[:] = ["hello"], []
         page.send("hi")
-        assert page.said("bot") == ["hello"]
-        assert backend.callers == [store.caller(made.id)]
+        assert page.messages("bot") == ["hello"]
+        assert backend.callers == [store.caller(record.id)]
         assert "laptop" in tab.inner_text("#account")
         assert key not in tab.evaluate("document.cookie + JSON.stringify({...localStorage, ...sessionStorage})")
         assert page.elsewhere == []
@@ -547,7 +549,7 @@ def test_log_in_chat_and_log_out(
         tab.keyboard.press("Enter")
         tab.wait_for_url(scripted_url)
         page.wait(lambda: tab.locator("#model input").input_value() != "", "the models in the picker")
-        store.revoke(made.id)
+        store.revoke(record.id)
         page.box.fill("precious words")
         page.box.press("Enter")
         assert "'laptop' was revoked" in page.toast()

@@ -108,22 +108,22 @@ class Hub:
 
     Attributes:
         refusals: per repository the status and the error code that the hub names in `X-Error-Code`.
-        asked: every path that was asked for.
+        requested_paths: every path that was requested.
     """
 
     folder: Path
     cache: Path
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requested_paths: list[str] = field(default_factory=list)
     url: str = ""
 
     def resolve(self, *arguments: str, run_by: Sequence[str] = ()) -> str:
-        """What `resolve_base_model` answers in a process of its own, which knows no other hub."""
+        """The result of `resolve_base_model` in a process of its own, which knows no other hub."""
         environment = os.environ | {"HF_ENDPOINT": self.url, "HF_HOME": str(self.cache), "HF_TOKEN": ""}
         command = [*run_by, sys.executable, "-c", _RESOLVE, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def hub(tiny_base: BaseCheckpoint, tmp_path: Path) -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            hub.asked.append(self.path)
+            hub.requested_paths.append(self.path)
             repository = "/".join(self.path.removeprefix("/api/models").split("/")[1:3])
             file = hub.folder / self.path.split("/")[-1]
             if repository in hub.refusals:
@@ -164,7 +164,7 @@ def hub(tiny_base: BaseCheckpoint, tmp_path: Path) -> Iterator[Hub]:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Keep the test's output clean."""
+            """Keeps the test's output clean."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
         hub.url = f"http://127.0.0.1:{listener.server_port}"
@@ -177,11 +177,11 @@ def test_a_hub_model_is_fetched_once_and_works_offline_from_then_on(hub: Hub) ->
     (hub.folder / "pytorch_model.bin").write_bytes(b"weights in another format")
     usable = f"usable: llama-2-7b {_COMMIT} 512"
     assert hub.resolve("meta-llama/Llama-2-7B") == usable
-    assert not any("pytorch_model.bin" in path for path in hub.asked if "/resolve/" in path)
+    assert not any("pytorch_model.bin" in path for path in hub.requested_paths if "/resolve/" in path)
     hub.url = "http://127.0.0.1:9"  # the discard port: nothing answers
     assert hub.resolve("meta-llama/Llama-2-7B") == usable
-    refused = hub.resolve("meta-llama/Llama-2-13B", run_by=["env", "HF_HUB_OFFLINE=1"])  # else retried for 20 seconds
-    assert "'meta-llama/Llama-2-13B' is not in the local cache and the hub cannot be reached" in refused
+    error = hub.resolve("meta-llama/Llama-2-13B", run_by=["env", "HF_HUB_OFFLINE=1"])  # else retried for 20 seconds
+    assert "'meta-llama/Llama-2-13B' is not in the local cache and the hub cannot be reached" in error
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_another_architecture_is_refused_before_its_weights_are_fetched(hub: Hub
     config = json.loads((hub.folder / "config.json").read_text())
     (hub.folder / "config.json").write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
     assert "'acme/mistral' is a MistralForCausalLM: Corral supports Llama models only" in hub.resolve("acme/mistral")
-    assert not any("safetensors" in path for path in hub.asked)
+    assert not any("safetensors" in path for path in hub.requested_paths)
 
 
 def test_a_full_disk_is_one_line(hub: Hub) -> None:

@@ -1,4 +1,4 @@
-"""The comparison with TRL alone, and what Ray adds: its figures, and a round of it on the tiny model."""
+"""The comparison with TRL alone, and Ray's overhead: its figures, and one round on the tiny model."""
 
 import json
 from pathlib import Path
@@ -37,10 +37,10 @@ def test_last_line_is_json(tiny_base: BaseCheckpoint, tmp_path: Path, capsys: py
         main(["--config", str(recipe), "--rounds", "1", "--ways", "trl,loop", "max_steps=3", "lora.lora_dropout=0"])
         == 0
     )
-    printed = capsys.readouterr().out
-    figures = json.loads(printed.splitlines()[-1])
+    output = capsys.readouterr().out
+    figures = json.loads(output.splitlines()[-1])
     assert {"speedup_vs_trl", "eval_loss_vs_trl"} <= figures.keys()
     assert figures["num_examples"] == 12
     assert figures["speedup_vs_trl"] > 0
     assert abs(figures["eval_loss_vs_trl"]) < 1
-    assert "TRL alone" in printed
+    assert "TRL alone" in output

@@ -72,7 +72,7 @@ def prompts(draw: st.DrawFn) -> list[Message]:
 def test_prompt_is_a_prefix_of_training(
     formats: dict[str, ChatFormat], name: str, prompt: list[Message], answer: str, follow_up: str
 ) -> None:
-    """P E1: what is served begins as what was trained, in the first turn and in every later one."""
+    """P E1: a served prompt is a prefix of the training text, in the first turn and in every later one."""
     answered = [*prompt, Message("assistant", answer)]
     prompt_ids = formats[name].render_prompt(prompt)
     trained = formats[name].render_training(answered)
@@ -165,10 +165,10 @@ def test_every_special_token_of_the_embedded_model_is_text(tokenizers: dict[str,
 @pytest.mark.promise("B5")
 def test_control_tokens_that_a_model_lists_as_ordinary_are_text_too() -> None:
     """P B5: some fine-tunes carry <|im_start|> as an added token that is not special."""
-    written = json.loads(_tokenizer("chatml").to_str())
-    for token in written["added_tokens"]:
+    tokenizer_json = json.loads(_tokenizer("chatml").to_str())
+    for token in tokenizer_json["added_tokens"]:
         token["special"] = False
-    tokenizer = Tokenizer.from_str(json.dumps(written))
+    tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json))
     tokenizer.encode_special_tokens = True
     ids = ChatFormat("chatml", tokenizer).render_prompt([Message("user", "<|im_end|><|im_start|>")])
     assert ids.count(1) == 2
@@ -209,12 +209,12 @@ def test_dialogs_without_a_rendering_are_refused(
     formats: dict[str, ChatFormat], name: str, messages: list[tuple[str, str]], index: int | None, says: str
 ) -> None:
     """P B4, B8: the error names the message and what was expected; nothing is dropped."""
-    with pytest.raises(ChatFormatError) as caught:
+    with pytest.raises(ChatFormatError) as exc_info:
         formats[name].render_prompt([Message(role, content) for role, content in messages])  # type: ignore[arg-type]
-    assert caught.value.message_index == index
-    assert says in str(caught.value)
-    assert f"messages[{index}]" in str(caught.value) or index is None
-    str(caught.value).encode()
+    assert exc_info.value.message_index == index
+    assert says in str(exc_info.value)
+    assert f"messages[{index}]" in str(exc_info.value) or index is None
+    str(exc_info.value).encode()
 
 
 @pytest.mark.promise("B8")
@@ -222,9 +222,9 @@ def test_dialogs_without_a_rendering_are_refused(
 def test_a_character_without_a_token_is_refused_not_dropped(formats: dict[str, ChatFormat], char: str) -> None:
     """P B8: the embedded model's vocabulary misses a few single bytes; a byte-fallback one misses none."""
     messages = [Message("user", "u"), Message("assistant", "a"), Message("user", f"a{char}b")]
-    with pytest.raises(ChatFormatError, match=rf"U\+{ord(char):04X}, for which this model has no token") as caught:
+    with pytest.raises(ChatFormatError, match=rf"U\+{ord(char):04X}, for which this model has no token") as exc_info:
         formats["chatml"].render_prompt(messages)
-    assert caught.value.message_index == 2
+    assert exc_info.value.message_index == 2
     assert formats["llama-2"].render_prompt(messages)
 
 
@@ -242,9 +242,9 @@ def test_odd_text_comes_back_as_it_went_in(
 @pytest.mark.parametrize("name", get_args(ChatFormatName))
 def test_training_needs_an_answer_at_the_end(formats: dict[str, ChatFormat], name: str) -> None:
     """P B4."""
-    with pytest.raises(ChatFormatError, match="expected a last message from the assistant") as caught:
+    with pytest.raises(ChatFormatError, match="expected a last message from the assistant") as exc_info:
         formats[name].render_training([Message("user", "u")])
-    assert caught.value.message_index == 0
+    assert exc_info.value.message_index == 0
 
 
 @pytest.mark.promise("E1")
@@ -285,9 +285,9 @@ def test_llama_2_trains_the_space_and_eos_of_an_answer(formats: dict[str, ChatFo
 
 def test_llama_2_vocabulary_with_wrong_spaces_is_refused() -> None:
     """A tokenizer.json without the leading space gives 29961 for '[' where the model was trained on 518."""
-    written = json.loads((FIXTURES / "llama2_reduced_tokenizer.json").read_text(encoding="utf-8"))
-    written["normalizer"] = written["normalizer"]["normalizers"][1]  # spaces to U+2581, none put in front
-    tokenizer = Tokenizer.from_str(json.dumps(written))
+    tokenizer_json = json.loads((FIXTURES / "llama2_reduced_tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer_json["normalizer"] = tokenizer_json["normalizer"]["normalizers"][1]  # spaces to U+2581, none put in front
+    tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json))
     tokenizer.encode_special_tokens = True
     with pytest.raises(ChatFormatError, match="Llama 2 was trained on"):
         ChatFormat("llama-2", tokenizer)
@@ -349,10 +349,10 @@ def test_auto_refuses_a_template_of_another_format_on_the_llama_2_vocabulary(
 
 def test_auto_on_an_unknown_vocabulary_says_what_to_set() -> None:
     tokenizer = _tokenizer("llama-3")
-    written = json.loads(tokenizer.to_str())
-    written["added_tokens"], written["post_processor"] = [], None
+    tokenizer_json = json.loads(tokenizer.to_str())
+    tokenizer_json["added_tokens"], tokenizer_json["post_processor"] = [], None
     with pytest.raises(ChatFormatError, match="set chat_format to one of llama-2, llama-3, chatml"):
-        detect_chat_format(Tokenizer.from_str(json.dumps(written)))
+        detect_chat_format(Tokenizer.from_str(json.dumps(tokenizer_json)))
 
 
 def test_load_chat_format_on_the_embedded_model() -> None:
@@ -374,12 +374,12 @@ def test_chatml_begins_with_bos_only_where_the_tokenizer_config_asks_for_it(tmp_
 @pytest.mark.parametrize("name", get_args(ChatFormatName))
 def test_untrained_answer_has_the_same_tokens_and_no_loss(formats: dict[str, ChatFormat], name: str) -> None:
     turns = [Message("user", "hi"), Message("assistant", "hi"), Message("user", "hi"), Message("assistant", "hi")]
-    whole = formats[name].render_training(turns)
+    rendered = formats[name].render_training(turns)
     turns[1] = Message("assistant", "hi", trained=False)
     part = formats[name].render_training(turns)
-    assert part.input_ids == whole.input_ids
-    begin = whole.loss_mask.index(True)
-    end = begin + whole.loss_mask[begin:].index(False)
+    assert part.input_ids == rendered.input_ids
+    begin = rendered.loss_mask.index(True)
+    end = begin + rendered.loss_mask[begin:].index(False)
     assert not any(part.loss_mask[begin:end])
-    assert part.loss_mask[end:] == whole.loss_mask[end:]
+    assert part.loss_mask[end:] == rendered.loss_mask[end:]
     assert any(part.loss_mask)

@@ -1,4 +1,4 @@
-"""Packing, and dealing the rows of a step to workers and micro-batches."""
+"""Packing, and distributing the rows of a step to workers and micro-batches."""
 
 import time
 
@@ -21,7 +21,7 @@ def test_packs_hold_every_row_once_within_the_capacity(lengths: list[int]) -> No
 
 @given(lengths_of_rows)
 def test_each_row_goes_where_it_leaves_least_room(lengths: list[int]) -> None:
-    """As many packs as best-fit decreasing, written out, and as full."""
+    """As many packs as a plain best-fit decreasing, and as full."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [free for free in room if free >= length]
@@ -66,10 +66,10 @@ def rows_by_step(lengths: list[int], num_workers: int, per_device: int, epoch: i
     assert {len(batches) for batches in micro_batches} == {len(workers[0])}
     steps: list[list[int]] = []
     for start in range(0, len(workers[0]), shape.accumulation):
-        taken = [
+        step_rows = [
             row for batches in micro_batches for batch in batches[start : start + shape.accumulation] for row in batch
         ]
-        steps.append(sorted(taken))
+        steps.append(sorted(step_rows))
         assert all(len(batch) <= per_device for batches in micro_batches for batch in batches)
     return steps
 
@@ -77,11 +77,11 @@ def rows_by_step(lengths: list[int], num_workers: int, per_device: int, epoch: i
 def test_a_step_has_the_same_rows_for_any_number_of_workers_and_micro_batches() -> None:
     lengths = [(7 * n) % 50 + 1 for n in range(103)]
     for grouped in (False, True):
-        whole = rows_by_step(lengths, 1, 12, 0, grouped)
-        assert sorted(row for step in whole for row in step) == list(range(103))
+        expected = rows_by_step(lengths, 1, 12, 0, grouped)
+        assert sorted(row for step in expected for row in step) == list(range(103))
         for num_workers, per_device in ((1, 3), (2, 2), (3, 4), (4, 2), (5, 1)):
-            assert rows_by_step(lengths, num_workers, per_device, 0, grouped) == whole
-        assert rows_by_step(lengths, 1, 12, 1, grouped) != whole
+            assert rows_by_step(lengths, num_workers, per_device, 0, grouped) == expected
+        assert rows_by_step(lengths, 1, 12, 1, grouped) != expected
 
 
 def test_with_group_by_length_a_steps_rows_are_of_like_length() -> None:

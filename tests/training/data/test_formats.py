@@ -1,4 +1,4 @@
-"""What each dataset format means, and what is said of a row that has none."""
+"""How each dataset format is parsed, and the error for a row that matches none."""
 
 import json
 from dataclasses import replace
@@ -139,8 +139,8 @@ MARKS = [
 def test_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tuple[str, str, str]) -> None:
     """P E5: OpenAI's `weight` and Axolotl's `train` leave an answer in the dialog, as context."""
     key, role, content = names
-    said = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
-    row = {key: [{role: who, content: text, **mark} for who, text, mark in said]}
+    turns = [("user", "q", {}), ("assistant", "bad", no), ("user", "q2", {}), ("assistant", "good", yes)]
+    row = {key: [{role: who, content: text, **mark} for who, text, mark in turns]}
     first, bad, *rest = dialog("q", "bad", "q2", "good")
     assert parse(row)[1] == Dialog((first, replace(bad, trained=False), *rest))
 
@@ -162,9 +162,9 @@ def test_an_answer_that_is_marked_so_is_not_trained(no: Any, yes: Any, names: tu
 def test_a_mark_that_cannot_be_kept_is_a_bad_row(user: Any, assistant: Any, reason: str) -> None:
     """P B10."""
     turns = [{"role": "user", "content": "q"} | user, {"role": "assistant", "content": "a"} | assistant]
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRow) as exc_info:
         parse({"messages": turns})
-    assert reason in str(caught.value)
+    assert reason in str(exc_info.value)
 
 
 @pytest.mark.promise("B10")
@@ -342,9 +342,9 @@ def test_preferences_share_whole_turns() -> None:
 )
 def test_a_bad_preference_row(row: Any, reason: str) -> None:
     """P B10."""
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRow) as exc_info:
         parse(row, "preference")
-    assert reason in str(caught.value)
+    assert reason in str(exc_info.value)
 
 
 @pytest.mark.parametrize(
@@ -365,14 +365,14 @@ def test_a_label_must_be_one() -> None:
 
 @pytest.mark.promise("B10")
 def test_supervised_training_does_not_learn_the_worse_answer() -> None:
-    """P B10: rows for DPO and KTO are told apart from those for SFT."""
+    """P B10: rows for DPO and KTO are distinguished from those for SFT."""
     with pytest.raises(BadRow, match="set method: dpo"):
         parse({"prompt": "q", "chosen": "a", "rejected": "b"})
 
 
 @pytest.mark.promise("B10")
 @pytest.mark.parametrize("label", [False, True, 0, 1, 0.0, "false", " True", "0", "1"])
-def test_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
+def test_every_label_that_kto_reads_is_refused_by_sft(label: Any) -> None:
     """P B10: what one method takes for a bad answer must not be learned by the other."""
     row = {"prompt": "q", "completion": "a", "label": label}
     assert isinstance(parse(row, "unpaired_preference")[1], UnpairedExample)
@@ -383,5 +383,5 @@ def test_every_verdict_that_kto_reads_is_refused_by_sft(label: Any) -> None:
 
 
 @pytest.mark.parametrize("label", [None, "", 2, -1, "sports", ["x"]])
-def test_a_label_that_is_no_verdict_is_a_column_like_any_other(label: Any) -> None:
+def test_a_label_that_kto_cannot_read_is_a_column_like_any_other(label: Any) -> None:
     assert parse({"prompt": "q", "completion": "a", "label": label})[1] == Dialog(dialog("q", "a"))

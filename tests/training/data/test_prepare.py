@@ -63,11 +63,11 @@ def questions(num: int) -> list[dict[str, Any]]:
     return [row(f"question {index}") for index in range(num)]
 
 
-def asked(prepared: PreparedData, side: str = "train") -> list[str]:
+def questions_of(prepared: PreparedData, side: str = "train") -> list[str]:
     """The first user message of every row of a side, in order."""
     rows = getattr(prepared, side)
-    found = [rows.conversation(at) for at in range(len(rows))]
-    return [next(m.content for m in c.messages if m.role == "user") for c in found]
+    conversations = [rows.conversation(at) for at in range(len(rows))]
+    return [next(m.content for m in c.messages if m.role == "user") for c in conversations]
 
 
 @pytest.mark.parametrize("file", ["rows_messages.jsonl", "rows_guanaco.jsonl", "rows_prompt_completion.jsonl"])
@@ -92,9 +92,9 @@ def test_bom_blank_lines_crlf_and_line_separators_are_no_trouble(prepare: Prepar
     line = json.dumps({"text": "### Human: a\u2028b ### Assistant: c"}, ensure_ascii=False)
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n  \n{line}".encode())
     train = prepare(str(tmp_path / "d.jsonl"), deduplicate=False).train
-    found = [train.conversation(at) for at in range(len(train))]
-    assert [c.messages for c in found if c] == [dialog("a\u2028b", "c")] * 2
-    assert [c.source.rpartition(":")[2] for c in found if c] == ["1", "4"]
+    conversations = [train.conversation(at) for at in range(len(train))]
+    assert [c.messages for c in conversations if c] == [dialog("a\u2028b", "c")] * 2
+    assert [c.source.rpartition(":")[2] for c in conversations if c] == ["1", "4"]
 
 
 def test_relative_paths_and_max_rows(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_relative_paths_and_max_rows(prepare: Prepare, tmp_path: Path, monkeypat
 def test_max_rows_are_shared_by_the_sources(
     prepare: Prepare, tmp_path: Path, max_rows: int, expected: list[int]
 ) -> None:
-    """Equally, as far as they have rows; those that are evaluated only are no part of it."""
+    """Equally, as far as they have rows; sources that are only evaluated do not count."""
     sizes = {"a": 2, "b": 6, "c": 5}
     paths = [write(tmp_path / f"{n}.jsonl", *(row(f"{n} {i}") for i in range(size))) for n, size in sizes.items()]
     held_out = write(tmp_path / "h.jsonl", *(row(f"h {i}") for i in range(3)))
@@ -175,9 +175,9 @@ def test_a_bad_row_is_an_error_or_is_skipped_and_listed(
     """P B10: file, line, the row's first characters and the accepted formats; or counted and listed."""
     path = tmp_path / "d.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n" + json.dumps(row("other")).encode())
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError) as exc_info:
         prepare(str(path))
-    message = str(caught.value)
+    message = str(exc_info.value)
     assert message.startswith(f"{path}:2: ")
     assert reason in message
     assert repr(line[:60].decode(errors="replace"))[1:-1] in message
@@ -190,9 +190,9 @@ def test_a_bad_row_is_an_error_or_is_skipped_and_listed(
     assert skipped.source == f"{path}:2"
     assert reason in skipped.reason
     assert line.decode(errors="replace").startswith(skipped.excerpt)
-    with pytest.raises(DatasetError) as again:  # also where the rows are in the cache already
+    with pytest.raises(DatasetError) as exc_info:  # also where the rows are in the cache already
         prepare(str(path))
-    assert str(again.value) == message
+    assert str(exc_info.value) == message
 
 
 @pytest.mark.promise("B10")
@@ -212,13 +212,13 @@ def test_a_format_that_the_method_cannot_use_is_refused(prepare: Prepare, tmp_pa
 @pytest.mark.promise("B10")
 @pytest.mark.parametrize(("suffix", "label"), [("jsonl", "0"), ("csv", "false"), ("csv", "1")])
 def test_a_set_for_kto_is_no_set_for_sft(prepare: Prepare, tmp_path: Path, suffix: str, label: str) -> None:
-    """P B10: one line that names the method, whatever file the verdicts are in."""
+    """P B10: one line that names the method, whatever file the labels are in."""
     path = tmp_path / f"d.{suffix}"
     csv_text = f"prompt,completion,label\nq,a,{label}\n"
     path.write_text(csv_text if suffix == "csv" else f'{{"prompt": "q", "completion": "a", "label": {label}}}\n')
-    with pytest.raises(DatasetError, match=r"the answer is labelled \(label\).*set method: kto") as caught:
+    with pytest.raises(DatasetError, match=r"the answer is labelled \(label\).*set method: kto") as exc_info:
         prepare(str(path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(exc_info.value)
     assert len(prepare(str(path), kind="unpaired_preference").train) == 1
 
 
@@ -298,7 +298,7 @@ def test_labels_are_the_ids_under_the_mask(prepare: Prepare, chatml: ChatFormat,
 
 @pytest.mark.promise("E5")
 def test_an_untrained_answer_has_no_labels_and_no_colour(prepare: Prepare, tmp_path: Path) -> None:
-    """P E5: it is there as context, in the tokens, the report's rows and what a sample asks about."""
+    """P E5: it is present as context, in the tokens, the report's rows and what a sample asks about."""
     marked = [
         {"role": m.role, "content": m.content, **({"weight": 0} if m.content == "bad answer" else {})}
         for m in dialog("q", "bad answer", "q2", "good answer")
@@ -337,11 +337,11 @@ def test_truncation_keeps_up_to_the_last_trained_answer_that_fits(
     turns = [
         {"role": m.role, "content": m.content} | ({"weight": 0} if m.content == "untrained" else {}) for m in messages
     ]
-    kept = chatml.render_training(messages[:4]).input_ids
+    expected = chatml.render_training(messages[:4]).input_ids
     room = len(chatml.render_training(messages[:6]).input_ids)
     path = write(tmp_path / "d.jsonl", {"messages": turns})
     prepared = prepare(path, max_length=room, on_too_long="truncate")
-    assert [tokenized["input_ids"] for tokenized in prepared.train] == [kept]
+    assert [tokenized["input_ids"] for tokenized in prepared.train] == [expected]
 
 
 @pytest.mark.promise("E1")
@@ -349,31 +349,31 @@ def test_preferences_begin_as_the_prompt_is_served(prepare: Prepare, chatml: Cha
     """P E1, E5: a prompt has the ids that serving gives it, an answer those of its text and its end of turn."""
     path = write(tmp_path / "d.jsonl", {"prompt": "What hums?", "chosen": "A llama.", "rejected": "Nobody does."})
     prepared = prepare(path, kind="preference")
-    found: PreferenceRow = prepared.train[0]  # type: ignore[assignment]
-    assert found["prompt_ids"] == chatml.render_prompt(dialog("What hums?"))
+    pair: PreferenceRow = prepared.train[0]  # type: ignore[assignment]
+    assert pair["prompt_ids"] == chatml.render_prompt(dialog("What hums?"))
     for key, answer in (("chosen_ids", "A llama."), ("rejected_ids", "Nobody does.")):
-        whole = chatml.render_training(dialog("What hums?", answer))
-        trained = [i for i, learned in zip(whole.input_ids, whole.loss_mask, strict=True) if learned]
-        assert found[key] == trained  # type: ignore[literal-required]
+        rendered = chatml.render_training(dialog("What hums?", answer))
+        trained = [i for i, learned in zip(rendered.input_ids, rendered.loss_mask, strict=True) if learned]
+        assert pair[key] == trained  # type: ignore[literal-required]
     assert [segment.role for segment in prepared.report.samples[0]] == ["context", "trained", "rejected"]
     rated = write(tmp_path / "k.jsonl", {"prompt": "What hums?", "completion": "A llama.", "label": False})
     unpaired: UnpairedRow = prepare(rated, kind="unpaired_preference").train[0]  # type: ignore[assignment]
-    assert unpaired == {"prompt_ids": found["prompt_ids"], "completion_ids": found["chosen_ids"], "label": False}
+    assert unpaired == {"prompt_ids": pair["prompt_ids"], "completion_ids": pair["chosen_ids"], "label": False}
 
 
 def test_a_text_is_trained_whole_and_split_where_it_is_too_long(
     prepare: Prepare, chatml: ChatFormat, tmp_path: Path
 ) -> None:
     (tmp_path / "story.txt").write_text("The llama hums. " * 40)
-    whole = chatml.render_text("The llama hums. " * 40)
-    assert all(whole.loss_mask)
+    rendered = chatml.render_text("The llama hums. " * 40)
+    assert all(rendered.loss_mask)
     prepared = prepare(str(tmp_path / "story.txt"), format="text", max_length=50)
     pieces = [piece["input_ids"] for piece in prepared.train]
-    assert [token for piece in pieces for token in piece] == whole.input_ids
+    assert [token for piece in pieces for token in piece] == rendered.input_ids
     lengths = [len(piece) for piece in pieces]
     assert max(lengths) <= 50
     assert max(lengths) - min(lengths) <= 1
-    assert len(pieces) == -(-len(whole.input_ids) // 50)
+    assert len(pieces) == -(-len(rendered.input_ids) // 50)
     assert prepared.report.num_split == 1
     assert all(piece["labels"] == piece["input_ids"] for piece in [*prepared.train][1:])
     assert prepared.held_out_samples() == []
@@ -406,13 +406,13 @@ def test_truncation_drops_whole_exchanges_and_says_so(prepare: Prepare, chatml: 
     turns = [{"role": m.role, "content": m.content} for m in messages]
     path = write(tmp_path / "d.jsonl", {"messages": turns})
     fits = chatml.render_training(messages[:5])
-    whole = len(chatml.render_training(messages).input_ids)
-    for max_length in (len(fits.input_ids), whole - 1):
+    num_tokens = len(chatml.render_training(messages).input_ids)
+    for max_length in (len(fits.input_ids), num_tokens - 1):
         prepared = prepare(path, max_length=max_length, on_too_long="truncate")
         assert [tokenized["input_ids"] for tokenized in prepared.train] == [fits.input_ids]
         [note] = prepared.report.truncated
         assert (note.source, prepared.report.num_truncated) == (f"{path}:1", 1)
-        assert note.reason == f"{whole} tokens: the last 2 messages are dropped"
+        assert note.reason == f"{num_tokens} tokens: the last 2 messages are dropped"
         assert "1 truncated" in prepared.report.summary()
     with pytest.raises(DatasetError, match="too long: "):  # not even the first exchange fits
         prepare(path, max_length=10, on_too_long="truncate")
@@ -433,22 +433,22 @@ def test_held_out_is_the_asked_share_and_deterministic(
 ) -> None:
     rows = questions(num)
     prepared = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=1)
-    train, held = asked(prepared), asked(prepared, "held_out")
-    assert (len(train), len(held)) == (num - held_out, held_out)
-    assert sorted(train + held) == sorted(r["prompt"] for r in rows)
+    train, held_out_questions = questions_of(prepared), questions_of(prepared, "held_out")
+    assert (len(train), len(held_out_questions)) == (num - held_out, held_out)
+    assert sorted(train + held_out_questions) == sorted(r["prompt"] for r in rows)
     reordered = prepare(write(tmp_path / "r.jsonl", *rows[::-1]), held_out=0.1, split_seed=1)
-    assert (asked(reordered)[::-1], asked(reordered, "held_out")[::-1]) == (train, held)
+    assert (questions_of(reordered)[::-1], questions_of(reordered, "held_out")[::-1]) == (train, held_out_questions)
     other = prepare(write(tmp_path / "d.jsonl", *rows), held_out=0.1, split_seed=2)
-    assert num < 100 or asked(other, "held_out") != held
+    assert num < 100 or questions_of(other, "held_out") != held_out_questions
 
 
 def test_held_out_may_be_a_number_of_rows(prepare: Prepare, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *questions(50), *(row("question 3", f"again {n}") for n in range(5)))
     prepared = prepare(path, held_out=20)
-    train, held = asked(prepared), asked(prepared, "held_out")
-    assert 20 <= len(held) <= 25
-    assert len(train) + len(held) == 55
-    assert not set(train) & set(held)
+    train, held_out_questions = questions_of(prepared), questions_of(prepared, "held_out")
+    assert 20 <= len(held_out_questions) <= 25
+    assert len(train) + len(held_out_questions) == 55
+    assert not set(train) & set(held_out_questions)
     for number in (55, 56, 10**12):
         with pytest.raises(DatasetError, match=f"data.held_out is {number}, but there are only 55 rows"):
             prepare(path, held_out=number)
@@ -456,8 +456,8 @@ def test_held_out_may_be_a_number_of_rows(prepare: Prepare, tmp_path: Path) -> N
 
 def test_the_seed_of_a_run_does_not_choose_what_is_held_out(prepare: Prepare, tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *questions(200))
-    held = [asked(prepare(path, held_out=0.1, seed=seed), "held_out") for seed in (0, 1, 7)]
-    assert held[0] == held[1] == held[2]
+    held_out_questions = [questions_of(prepare(path, held_out=0.1, seed=seed), "held_out") for seed in (0, 1, 7)]
+    assert held_out_questions[0] == held_out_questions[1] == held_out_questions[2]
 
 
 def test_conversations_with_the_same_question_stay_on_one_side(prepare: Prepare, tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_conversations_with_the_same_question_stay_on_one_side(prepare: Prepare,
     ]
     paths = [write(tmp_path / f"{half}.jsonl", *rows[half::2]) for half in (0, 1)]
     prepared = prepare(paths, held_out=0.1)
-    sides = [{" ".join(q.lower().split()) for q in asked(prepared, side)} for side in ("train", "held_out")]
+    sides = [{" ".join(q.lower().split()) for q in questions_of(prepared, side)} for side in ("train", "held_out")]
     assert sides[0].isdisjoint(sides[1])
     assert len(prepared.held_out) == 20
 
@@ -492,14 +492,14 @@ def test_duplicates_are_dropped_and_named_across_sources(prepare: Prepare, tmp_p
     second = write(tmp_path / "b.jsonl", {"messages": turns}, row("Q", "two"))
     prepared = prepare([first, second])
     report = prepared.report
-    assert asked(prepared) == ["q", "q", "Q"]  # case may matter in what is taught
+    assert questions_of(prepared) == ["q", "q", "Q"]  # case may matter in an answer
     assert [(note.source, note.reason) for note in report.duplicates] == [
         (f"{first}:3", f"duplicates {first}:1"),
         (f"{second}:1", f"duplicates {first}:2"),
     ]
     assert (report.num_duplicates, [source.num_duplicates for source in report.sources]) == (2, [1, 1])
-    kept = prepare([first, second], deduplicate=False)
-    assert (len(kept.train), kept.report.num_duplicates, kept.report.deduplicated) == (5, 2, False)
+    complete = prepare([first, second], deduplicate=False)
+    assert (len(complete.train), complete.report.num_duplicates, complete.report.deduplicated) == (5, 2, False)
 
 
 def test_an_answer_that_is_rated_twice_is_no_duplicate(prepare: Prepare, tmp_path: Path) -> None:
@@ -512,8 +512,8 @@ def test_given_evaluation_rows_are_not_trained_on(prepare: Prepare, tmp_path: Pa
     train = write(tmp_path / "train.jsonl", *questions(10), row("QUESTION 3 ", "another answer"))
     evaluation = write(tmp_path / "eval.jsonl", row("question 3"), row("question 5", "x"), row("new"), row("new"))
     prepared = prepare(train, held_out_path=evaluation, held_out=0.1)
-    assert asked(prepared, "held_out") == ["question 3", "question 5", "new"]
-    assert asked(prepared) == [f"question {n}" for n in range(10) if n not in (3, 5)]
+    assert questions_of(prepared, "held_out") == ["question 3", "question 5", "new"]
+    assert questions_of(prepared) == [f"question {n}" for n in range(10) if n not in (3, 5)]
     assert (prepared.report.num_leaked, prepared.report.num_duplicates) == (3, 1)
     assert "3 also held out" in prepared.report.summary()
     with pytest.raises(DatasetError, match="leaves no training row that is not also held out"):
@@ -524,17 +524,17 @@ def test_a_weight_takes_a_sources_rows_so_often(prepare: Prepare, tmp_path: Path
     paths = [write(tmp_path / f"{n}.jsonl", *(row(f"{n} {i}") for i in range(20))) for n in "abc"]
     weighed = [paths[0], {"path": paths[1], "weight": 0.5}, {"path": paths[2], "weight": 2.25}]
     prepared = prepare(weighed, held_out=0.1)
-    taken = asked(prepared)
+    questions = questions_of(prepared)
     report = prepared.report
     for source, name, weight in zip(report.sources, "abc", (1, 0.5, 2.25), strict=True):
-        own = [question for question in taken if question.startswith(name)]
+        own = [question for question in questions if question.startswith(name)]
         assert source.num_train_rows == len(own) == round(weight * (20 - source.num_held_out))
         counts = {own.count(question) for question in own}
         assert counts <= {int(weight), int(weight) + 1}
     assert len(prepared.held_out) == 6  # not weighed
-    assert asked(prepare(weighed, held_out=0.1)) == taken
-    assert asked(prepare(weighed, held_out=0.1, seed=3)) != taken
-    assert not set(taken) & set(asked(prepared, "held_out"))
+    assert questions_of(prepare(weighed, held_out=0.1)) == questions
+    assert questions_of(prepare(weighed, held_out=0.1, seed=3)) != questions
+    assert not set(questions) & set(questions_of(prepared, "held_out"))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -574,9 +574,9 @@ def test_the_split_never_leaks(
         if not re.search("different first user messages|the weights leave", str(error)):
             raise
         return
-    train, held = ({q.strip().lower() for q in asked(prepared, side)} for side in ("train", "held_out"))
-    assert train.isdisjoint(held)
-    assert len(held)
+    train, held_out = ({q.strip().lower() for q in questions_of(prepared, side)} for side in ("train", "held_out"))
+    assert train.isdisjoint(held_out)
+    assert len(held_out)
     given_rows = [(q.strip(), a.strip()) for rows in sources for q, a in rows]
     report = prepared.report
     assert report.num_duplicates == len(given_rows) - len(set(given_rows))
@@ -589,7 +589,7 @@ def test_the_split_never_leaks(
 def test_samples_are_spread_over_the_held_out_conversations(prepare: Prepare, tmp_path: Path) -> None:
     prepared = prepare(write(tmp_path / "d.jsonl", *questions(600)), held_out=0.5)
     samples = [sample.messages[0].content for sample in prepared.held_out_samples()]
-    held_out = asked(prepared, "held_out")
+    held_out = questions_of(prepared, "held_out")
     assert len(samples) == len(set(samples)) == 100
     assert samples[0] == held_out[0]
     assert samples[-1] == held_out[-1]
@@ -598,11 +598,11 @@ def test_samples_are_spread_over_the_held_out_conversations(prepare: Prepare, tm
 def test_rows_are_prepared_once_and_again_when_anything_changes(
     prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[int] = []
+    store_writes: list[int] = []
     real = build_store.read_into
 
     def counted(*args: Any, **options: Any) -> Any:
-        written.append(1)
+        store_writes.append(1)
         return real(*args, **options)
 
     monkeypatch.setattr(store_cache, "read_into", counted)
@@ -610,20 +610,20 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
     prepare(path)
     prepare(path, held_out=0.2, seed=4, deduplicate=False)  # decided after reading
     prepare({"path": path, "weight": 3})
-    assert len(written) == 1
+    assert len(store_writes) == 1
     for number, change in enumerate(
         ({"max_length": 199}, {"max_rows": 9}, {"format": "prompt_completion"}, {"on_too_long": "truncate"}), start=2
     ):
         prepare(path, **change)
-        assert len(written) == number
+        assert len(store_writes) == number
     stat = os.stat(path)
     Path(path).write_text(Path(path).read_text().replace("question 1", "question x"))  # same size
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same time
-    assert "question x" in asked(prepare(path))
+    assert "question x" in questions_of(prepare(path))
 
 
 def test_the_cache_knows_every_module_that_makes_a_store() -> None:
-    """A changed rendering, hash or format must not find the rows of the old one."""
+    """A changed rendering, hash or format must not reuse the rows of the old one."""
     graph = import_graph()
     makers, pending = set(), ["training.data.build_store"]
     while pending:
@@ -641,7 +641,7 @@ def test_the_cache_knows_every_module_that_makes_a_store() -> None:
 
 
 def test_a_store_that_was_not_finished_is_not_used(prepare: Prepare, tmp_path: Path) -> None:
-    """A writer that is killed leaves nothing that a later run takes for whole."""
+    """A writer that is killed leaves nothing that a later run takes for complete."""
     path = write(tmp_path / "d.jsonl", *questions(20), "bad")
     with pytest.raises(DatasetError):
         prepare(path)
@@ -663,13 +663,13 @@ def test_stores_that_nobody_used_for_long_are_removed(
     for path in (old, *old.iterdir()):
         os.utime(path, (0, time.time() - 40 * 86_400))
     prepare(write(tmp_path / "b.jsonl", *questions(21)))
-    [kept] = stores()
-    assert kept != old
-    assert len(opened[0]["input_ids"]) > 0  # who has it open goes on reading
+    [remaining] = stores()
+    assert remaining != old
+    assert len(opened[0]["input_ids"]) > 0  # a process that has it open continues to read
     monkeypatch.setattr(store_cache, "_CACHE_BYTES", 1)
     prepare(write(tmp_path / "c.jsonl", *questions(22)))
     assert len(stores()) == 1
-    assert kept not in stores()
+    assert remaining not in stores()
 
 
 def test_a_disk_that_is_full_is_named(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,10 +686,10 @@ def test_a_disk_that_is_full_is_named(prepare: Prepare, tmp_path: Path, monkeypa
         "try:\n    read_data(config)\n"
         "except DatasetError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
-    assert done.stdout.count("\n") == 1
-    assert "cannot be prepared in" in done.stdout
-    assert "set CORRAL_HOME to a larger disk" in done.stdout
+    result = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    assert result.stdout.count("\n") == 1
+    assert "cannot be prepared in" in result.stdout
+    assert "set CORRAL_HOME to a larger disk" in result.stdout
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

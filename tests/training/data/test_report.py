@@ -1,4 +1,4 @@
-"""The report's figures and what it warns of."""
+"""The report's figures and warnings."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_warnings(prepare: Prepare, tmp_path: Path, rows: list[Any], options: An
     if warning is None:
         assert report.warnings == []
         return
-    assert [found for found in report.warnings if warning in found], report.warnings
+    assert [message for message in report.warnings if warning in message], report.warnings
     assert f"data: note: {report.warnings[0]}" in report.summary()
 
 

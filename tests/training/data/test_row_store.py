@@ -1,4 +1,4 @@
-"""The row store gives back what was put in, at random, in any process."""
+"""The row store returns the rows that were written, at random access, in any process."""
 
 import pickle
 from pathlib import Path
@@ -74,8 +74,8 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
         assert store.location(at) == row.location
         conversation = store.conversation(at)
         assert (conversation.messages if conversation else None) == row.messages
-        found = (store.sources[at], store.openings[at], store.contents[at], store.lengths[at], store.num_trained[at])
-        assert found == (row.source, row.opening, row.content, row.length, row.num_trained)
+        stored = (store.sources[at], store.openings[at], store.contents[at], store.lengths[at], store.num_trained[at])
+        assert stored == (row.source, row.opening, row.content, row.length, row.num_trained)
     assert len(store) == filler * 250 + len(rows)
 
 

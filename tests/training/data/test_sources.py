@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from training.config.data_config import DataConfig, DataSource
-from training.data import sources as data_files
+from training.data import sources
 from training.data.sources import fingerprint, hub_rows, read_rows, source_files
 from training.errors import DatasetError
 
@@ -138,11 +138,11 @@ def test_folders_and_globs_are_read_in_order_of_names(tmp_path: Path, monkeypatc
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     """P B10."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError) as exc_info:
         contents(tmp_path / name)
-    assert reason in str(caught.value)
-    assert str(tmp_path / name) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert reason in str(exc_info.value)
+    assert str(tmp_path / name) in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 @pytest.mark.promise("B10")
@@ -158,7 +158,7 @@ def test_a_csv_row_with_other_cells_than_the_header_is_bad(tmp_path: Path) -> No
 
 
 def test_a_large_json_array_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "_MAX_JSON_BYTES", 20)
+    monkeypatch.setattr(sources, "_MAX_JSON_BYTES", 20)
     (tmp_path / "d.json").write_text(json.dumps(ROWS))
     with pytest.raises(DatasetError, match=r"too large to parse at once: write one row per line to a \.jsonl file"):
         contents(tmp_path / "d.json")
@@ -197,7 +197,7 @@ def test_a_configuration_of_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_revision_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of its rows is known by the commit of the revision that was asked for."""
+    """A store of its rows is identified by the commit of the requested revision."""
     import huggingface_hub.constants
 
     commits = {"/api/datasets/owner/name": "a" * 40, "/api/datasets/owner/name/revision/v2": "b" * 40}
@@ -213,9 +213,9 @@ def test_a_revision_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), Hub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
-        found = [fingerprint(DataSource(path="owner/name", revision=revision))[-1] for revision in (None, "v2")]
+        fingerprints = [fingerprint(DataSource(path="owner/name", revision=revision))[-1] for revision in (None, "v2")]
         hub.shutdown()
-    assert found == ["a" * 40, "b" * 40]
+    assert fingerprints == ["a" * 40, "b" * 40]
 
 
 def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +229,8 @@ def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_fingerprints_of_large_files_are_cheap_and_change_with_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_files, "_MAX_HASHED_BYTES", 4)
-    monkeypatch.setattr(data_files, "sha256_of", lambda files: pytest.fail("read whole"))
+    monkeypatch.setattr(sources, "_MAX_HASHED_BYTES", 4)
+    monkeypatch.setattr(sources, "sha256_of", lambda files: pytest.fail("read whole"))
     path = tmp_path / "d.jsonl"
     source = DataSource(path=str(path))
     path.write_text("one row")

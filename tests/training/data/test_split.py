@@ -40,7 +40,7 @@ def test_mixing_is_a_permutation_that_the_seed_chooses() -> None:
 
 
 @given(few_hashes)
-def test_repeats_point_to_the_first_that_says_the_same(contents: np.ndarray) -> None:
+def test_duplicates_point_to_the_first_row_with_their_content(contents: np.ndarray) -> None:
     repeated, earliest = find_duplicates(contents)
     listed = contents.tolist()
     assert earliest.tolist() == [listed.index(value) for value in listed]
@@ -117,11 +117,11 @@ def test_hold_out_of_single_rows_is_the_exact_share() -> None:
 def test_weights_count_exactly_and_evenly(weight: float) -> None:
     contents = seeded_hashes(np.arange(500, dtype=np.uint64), 0)
     index = np.arange(100, 400)
-    taken = repeat_by_weight(index, contents, weight, seed=0)
-    assert len(taken) == round(weight * 300)
-    _, counts = np.unique(taken, return_counts=True)
+    repeated = repeat_by_weight(index, contents, weight, seed=0)
+    assert len(repeated) == round(weight * 300)
+    _, counts = np.unique(repeated, return_counts=True)
     assert set(counts.tolist()) <= {int(weight), int(weight) + 1}
-    assert set(taken.tolist()) <= set(index.tolist())
+    assert set(repeated.tolist()) <= set(index.tolist())
     if weight % 1:
-        assert not np.array_equal(taken, repeat_by_weight(index, contents, weight, seed=1))
+        assert not np.array_equal(repeated, repeat_by_weight(index, contents, weight, seed=1))
     assert len(repeat_by_weight(np.array([], dtype=np.int64), contents, weight, seed=0)) == 0

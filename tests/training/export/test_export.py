@@ -1,4 +1,4 @@
-"""An exported model is the one it says: merged weights, GGUF, losses, and files that are whole or not there."""
+"""An exported model matches its record: merged weights, GGUF, losses, and files that are complete or absent."""
 
 import dataclasses
 import itertools
@@ -66,8 +66,8 @@ def manifest(registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=IDS).logits.float()
-    return found
+    output: torch.Tensor = model(input_ids=IDS).logits.float()
+    return output
 
 
 def run(
@@ -111,9 +111,9 @@ def test_merged_folder_gives_the_logits_of_base_and_adapter(
         base = LlamaForCausalLM.from_pretrained(tiny_base.path, dtype=torch.float32)
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, registry.fetch(manifest)))
-    # apart by the rounding of the merged weights to bfloat16, which is far less than what the adapter does
-    apart = (logits(merged) - expected).abs().mean()
-    assert apart < 0.02 * (plain - expected).abs().mean()
+    # the rounding of the merged weights to bfloat16 is far less than the effect of the adapter
+    deviation = (logits(merged) - expected).abs().mean()
+    assert deviation < 0.02 * (plain - expected).abs().mean()
 
 
 def test_sharded_base_keeps_its_shards(
@@ -161,8 +161,8 @@ def test_gguf_loads_and_gives_the_logits_of_the_merged_model(
     run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", tmp_path / "tiny.gguf", gguf_type))
     merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
-    apart = (logits(loaded) - merged).abs().mean() / merged.abs().mean()  # of unlike models about 1.4
-    assert apart < tolerance
+    deviation = (logits(loaded) - merged).abs().mean() / merged.abs().mean()  # about 1.4 for unrelated models
+    assert deviation < tolerance
 
 
 def test_gguf_of_untied_embeddings_has_an_output_matrix(
@@ -230,9 +230,9 @@ def test_llama_3_1_frequencies_are_those_of_transformers() -> None:
 
 def test_gguf_says_what_it_cannot_say(tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path) -> None:
     odd = Path(shutil.copytree(tiny_base.path, tmp_path / "tiny-llama"))
-    written = json.loads((odd / "tokenizer.json").read_text())
-    written["pre_tokenizer"] = {"type": "Whitespace"}
-    (odd / "tokenizer.json").write_text(json.dumps(written))
+    tokenizer_json = json.loads((odd / "tokenizer.json").read_text())
+    tokenizer_json["pre_tokenizer"] = {"type": "Whitespace"}
+    (odd / "tokenizer.json").write_text(json.dumps(tokenizer_json))
     with pytest.raises(ExportError, match=r"no name in GGUF \(Whitespace\)"):
         _gguf(resolve_base_model(str(odd)), tiny_adapter, tmp_path)
     config = json.loads((tiny_base.path / "config.json").read_text())
@@ -244,8 +244,8 @@ def test_gguf_says_what_it_cannot_say(tiny_base: BaseCheckpoint, tiny_adapter: P
 
 
 def _gguf(base: BaseCheckpoint, adapter: Path, folder: Path) -> Path:
-    shape = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
-    weights = MergedWeights(base, adapter, shape, FLOAT32, "nf4")
+    lora = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
+    weights = MergedWeights(base, adapter, lora, FLOAT32, "nf4")
     write_gguf(weights, folder / "x.gguf", "F16", name="x", description="x", chat_template="x", eot_token_id=2)
     return folder / "x.gguf"
 
@@ -264,8 +264,8 @@ def test_losses_are_measured_on_the_recorded_samples_and_written_down(
     assert record.merged_loss == pytest.approx(record.served_loss, rel=0.05)
     assert record.gguf_loss == pytest.approx(record.merged_loss, rel=0.05)
     assert record.merged_loss != record.served_loss
-    written = json.loads((tmp_path / "merged" / "corral_export.json").read_text())
-    assert written == {**dataclasses.asdict(record)}
+    saved_record = json.loads((tmp_path / "merged" / "corral_export.json").read_text())
+    assert saved_record == {**dataclasses.asdict(record)}
     readme = (tmp_path / "merged" / "README.md").read_text()
     assert f"{record.served_loss:.4f}" in readme
     assert "NF4" in readme
@@ -312,16 +312,16 @@ def test_held_out_rows_are_taken_only_where_they_are_those_of_the_run(
         "metrics": {**manifest.metrics, "eval_tokens": float(num_labelled(inputs.held_out_rows))},
     }
     of_run = manifest.model_copy(update=fields)
-    found = evaluation_rows(of_run, tiny_base, None)
-    assert list(found.rows) == list(inputs.held_out_rows)
-    assert "held-out rows" in found.description
+    evaluation = evaluation_rows(of_run, tiny_base, None)
+    assert list(evaluation.rows) == list(inputs.held_out_rows)
+    assert "held-out rows" in evaluation.description
     other_split = of_run.model_copy(update={"metrics": {**of_run.metrics, "eval_tokens": 1.0}})
     assert "recorded samples" in evaluation_rows(other_split, tiny_base, None).description
     dataset.write_text(dataset.read_text() + json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     assert "recorded samples" in evaluation_rows(of_run, tiny_base, None).description
 
 
-# Whole or not at all
+# Complete or not at all
 
 
 def test_targets_in_use_are_refused_and_left_alone(tmp_path: Path) -> None:
@@ -366,14 +366,14 @@ def test_disk_that_fills_up_leaves_nothing(
     registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", SMALL_DISK, str(tmp_path / "registry"), str(tiny_base.path), str(target)],
         capture_output=True,
         text=True,
         cwd=PROJECT,
     )
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["ExportError", "ExportError"], done.stdout + done.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["ExportError", "ExportError"], result.stdout + result.stderr
     assert "its partial files were removed" in lines[0]
     assert list(target.iterdir()) == []
 

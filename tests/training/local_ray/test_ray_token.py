@@ -1,4 +1,4 @@
-"""The token of a Ray that we start (C3): made before Ray could write it for everybody, and never turned off."""
+"""The token of a Ray that Corral starts (C3): created before Ray could write it world-readable, and never disabled."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""A Ray of this machine alone beside a real run: which actors it has, and how its threads are scheduled."""
+"""A local Ray during a real run: its actors, and how its threads are scheduled."""
 
 import os
 import subprocess
@@ -35,14 +35,14 @@ def test_the_threads_of_a_step_come_before_ray(tiny_base: BaseCheckpoint, tmp_pa
                 assert run.poll() is None, run.stderr and run.stderr.read()
                 time.sleep(0.1)
             others = psutil.Process(run.pid).children(recursive=True)
-            named = {process: process.name() + " " + " ".join(process.cmdline()) for process in others}
-            actors = {name.split("ray::")[1].split(".")[0].strip() for name in named.values() if "ray::" in name}
+            commands = {process: process.name() + " " + " ".join(process.cmdline()) for process in others}
+            actors = {name.split("ray::")[1].split(".")[0].strip() for name in commands.values() if "ray::" in name}
             assert {"TrainController", "RayTrainWorker"} <= actors
             assert not {"DatasetManager", "PlacementGroupCleaner"} & actors
-            [worker] = [process for process, name in named.items() if "RayTrainWorker" in name]
+            [worker] = [process for process, name in commands.items() if "RayTrainWorker" in name]
             assert os.SCHED_OTHER in policies(worker)  # the thread of the steps
             assert os.sched_getscheduler(worker.pid) == os.SCHED_BATCH  # Ray's own
-            for process, name in named.items():
+            for process, name in commands.items():
                 if process != worker:
                     assert {*policies(process)} == {os.SCHED_BATCH}, name
             assert os.sched_getscheduler(run.pid) == os.SCHED_OTHER

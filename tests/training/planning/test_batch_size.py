@@ -65,10 +65,10 @@ def test_with_room_enough_a_worker_takes_its_whole_part_of_a_step(config: TrainC
 
 
 def test_with_less_room_it_checkpoints_and_then_takes_fewer_at_once(config: TrainConfig, inputs: RunInputs) -> None:
-    whole = bytes_for(config, inputs, 32, False)
-    assert bytes_for(config, inputs, 32, True) < whole - 1
-    assert chosen(config, inputs, whole) == (32, False)
-    assert chosen(config, inputs, whole - 1) == (32, True)
+    num_bytes = bytes_for(config, inputs, 32, False)
+    assert bytes_for(config, inputs, 32, True) < num_bytes - 1
+    assert chosen(config, inputs, num_bytes) == (32, False)
+    assert chosen(config, inputs, num_bytes - 1) == (32, True)
     assert chosen(config, inputs, bytes_for(config, inputs, 4, True)) == (4, True)
 
 

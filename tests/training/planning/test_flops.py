@@ -32,9 +32,9 @@ def test_operations_are_those_of_a_real_step(checkpointing: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         adapted(input_ids=ids, labels=ids).loss.backward()
 
-    shape = LlamaDims.of(config.to_dict())
-    estimated = training_flops(shape, lora, 2 * LENGTH, LENGTH, labelled_share=1.0, checkpointing=checkpointing)
-    attention = 2 * LENGTH * 2 * shape.num_layers * shape.attention * LENGTH * (4 if checkpointing else 3)
+    dims = LlamaDims.of(config.to_dict())
+    estimated = training_flops(dims, lora, 2 * LENGTH, LENGTH, labelled_share=1.0, checkpointing=checkpointing)
+    attention = 2 * LENGTH * 2 * dims.num_layers * dims.attention * LENGTH * (4 if checkpointing else 3)
     assert estimated + attention == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
@@ -47,10 +47,10 @@ def test_time_is_operations_over_what_is_assumed_of_the_gpus() -> None:
 
 def test_guanaco_65b_takes_about_the_day_that_the_qlora_paper_gives_it() -> None:
     """On one GPU of 48 GB, with 155 TFLOP/s of dense bfloat16 (NVIDIA A6000 data sheet): half of an A100's."""
-    shape = LlamaDims.of({
+    dims = LlamaDims.of({
         "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
         "vocab_size": 32000,
     })  # fmt: skip
-    flops = training_flops(shape, LoraSettings(r=64), 1875 * 16 * 512, 512, labelled_share=1.0, checkpointing=True)
+    flops = training_flops(dims, LoraSettings(r=64), 1875 * 16 * 512, 512, labelled_share=1.0, checkpointing=True)
     hours = estimate_time(flops, 1).seconds / 3600 * GPU_FLOPS / 155e12
     assert 12 < hours < 48

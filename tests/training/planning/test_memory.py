@@ -19,9 +19,7 @@ from training.base_models.nf4 import Quantization, load_quantized
 from training.base_models.resolve import BaseCheckpoint
 from training.config.train_config import LoraSettings
 from training.planning.memory import EVAL_BATCH_TOKENS, LOGITS_CHUNK, SCORES_UP_TO, TrainStep, estimate, largest_batch
-from training.trainer import evaluate
-from training.trainer import sft_trainer as trainer
-from training.trainer import varlen_attention as attention
+from training.trainer import evaluate, sft_trainer, varlen_attention
 from training.trainer.qlora import attach_lora
 from training.trainer.sft_trainer import collate, training_forward
 
@@ -59,7 +57,7 @@ class SavedBytes:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._but:
-            self.storages[storage.data_ptr()] = storage  # held, so that no address comes twice
+            self.storages[storage.data_ptr()] = storage  # kept alive, so that no address is reused
         return tensor
 
     @property
@@ -75,7 +73,7 @@ class PeakBytes(TorchDispatchMode):
         gc.collect()
         before = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
         self._known = {tensor.untyped_storage()._cdata: 0 for tensor in before}
-        self._before = before  # kept alive, so that no address comes twice
+        self._before = before  # kept alive, so that no address is reused
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +94,7 @@ class PeakBytes(TorchDispatchMode):
 @dataclass
 class Counted:
     saved: int  # bytes kept for the backward pass
-    peak: int  # beyond what is there before a step: activations, gradients, workspace
+    peak: int  # beyond the memory in use before a step: activations, gradients, workspace
     weights: int
     estimated: Any
 
@@ -120,7 +118,7 @@ def count(
     rows = [{"input_ids": row, "labels": row_labels} for row, row_labels in zip(ids, labels, strict=True)]
     batch = {name: t if name == "cu_seq_lens" else t.to(device) for name, t in collate(rows).items()}  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    here = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
+    resident = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch.values()]}
 
     def forward() -> torch.Tensor:
         mixed = step.compute_dtype != "float32"
@@ -140,7 +138,7 @@ def count(
             whole_step()
             saved, peak = 0, torch.cuda.max_memory_allocated()
         else:
-            saved_bytes = SavedBytes(here)
+            saved_bytes = SavedBytes(resident)
             with torch.autograd.graph.saved_tensors_hooks(saved_bytes.pack, lambda tensor: tensor):
                 loss = forward()
             saved = saved_bytes.total
@@ -168,9 +166,9 @@ def _base_bytes(model: PeftModel) -> int:
 def gpu_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The operators of the CUDA path on this CPU: PEFT sees autocast, attention holds no scores."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
-    monkeypatch.setattr(attention, "_SCORES_UP_TO", 0)
+    monkeypatch.setattr(varlen_attention, "_SCORES_UP_TO", 0)
     yield
-    torch.set_autocast_enabled("cpu", False)  # torch.autocast asked what was there before it, and put that back
+    torch.set_autocast_enabled("cpu", False)  # torch.autocast read the previous state and restored it
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
@@ -181,21 +179,21 @@ def test_activations_of_the_gpu_path_are_those_that_autograd_keeps(
     step = replace(STEP, lora=LoraSettings(r=8, lora_dropout=0.0, target_modules=targets))
     counted = count(tmp_path, step, **shape)
     assert counted.estimated.activations == pytest.approx(counted.saved, rel=0.15)
-    beyond = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
-    assert beyond == pytest.approx(counted.peak, rel=0.15)
+    step_bytes = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
+    assert step_bytes == pytest.approx(counted.peak, rel=0.15)
 
 
 def test_peak_of_the_gpu_path_with_gradient_checkpointing(tmp_path: Path, gpu_operators: None) -> None:
     counted = count(tmp_path, replace(STEP, gradient_checkpointing=True), num_hidden_layers=8)
-    beyond = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
-    assert beyond == pytest.approx(counted.peak, rel=0.15)
+    step_bytes = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
+    assert step_bytes == pytest.approx(counted.peak, rel=0.15)
 
 
 def test_peak_of_the_gpu_path_where_logits_are_most_of_it(tmp_path: Path, gpu_operators: None) -> None:
     counted = count(tmp_path, STEP, vocab_size=32000, labelled=100)
-    beyond = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
+    step_bytes = counted.estimated.gradients + counted.estimated.activations + counted.estimated.workspace - (32 << 20)
     assert counted.estimated.phase == "loss"
-    assert beyond == pytest.approx(counted.peak, rel=0.15)
+    assert step_bytes == pytest.approx(counted.peak, rel=0.15)
 
 
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
@@ -215,15 +213,15 @@ def test_number_of_parameters_and_of_trained_ones(tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=256, tie_word_embeddings=True)  # fmt: skip
     model = LlamaForCausalLM(config)
-    shape = LlamaDims.of(config.to_dict())
-    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    dims = LlamaDims.of(config.to_dict())
+    assert dims.num_parameters == sum(p.numel() for p in model.parameters())
     lora = LoraSettings(r=3, target_modules=["v_proj", "down_proj"])
-    assert shape.num_trainable(lora.r, lora.targets) == 2 * 3 * ((64 + 32) + (128 + 64))
+    assert dims.num_trainable(lora.r, lora.targets) == 2 * 3 * ((64 + 32) + (128 + 64))
 
 
 def test_chunk_sizes_are_those_of_the_training_code() -> None:
-    assert trainer._LOGITS_CHUNK == LOGITS_CHUNK
-    assert attention._SCORES_UP_TO == SCORES_UP_TO
+    assert sft_trainer._LOGITS_CHUNK == LOGITS_CHUNK
+    assert varlen_attention._SCORES_UP_TO == SCORES_UP_TO
     assert evaluate._BATCH_TOKENS == EVAL_BATCH_TOKENS
 
 
@@ -233,8 +231,8 @@ def test_weights_and_adapter_are_a_little_below_what_the_qlora_paper_says_a_mode
 ) -> None:
     """arXiv:2305.14314, table 6: memory of the 4-bit Guanaco models with their adapters, r 64 on all linear layers."""
     estimated = estimate(config, replace(STEP, lora=LoraSettings(r=64)), 1)
-    held = estimated.base_4bit + estimated.base_other + estimated.adapter
-    assert 0.75 < held / (gigabytes * 1e9) < 1
+    model_bytes = estimated.base_4bit + estimated.base_other + estimated.adapter
+    assert 0.75 < model_bytes / (gigabytes * 1e9) < 1
 
 
 def test_held_out_rows_of_a_large_vocabulary_are_the_peak_of_a_lean_step() -> None:

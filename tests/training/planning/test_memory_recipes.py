@@ -29,7 +29,7 @@ from training.config.load import load_config
 from training.config.train_config import TrainConfig
 from training.planning import memory
 from training.planning.memory import TrainStep, estimate
-from training.trainer import varlen_attention as attention
+from training.trainer import varlen_attention
 from training.trainer.qlora import attach_lora
 from training.trainer.sft_trainer import training_forward
 
@@ -39,7 +39,7 @@ aten = torch.ops.aten
 
 
 class FakeStepBytes(PeakBytes):
-    """Answers the two questions about values that a training step asks: how many tokens have a loss, and how many the
+    """Provides the two values that a training step reads: how many tokens have a loss, and how many the
     longest document has.
     """
 
@@ -86,7 +86,7 @@ def fill(model: PeftModel) -> None:
 
 @pytest.fixture
 def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those that differ from a CPU's in what they keep."""
+    """The operators that keep other tensors than a CPU's."""
 
     def documents(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scale: float
@@ -96,11 +96,11 @@ def cuda_operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         out: torch.Tensor = varlen_attn(query, key, value, *ends, scale=scale, window_size=(-1, 0), enable_gqa=gqa)
         return out
 
-    monkeypatch.setattr(attention, "varlen_attention", documents)
+    monkeypatch.setattr(varlen_attention, "varlen_attention", documents)
     monkeypatch.setattr(F, "dropout", lambda x, p, *_: torch.native_dropout(x, p, True)[0])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
     yield
-    torch.set_autocast_enabled("cpu", False)  # torch.autocast asked what was there before it, and put that back
+    torch.set_autocast_enabled("cpu", False)  # torch.autocast read the previous state and restored it
 
 
 def count_step(config: TrainConfig, shape: dict[str, int], batch_size: int) -> tuple[int, int]:
@@ -112,7 +112,7 @@ def count_step(config: TrainConfig, shape: dict[str, int], batch_size: int) -> t
     quantize_4bit(torch.zeros(64, 64), compress_statistics=True, quant_type="nf4")  # its tables are made once, real
     tokens = batch_size * config.max_length
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with PeakBytes() as held:
+        with PeakBytes() as resident:
             fill(model)
         batch = {name: torch.empty(1, tokens, dtype=torch.int64) for name in ("input_ids", "position_ids", "labels")}
         batch["cu_seq_lens"] = torch.empty(batch_size + 1, dtype=torch.int32)
@@ -120,7 +120,7 @@ def count_step(config: TrainConfig, shape: dict[str, int], batch_size: int) -> t
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(**batch)
             loss.backward()
-    return held.live, step.peak
+    return resident.live, step.peak
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ def test_estimate_is_what_a_step_of_the_recipe_holds(
     """At the recipe's width, with all layers or a few, which are alike; 0.99 to 1.05 when this was written."""
     config = load_config(RECIPES / f"{recipe}.yaml", [f"gradient_checkpointing={checkpointing}"])
     shape = shape | {"num_hidden_layers": num_layers}
-    held, added = count_step(config, shape, batch_size)
+    resident, added = count_step(config, shape, batch_size)
     step = TrainStep.of(
         config, max_length=config.max_length, compute_dtype="bfloat16", on_gpu=True, labelled_share=SHARE
     )
     estimated = estimate(shape, replace(step, evaluates=False), batch_size)
-    assert estimated.base_4bit + estimated.base_other + estimated.adapter == pytest.approx(held, rel=0.01)
-    beyond = estimated.gradients + estimated.activations + estimated.workspace - memory._CUBLAS_WORKSPACE
-    assert beyond == pytest.approx(added, rel=0.15)
+    assert estimated.base_4bit + estimated.base_other + estimated.adapter == pytest.approx(resident, rel=0.01)
+    step_bytes = estimated.gradients + estimated.activations + estimated.workspace - memory._CUBLAS_WORKSPACE
+    assert step_bytes == pytest.approx(added, rel=0.15)
 
 
 def test_moments_of_small_matrices_are_not_paged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a dry run says is what a run then does, and it needs no weights."""
+"""A dry run predicts what the run does, and it needs no weights."""
 
 import json
 import math
@@ -45,8 +45,8 @@ def test_plan_has_the_rows_steps_and_trainable_parameters_of_the_run(recipe: Pat
         config = load_config(recipe, [f"packing={packing}"])
         inputs = read_inputs(config)
         plan = make_plan(config, inputs)
-        batches, shape = step_batches(config, inputs, 0, 1)
-        assert (plan.steps_per_epoch, plan.step_size) == (batches.num_steps, shape.step_size)
+        batches, layout = step_batches(config, inputs, 0, 1)
+        assert (plan.steps_per_epoch, plan.step_size) == (batches.num_steps, layout.step_size)
         assert plan.num_steps == math.ceil(2.5 * batches.num_steps)
         micro_batches = [sum(len(inputs.train_rows[row]["input_ids"]) for row in rows) for rows in batches]
         assert max(micro_batches) <= plan.largest_micro_batch
@@ -58,9 +58,9 @@ def test_plan_has_the_rows_steps_and_trainable_parameters_of_the_run(recipe: Pat
 
 def test_dry_run_is_yaml_that_trains_the_same_with_the_plan_as_comments(recipe: Path, tmp_path: Path) -> None:
     text = dry_run(load_config(recipe))
-    again = tmp_path / "again.yaml"
-    again.write_text(text)
-    assert resolved(load_config(again)) == resolved(load_config(recipe))
+    dumped = tmp_path / "again.yaml"
+    dumped.write_text(text)
+    assert resolved(load_config(dumped)) == resolved(load_config(recipe))
     for line in ("# rows     37 training and 4 held out; 2 dropped", "# steps    13 (2.6 epochs)", "# memory   "):
         assert line in text
     assert "trainable parameters" in text
@@ -94,12 +94,12 @@ def test_dry_run_with_fsdp_has_a_workers_part_of_the_base_and_two_whole_layers(
     shutil.copytree(tiny_base.path, deep, ignore=shutil.ignore_patterns("*.safetensors"))
     (deep / "config.json").write_text(json.dumps(tiny_base.llama_config() | {"num_hidden_layers": 16}))
     overrides = [f"base_model={deep}", "num_workers=2"]
-    whole, shared = (
+    replicated, shared = (
         json.loads(dry_run(load_config(recipe, [*overrides, f"fsdp={fsdp}"]), as_json=True))["plan"]["memory"]
         for fsdp in ("false", "true")
     )
-    assert shared["base_4bit"] == pytest.approx((1 / 2 + 2 / 16) * whole["base_4bit"], rel=0.001)
-    assert {key for key in shared if shared[key] != whole[key]} == {"base_4bit", "total", "allocated"}
+    assert shared["base_4bit"] == pytest.approx((1 / 2 + 2 / 16) * replicated["base_4bit"], rel=0.001)
+    assert {key for key in shared if shared[key] != replicated[key]} == {"base_4bit", "total", "allocated"}
     assert "the 4-bit base is sharded over them" in dry_run(load_config(recipe, [*overrides, "fsdp=true"]))
 
 

@@ -1,4 +1,4 @@
-"""Adapter folders that are accepted and refused (P C4, C5): real PEFT output, and that output spoilt."""
+"""Adapter folders that are accepted and refused (P C4, C5): real PEFT output, and corrupted copies of it."""
 
 import json
 import pickle
@@ -28,9 +28,9 @@ def adapter(tiny_adapter: Path, tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path, base: BaseCheckpoint) -> str:
-    with pytest.raises(AdapterRefused) as refused:
+    with pytest.raises(AdapterRefused) as exc_info:
         read_adapter(folder, base)
-    message = str(refused.value)
+    message = str(exc_info.value)
     assert "\n" not in message
     assert len(message) < 600
     return message
@@ -66,7 +66,7 @@ def load_weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.promise("E4")
-def test_peft_output_is_accepted_and_its_config_written_anew(adapter: Path, tiny_base: BaseCheckpoint) -> None:
+def test_peft_output_is_accepted_and_its_config_rewritten(adapter: Path, tiny_base: BaseCheckpoint) -> None:
     files = read_adapter(adapter, tiny_base)
     assert files.lora == LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
     assert files.lora.scaling == 2
@@ -174,11 +174,11 @@ def test_broken_config_is_refused(adapter: Path, tiny_base: BaseCheckpoint, text
     assert "adapter_config.json" in refusal(adapter, tiny_base)
 
 
-@pytest.mark.parametrize("named", ["", None, "acme/Tiny-Llama", "/home/somebody/models/tiny-llama"])
+@pytest.mark.parametrize("base_name", ["", None, "acme/Tiny-Llama", "/home/somebody/models/tiny-llama"])
 def test_base_named_elsewhere_by_the_same_last_component_is_accepted(
-    adapter: Path, tiny_base: BaseCheckpoint, named: str | None
+    adapter: Path, tiny_base: BaseCheckpoint, base_name: str | None
 ) -> None:
-    set_config(adapter, base_model_name_or_path=named)
+    set_config(adapter, base_model_name_or_path=base_name)
     read_adapter(adapter, tiny_base)
 
 
@@ -297,9 +297,9 @@ def test_hostile_headers_are_refused_with_the_reason(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_truncated_file_is_refused(adapter: Path, tiny_adapter: Path, tiny_base: BaseCheckpoint, data: Any) -> None:
-    whole = (tiny_adapter / "adapter_model.safetensors").read_bytes()
-    kept = data.draw(st.integers(0, len(whole) - 1))
-    (adapter / "adapter_model.safetensors").write_bytes(whole[:kept])
+    content = (tiny_adapter / "adapter_model.safetensors").read_bytes()
+    size = data.draw(st.integers(0, len(content) - 1))
+    (adapter / "adapter_model.safetensors").write_bytes(content[:size])
     refusal(adapter, tiny_base)
 
 
@@ -370,9 +370,9 @@ def test_wrong_rank_missing_and_extra_tensors_are_refused(adapter: Path, tiny_ba
 )
 def test_targets_are_checked_against_the_tensors(adapter: Path, tiny_base: BaseCheckpoint, targets: Any) -> None:
     set_config(adapter, target_modules=targets)
-    wanted = set(LLAMA_LINEARS if targets == "all-linear" else {name.rpartition(".")[2] for name in targets})
-    save_weights(adapter, {k: v for k, v in load_weights(adapter).items() if k.split(".")[-3] in wanted})
-    assert read_adapter(adapter, tiny_base).lora.target_modules == sorted(wanted)
+    module_names = set(LLAMA_LINEARS if targets == "all-linear" else {name.rpartition(".")[2] for name in targets})
+    save_weights(adapter, {k: v for k, v in load_weights(adapter).items() if k.split(".")[-3] in module_names})
+    assert read_adapter(adapter, tiny_base).lora.target_modules == sorted(module_names)
 
     save_weights(adapter, {k: v for k, v in load_weights(adapter).items() if ".layers.1." not in k})
     assert "layers.1." in refusal(adapter, tiny_base)

@@ -34,9 +34,9 @@ def registry(
 
 
 def share(registry: AdapterRegistry, version: int, ref: str | None = None) -> float:
-    """Of the identities, in percent, who get this version."""
-    got = [registry.resolve("ranch", ref, identity).version for identity in IDENTITIES]
-    return got.count(version) / len(got) * 100
+    """The percentage of the identities that get this version."""
+    versions = [registry.resolve("ranch", ref, identity).version for identity in IDENTITIES]
+    return versions.count(version) / len(versions) * 100
 
 
 @given(st.text(), st.integers(1, 10**9), st.integers(1, 10**9), st.floats(0.001, 99.999), st.floats(0.001, 99.999))
@@ -51,7 +51,7 @@ def test_a_draw_is_below_100_and_who_is_in_stays_in_as_the_share_grows(
     assert small.takes("ranch", identity) <= large.takes("ranch", identity)
 
 
-def test_draws_are_spread_evenly_and_anew_for_another_pair_of_versions() -> None:
+def test_draws_are_uniform_and_independent_for_another_pair_of_versions() -> None:
     draws = sorted(draw("ranch", 2, 3, identity) for identity in IDENTITIES)
     # Kolmogorov-Smirnov: 1.95 / sqrt(n) is passed once in a thousand times; these identities are always the same
     distance = max(abs(value / 100 - rank / len(draws)) for rank, value in enumerate(draws))
@@ -61,7 +61,7 @@ def test_draws_are_spread_evenly_and_anew_for_another_pair_of_versions() -> None
         {i for i in IDENTITIES if draw("ranch", 3, 4, i) < 10},
         {i for i in IDENTITIES if draw("x", 2, 3, i) < 10},
     ):
-        assert 0 < len(first & other) < len(first) / 3  # by chance a tenth
+        assert 0 < len(first & other) < len(first) / 3  # a tenth is by chance
 
 
 def test_a_canary_takes_its_share_of_what_is_asked_of_the_champion(registry: AdapterRegistry) -> None:
@@ -72,7 +72,7 @@ def test_a_canary_takes_its_share_of_what_is_asked_of_the_champion(registry: Ada
     expected = sum(draw("ranch", 2, 3, identity) < 10 for identity in IDENTITIES) / len(IDENTITIES) * 100
     assert 8 < expected < 12
     assert share(registry, 3) == share(registry, 3, "champion") == expected
-    assert registry.resolve("ranch").version == 2  # nobody asks: a command, not traffic
+    assert registry.resolve("ranch").version == 2  # no identity: a command, not traffic
     assert share(registry, 1, "1") == 100
     AdapterPromoter(registry).promote("ranch", 3, "next")
     assert registry.aliases("ranch") == {"champion": 2, "next": 3}
@@ -89,7 +89,7 @@ def test_rollback_ends_a_canary_and_leaves_the_champion(registry: AdapterRegistr
     change = AdapterPromoter(registry).rollback("ranch")
     assert (change.manifest.version, change.after) == (2, Traffic(2))
     assert share(registry, 2) == 100
-    assert AdapterPromoter(registry).rollback("ranch").after == Traffic(1)  # the one before, as ever
+    assert AdapterPromoter(registry).rollback("ranch").after == Traffic(1)  # the previous one, as without a canary
     AdapterPromoter(registry).promote("ranch", 3, percent=10)
     assert AdapterPromoter(registry).promote("ranch", 1).after == Traffic(1)  # the champion, promoted again
 
@@ -99,14 +99,14 @@ def test_a_canary_ends_with_the_alias_it_stood_beside_whoever_moves_it(
 ) -> None:
     AdapterPromoter(registry).promote("ranch", 3, percent=10)
     storage = registry.storage
-    kept, alias = storage.read("ranch/canary.json"), json.loads(storage.read("ranch/aliases/champion.json"))
+    canary, alias = storage.read("ranch/canary.json"), json.loads(storage.read("ranch/aliases/champion.json"))
     AdapterPromoter(registry).promote("ranch", 1)
-    storage.write("ranch/canary.json", kept)  # as a writer leaves it that dies, or knows of no canaries
+    storage.write("ranch/canary.json", canary)  # as left by a writer that died, or that does not know canaries
     assert registry.traffic("ranch") == Traffic(1)
     AdapterPromoter(registry).promote("ranch", 2)
-    storage.write("ranch/canary.json", kept)
+    storage.write("ranch/canary.json", canary)
     assert registry.traffic("ranch") == Traffic(2)  # the same champion as then, but not the same promotion
-    assert set(alias) == {"version", "previous", "updated"}  # what every Corral reads
+    assert set(alias) == {"version", "previous", "updated"}  # the format that every version of Corral reads
 
 
 def test_damage_and_deletion_by_other_hands_leave_the_champion(registry: AdapterRegistry) -> None:
@@ -122,7 +122,7 @@ def test_damage_and_deletion_by_other_hands_leave_the_champion(registry: Adapter
     }
 
 
-def test_what_stands_against_a_change_is_said(registry: AdapterRegistry) -> None:
+def test_a_refused_change_names_its_reason(registry: AdapterRegistry) -> None:
     AdapterPromoter(registry).promote("ranch", 3, percent=10)
     with pytest.raises(RegistryConflict, match="ranch@3 is the canary for 10 % of the traffic: roll back first"):
         AdapterPromoter(registry).delete("ranch", 3)

@@ -32,9 +32,9 @@ def test_what_was_done_refused_and_failed(home: Path) -> None:
         raise RegistryError("it is the champion")
     with pytest.raises(ZeroDivisionError), audited(os_user(), "delete", "ranch@2"):
         _ = 1 / 0
-    done, refused, failed = entries(home)
-    assert done.pop("time").endswith("+00:00")
-    assert done == {
+    success, refusal, failed = entries(home)
+    assert success.pop("time").endswith("+00:00")
+    assert success == {
         "actor": {"key_id": "k1", "name": "ops"},
         "action": "promote",
         "target": "ranch",
@@ -43,8 +43,8 @@ def test_what_was_done_refused_and_failed(home: Path) -> None:
         "after": {"version": 2},
         "outcome": "done",
     }
-    assert (refused["outcome"], refused["reason"]) == ("refused", "it is the champion")
-    assert refused["actor"]["user"]
+    assert (refusal["outcome"], refusal["reason"]) == ("refused", "it is the champion")
+    assert refusal["actor"]["user"]
     assert (failed["outcome"], failed["reason"]) == ("failed", "ZeroDivisionError")
     assert stat.S_IMODE((home / AUDIT_FILE).stat().st_mode) == 0o600
 
@@ -63,13 +63,13 @@ def test_lines_of_many_writers_do_not_mix(home: Path) -> None:
 @pytest.mark.promise("C8")
 def test_nothing_is_done_that_cannot_be_recorded(home: Path) -> None:
     (home / AUDIT_FILE).mkdir(parents=True)
-    done = False
+    changed = False
     with (
         pytest.raises(CorralError, match=r"not done, because .*audit\.jsonl cannot be written"),
         audited(os_user(), "promote", "ranch"),
     ):
-        done = True
-    assert not done
+        changed = True
+    assert not changed
 
 
 @pytest.mark.promise("C8")

@@ -15,7 +15,7 @@ from training.registry.manifest import DatasetRef, Environment
 from training.registry.publish import AdapterDraft, AdapterPublisher
 from training.registry.registry import AdapterRegistry
 
-SHAPE = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
+LORA = LoraParams(r=4, lora_alpha=8, target_modules=sorted(LLAMA_LINEARS))
 
 
 def changed(adapter: Path, folder: Path, noise: float) -> Path:
@@ -27,11 +27,11 @@ def changed(adapter: Path, folder: Path, noise: float) -> Path:
     return copy
 
 
-def dense(folder: Path, shape: LoraParams) -> dict[str, torch.Tensor]:
+def dense(folder: Path, lora: LoraParams) -> dict[str, torch.Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
     names = [name.partition(".lora_A.")[0] for name in tensors if ".lora_A." in name]
     return {
-        name.removeprefix("base_model.model.model."): shape.scaling
+        name.removeprefix("base_model.model.model."): lora.scaling
         * tensors[f"{name}.lora_B.weight"].double()
         @ tensors[f"{name}.lora_A.weight"].double()
         for name in names
@@ -39,28 +39,28 @@ def dense(folder: Path, shape: LoraParams) -> dict[str, torch.Tensor]:
 
 
 def test_norms_and_cosine_are_those_of_the_dense_matrices(tiny_adapter: Path, tmp_path: Path) -> None:
-    other, other_shape = changed(tiny_adapter, tmp_path / "b", 0.03), SHAPE.model_copy(update={"lora_alpha": 12})
-    found = diff_weights(tiny_adapter, SHAPE, other, other_shape)
-    a, b = dense(tiny_adapter, SHAPE), dense(other, other_shape)
-    assert {module.module for module in found.modules} == a.keys()
-    for module in found.modules:
+    other, other_lora = changed(tiny_adapter, tmp_path / "b", 0.03), LORA.model_copy(update={"lora_alpha": 12})
+    diff = diff_weights(tiny_adapter, LORA, other, other_lora)
+    a, b = dense(tiny_adapter, LORA), dense(other, other_lora)
+    assert {module.module for module in diff.modules} == a.keys()
+    for module in diff.modules:
         w_a, w_b = a[module.module], b[module.module]
         assert module.relative_change == pytest.approx(float((w_b - w_a).norm() / w_a.norm()), rel=1e-9)
         assert module.cosine == pytest.approx(float((w_a * w_b).sum() / w_a.norm() / w_b.norm()), rel=1e-9)
     all_a, all_b = (torch.cat([w[name].flatten() for name in a]) for w in (a, b))
-    assert found.overall.relative_change == pytest.approx(float((all_b - all_a).norm() / all_a.norm()), rel=1e-9)
-    assert found.overall.cosine == pytest.approx(float(all_a @ all_b / all_a.norm() / all_b.norm()), rel=1e-9)
-    changes = [module.relative_change or 0 for module in found.modules]
+    assert diff.overall.relative_change == pytest.approx(float((all_b - all_a).norm() / all_a.norm()), rel=1e-9)
+    assert diff.overall.cosine == pytest.approx(float(all_a @ all_b / all_a.norm() / all_b.norm()), rel=1e-9)
+    changes = [module.relative_change or 0 for module in diff.modules]
     assert changes == sorted(changes, reverse=True)
 
 
 def test_other_factors_of_the_same_update_are_no_change(tiny_adapter: Path, tmp_path: Path) -> None:
-    assert diff_weights(tiny_adapter, SHAPE, tiny_adapter, SHAPE).overall == WeightChange("all", 0.0, 1.0)
+    assert diff_weights(tiny_adapter, LORA, tiny_adapter, LORA).overall == WeightChange("all", 0.0, 1.0)
     copy = Path(shutil.copytree(tiny_adapter, tmp_path / "b"))
     tensors = load_file(copy / "adapter_model.safetensors")
     doubled = {name: tensor * (2 if "lora_A" in name else 0.5) for name, tensor in tensors.items()}
     save_file(doubled, copy / "adapter_model.safetensors")
-    overall = diff_weights(tiny_adapter, SHAPE, copy, SHAPE).overall
+    overall = diff_weights(tiny_adapter, LORA, copy, LORA).overall
     assert overall.relative_change == pytest.approx(0, abs=1e-7)
     assert overall.cosine == pytest.approx(1)
 
@@ -72,9 +72,9 @@ def test_module_that_one_side_does_not_adapt_counts_as_zero_there(tiny_adapter: 
         {name: t for name, t in tensors.items() if "layers.1.mlp.up_proj" not in name},
         copy / "adapter_model.safetensors",
     )
-    lost = next(m for m in diff_weights(tiny_adapter, SHAPE, copy, SHAPE).modules if "up_proj" in m.module)
+    lost = next(m for m in diff_weights(tiny_adapter, LORA, copy, LORA).modules if "up_proj" in m.module)
     assert lost == WeightChange("layers.1.mlp.up_proj", 1.0, None)
-    gained = diff_weights(copy, SHAPE, tiny_adapter, SHAPE).modules[0]
+    gained = diff_weights(copy, LORA, tiny_adapter, LORA).modules[0]
     assert gained == WeightChange("layers.1.mlp.up_proj", None, None)
 
 

@@ -1,4 +1,4 @@
-"""Any adapter folder whatever (C4, C5): refused in one line, or what gets registered is whole and fits the base."""
+"""Arbitrary adapter folders (C4, C5): refused in one line, or what is registered is complete and fits the base."""
 
 import json
 import resource
@@ -132,7 +132,7 @@ def test_any_header_is_refused_or_harmless(register: Register, files: tuple[byte
 def test_any_splice_of_the_weights_is_refused_or_harmless(
     register: Register, files: tuple[bytes, bytes], start: float, end: float, to: float, noise: bytes
 ) -> None:
-    """A piece of the file, and noise, written over another place of it."""
+    """A slice of the file, and noise, written over another part of it."""
     config, weights = files
     first, last = sorted((int(start * len(weights)), int(end * len(weights))))
     piece = weights[first:last] + noise

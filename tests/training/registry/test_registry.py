@@ -313,16 +313,16 @@ def test_reader_racing_a_delete_gets_not_found_and_never_half(
 ) -> None:
     AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
     failures: list[Exception] = []
-    whole = 0
-    done = threading.Event()
+    num_complete = 0
+    stop = threading.Event()
 
     def read() -> None:
-        nonlocal whole
+        nonlocal num_complete
         reader = AdapterRegistry(registry.fetch(registry.manifest("ranch", 1)).parents[2])
-        while not done.is_set():
+        while not stop.is_set():
             try:
                 reader.fetch(reader.resolve("ranch"))
-                whole += 1
+                num_complete += 1
             except AdapterNotFound:
                 continue
             except Exception as error:
@@ -333,10 +333,10 @@ def test_reader_racing_a_delete_gets_not_found_and_never_half(
     for version in range(2, 22):
         AdapterPublisher(registry).register(tiny_adapter, draft(tiny_base))
         AdapterPromoter(registry).delete("ranch", version)
-    done.set()
+    stop.set()
     reading.join()
     assert failures == []
-    assert whole > 0
+    assert num_complete > 0
 
 
 # Tampering
@@ -458,15 +458,15 @@ def whole():
 
 
 def run_script(script: str, root: Path, base: BaseCheckpoint, adapter: Path) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script), str(root), str(adapter), str(base.path)],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=Path(__file__).parents[3],
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.mark.promise("D12")
@@ -699,9 +699,9 @@ def test_version_without_manifest_does_not_exist_on_an_object_store(
 
 
 def test_store_that_cannot_be_opened_is_one_line() -> None:
-    with pytest.raises(RegistryError, match="cannot be opened") as refused:
+    with pytest.raises(RegistryError, match="cannot be opened") as exc_info:
         AdapterRegistry("nosuchstore://x")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_default_root_is_in_corral_home(tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path) -> None:
@@ -714,5 +714,5 @@ def test_reading_the_registry_needs_no_heavy_library() -> None:
         "import sys, training.registry.registry\n"
         "print({'torch', 'transformers', 'peft', 'ray', 'numpy'} & sys.modules.keys())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

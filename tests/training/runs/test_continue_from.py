@@ -1,4 +1,4 @@
-"""Going on from a registered adapter: the same outputs at step 0, the same shape, its base, the reference of DPO."""
+"""Training from a registered adapter: the same outputs at step 0, LoRA parameters, base, and DPO reference."""
 
 import json
 import math
@@ -92,21 +92,21 @@ def test_version_shape_and_format_are_written_out(
 ) -> None:
     AdapterPromoter(registry).promote("tiny-hand", 1, "stable")
     config = config_of(tiny_base, tmp_path, continue_from="tiny-hand@stable", lora={"lora_dropout": 0.3})
-    resolved, found = resolve_parent_adapter(config, tiny_base, registry)
-    assert found == parent
+    resolved, resolved_parent = resolve_parent_adapter(config, tiny_base, registry)
+    assert resolved_parent == parent
     assert resolved.continue_from == "tiny-hand@1"
     assert (resolved.lora.r, resolved.lora.lora_alpha, resolved.lora.lora_dropout) == (4, 8, 0.3)
     assert resolved.chat_format == "chatml"
     assert resolve_parent_adapter(resolved, tiny_base, registry)[0] == resolved
     assert TrainConfig.model_validate(resolved.model_dump(mode="json")) == resolved
-    fresh = config.model_copy(update={"continue_from": None})
-    assert resolve_parent_adapter(fresh, tiny_base, registry) == (fresh, None)
+    unparented = config.model_copy(update={"continue_from": None})
+    assert resolve_parent_adapter(unparented, tiny_base, registry) == (unparented, None)
 
 
 def split_between(
     registry: AdapterRegistry, base: BaseCheckpoint, adapter: Path, parents: TrainConfig, childs: TrainConfig
 ) -> tuple[str | None, list[str]]:
-    """What the registry records of the split, and what the report warns of, where a run goes on from `parents`."""
+    """The split that the registry records, and the report's warnings, where a run continues from `parents`."""
     trained_on = read_inputs(parents).dataset
     draft = AdapterDraft(
         name="known", base=base, chat_format="chatml", dataset=trained_on, config=parents.model_dump(mode="json")
@@ -188,9 +188,9 @@ def test_contradiction_is_refused_naming_both(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as exc_info:
         resolve_parent_adapter(config_of(tiny_base, tmp_path, **changes), tiny_base, registry)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_unknown_parent_and_another_base_are_refused(
@@ -222,8 +222,8 @@ def test_outputs_at_step_0_are_the_parents_bit_for_bit(
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
 
-    watch = TrainingCallback(config, cast(Any, None), 10, "")
-    trainer = _trainer(config, read_inputs(config), model, watch, tmp_path / "scratch")  # TRL rounds to bfloat16
+    callback = TrainingCallback(config, cast(Any, None), 10, "")
+    trainer = _trainer(config, read_inputs(config), model, callback, tmp_path / "scratch")  # TRL rounds to bfloat16
     with torch.no_grad():
         assert torch.equal(trainer.model.eval()(IDS).logits, served.eval()(IDS).logits)
     after = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -242,8 +242,8 @@ def test_dpo_is_measured_against_the_parent_or_the_base(
     model = start_adapter(
         load_quantized(tiny_base, config.quantization), config.lora, parent_dir=registry.fetch(parent)
     )
-    batches, shape = step_batches(config, inputs, 0, 1)
-    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    batches, layout = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", layout.accumulation)
     trainer = preference_trainer(config, inputs, model, batches, arguments, [])
     with_parent = completion_logps(model, ScoredPairs(rows)).chunk(2)[0]
     with model.disable_adapter():
@@ -292,7 +292,7 @@ def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseCheckpoi
 def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
     ray_cluster: None, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # the driver's only: workers have the run's directory
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # of this process only: workers have the run's directory
     draft = AdapterDraft(name="tiny-hand", base=tiny_base, chat_format="chatml")
     parent = AdapterPublisher(AdapterRegistry()).register(tiny_adapter, draft, force=True)
     config = config_of(

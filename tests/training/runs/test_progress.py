@@ -1,4 +1,4 @@
-"""What a waiting person sees: a bar on a terminal, few lines in a log, whatever the run's state is read from."""
+"""The progress display: a bar on a terminal, few lines in a log, wherever the run's state is read from."""
 
 import os
 import pty
@@ -39,10 +39,10 @@ def test_a_log_gets_a_line_for_each_phase_and_not_for_each_step(capsys: pytest.C
         *(Progress("training", step, 90, 1.0, 10.0) for step in range(1, 90)),
         Progress("end"),
     ]
-    shown, all_shown = iter(states), threading.Event()
+    shown_states, all_shown = iter(states), threading.Event()
 
     def next_state() -> Progress | None:
-        state = next(shown, None)
+        state = next(shown_states, None)
         if state is None:
             all_shown.set()
         return state
@@ -64,14 +64,14 @@ with show_progress(lambda: Progress("training", 3, 12, 1.25, 1234.0, 65.0), "ran
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"}
     with subprocess.Popen([sys.executable, "-c", script], stderr=theirs, env=environment) as process:
         os.close(theirs)
-        shown = b""
+        output = b""
         while True:
             try:
-                shown += os.read(ours, 65536)
+                output += os.read(ours, 65536)
             except OSError:  # the terminal is closed
                 break
         assert process.wait(timeout=300) == 0
     os.close(ours)
-    text = shown.decode()
+    text = output.decode()
     assert "3/12  loss 1.250  1,234 tokens/s  1:05 left" in text
     assert "\u2501" in text  # the bar

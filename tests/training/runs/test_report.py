@@ -1,4 +1,4 @@
-"""The report of a run, from the files in its directory: all of it, and as far as a failed run came."""
+"""The report of a run, from the files in its directory: of a finished run, and of one that failed early."""
 
 import json
 from pathlib import Path
@@ -42,8 +42,8 @@ def run_dir(tmp_path: Path) -> RunDir:
     metrics = {"eval_loss": 2.5, "base_eval_loss": 5.0, "train_s": 40.0, "num_steps": 40.0}
     run.write_json("result.json", {"metrics": metrics, "samples": [SAMPLE]})
     run.write_json("plan.json", {"memory": MEMORY})
-    driver = {"pid": 1, "host": "gone", "started": 1000.0, "seen": 4600.0, "ended": 4600.0}
-    run.write_json("drivers/0001.json", driver)
+    lock_record = {"pid": 1, "host": "gone", "started": 1000.0, "seen": 4600.0, "ended": 4600.0}
+    run.write_json("drivers/0001.json", lock_record)
     run.write_json("phases.json", [{"phase": "loading", "time": 1000.0}, {"phase": "training", "time": 1060.0}])
     run.write_json("registered.json", {"model_id": "llama-7b:ranch-hand@3", "forced": False})
     devices = ["NVIDIA H100"] * 2
@@ -110,11 +110,11 @@ def test_pictures_show_what_was_logged(run_dir: RunDir, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     write_report(run_dir)
-    loss, whole = imread(tmp_path / run_dir.name / "loss.png"), imread(tmp_path / run_dir.name / "report.png")
-    assert whole.shape[0] > loss.shape[0] > 300
+    loss, report = imread(tmp_path / run_dir.name / "loss.png"), imread(tmp_path / run_dir.name / "report.png")
+    assert report.shape[0] > loss.shape[0] > 300
     for rgb in ((0xC8, 0x51, 0x1B), (0x7A, 0x7A, 0x7A), (0x1F, 0x4E, 0x79)):  # held out, base, training
-        near = abs(loss[..., :3] * 255 - rgb).max(axis=-1) < 8
-        assert near.sum() > 50
+        matches = abs(loss[..., :3] * 255 - rgb).max(axis=-1) < 8
+        assert matches.sum() > 50
 
 
 def test_smoothing_starts_at_the_first_value_and_follows() -> None:

@@ -41,8 +41,8 @@ def test_the_newest_folders_are_kept(run_dir: RunDir) -> None:
     for name in ("checkpoint_1/a", "checkpoint_3/a", "checkpoint_2/a", "checkpoints.json", "adapter/a"):
         run_dir.write_text(name, "x")
     run_dir.keep_newest("checkpoint_", 2)
-    there = ("checkpoint_1/a", "checkpoint_2/a", "checkpoint_3/a", "checkpoints.json", "adapter/a")
-    assert [run_dir.read_text(name) for name in there] == [None, "x", "x", "x", "x"]
+    names = ("checkpoint_1/a", "checkpoint_2/a", "checkpoint_3/a", "checkpoints.json", "adapter/a")
+    assert [run_dir.read_text(name) for name in names] == [None, "x", "x", "x", "x"]
 
 
 def test_metrics_of_steps_that_are_taken_again_are_dropped(run_dir: RunDir) -> None:

@@ -1,4 +1,4 @@
-"""One driver at a time: real processes that are refused, killed, put to sleep, on a disk and in a store."""
+"""One process at a time holds a run: real ones, refused, killed and suspended, on disk and in an object store."""
 
 import contextlib
 import json
@@ -15,22 +15,22 @@ from pathlib import Path
 import pytest
 
 from training.errors import ConfigError, RunStopped, TrainingError
-from training.runs import run_lock as driver
+from training.runs import run_lock as run_lock
 from training.runs.run_dir import RunDir
 from training.runs.run_lock import hold_run_lock, read_lock_holder
 
-_DRIVE = """
+_HOLD_LOCK = """
 import sys, time
-from training.runs import run_lock as driver
+from training.runs import run_lock
 from training.errors import CorralError
 from training.runs.run_dir import RunDir
 
-driver._HEARTBEAT_EVERY_S = float(sys.argv[3])
+run_lock._HEARTBEAT_EVERY_S = float(sys.argv[3])
 RunDir(sys.argv[1], "run").files("drivers")  # imports and connects
 time.sleep(max(0.0, float(sys.argv[4]) - time.time()))
 try:
-    with driver.hold_run_lock(RunDir(sys.argv[1], "run")):
-        print("drives", flush=True)
+    with run_lock.hold_run_lock(RunDir(sys.argv[1], "run")):
+        print("locked", flush=True)
         time.sleep(float(sys.argv[2]))
 except CorralError as error:
     print(f"{type(error).__name__}: {error}", flush=True)
@@ -43,26 +43,26 @@ def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> RunDir:
     return RunDir(parent, "run")
 
 
-def start(run_dir: RunDir, seen_every_s: float = 15.0, *, host: str = "", at: float = 0.0) -> subprocess.Popen[str]:
-    """A process that drives the run, from the time `at` on; with `host` on a machine that has another name."""
-    command = [sys.executable, "-c", _DRIVE, run_dir.parent, "60", str(seen_every_s), str(at)]
+def start(run_dir: RunDir, heartbeat_s: float = 15.0, *, host: str = "", at: float = 0.0) -> subprocess.Popen[str]:
+    """A process that holds the lock of the run, from the time `at` on; with `host` on a machine of that name."""
+    command = [sys.executable, "-c", _HOLD_LOCK, run_dir.parent, "60", str(heartbeat_s), str(at)]
     if host:
         renamed = 'hostname "$1" && shift && exec "$@"'
         command = ["unshare", "--map-root-user", "--uts", "sh", "-c", renamed, "sh", host, *command]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def first_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout
     return process.stdout.readline().strip()
 
 
 @contextlib.contextmanager
-def driven(run_dir: RunDir, *, seen_every_s: float = 15.0, host: str = "") -> Iterator[subprocess.Popen[str]]:
-    """A process that drives the run at the beginning of the block, and is gone at its end."""
-    process = start(run_dir, seen_every_s=seen_every_s, host=host)
+def running_holder(run_dir: RunDir, *, heartbeat_s: float = 15.0, host: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of the run at the beginning of the block, and is gone at its end."""
+    process = start(run_dir, heartbeat_s=heartbeat_s, host=host)
     try:
-        assert said(process) == "drives"
+        assert first_line(process) == "locked"
         yield process
     finally:
         process.kill()
@@ -70,23 +70,23 @@ def driven(run_dir: RunDir, *, seen_every_s: float = 15.0, host: str = "") -> It
 
 
 def refusal(run_dir: RunDir) -> str:
-    with pytest.raises(TrainingError) as refused, hold_run_lock(run_dir):
+    with pytest.raises(TrainingError) as exc_info, hold_run_lock(run_dir):
         pass
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    assert "\n" not in str(exc_info.value)
+    return str(exc_info.value)
 
 
 @pytest.mark.promise("D14")
-def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunDir) -> None:
-    with driven(run_dir) as first:
-        began = time.monotonic()
-        told = refusal(run_dir)
-        assert time.monotonic() - began < driver._HEARTBEAT_TIMEOUT_S  # it waits for no sign of life
+def test_second_process_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunDir) -> None:
+    with running_holder(run_dir) as first:
+        started_at = time.monotonic()
+        message = refusal(run_dir)
+        assert time.monotonic() - started_at < run_lock._HEARTBEAT_TIMEOUT_S  # it does not wait for a heartbeat
         assert re.match(
             rf"run 'run' is locked by process {first.pid} on {re.escape(socket.gethostname())}, started "
             r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC: wait until it ends, stop it with 'corral runs stop run --storage "
             rf"{re.escape(run_dir.parent)}', or choose another run_name$",
-            told,
+            message,
         )
         assert run_dir.files("drivers") == ["drivers/0001.json"]
         first.send_signal(signal.SIGKILL)
@@ -105,25 +105,27 @@ def test_second_driver_is_refused_at_once_and_kill_9_frees_the_run(run_dir: RunD
 
 
 @pytest.mark.promise("D14")
-def test_of_eight_that_start_at_once_one_drives(run_dir: RunDir) -> None:
+def test_of_eight_that_start_at_once_one_gets_the_lock(run_dir: RunDir) -> None:
     at = time.time() + 4
     processes = [start(run_dir, at=at) for _ in range(8)]
-    answers = sorted(said(process).split(": ")[0] for process in processes)
-    assert answers == [*["TrainingError"] * 7, "drives"]
+    answers = sorted(first_line(process).split(": ")[0] for process in processes)
+    assert answers == [*["TrainingError"] * 7, "locked"]
     for process in processes:
         process.kill()
         process.communicate()
 
 
-def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_HEARTBEAT_TIMEOUT_S", 5.0)
-    with driven(run_dir, seen_every_s=0.5, host="elsewhere") as far:
+def test_a_holder_elsewhere_is_alive_while_it_sends_heartbeats(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "_HEARTBEAT_TIMEOUT_S", 5.0)
+    with running_holder(run_dir, heartbeat_s=0.5, host="elsewhere") as far:
         first = read_lock_holder(run_dir)
         assert first
         wait_until(
             lambda: (
                 (last := read_lock_holder(run_dir)) is not None
-                and last.heartbeat_at > first.heartbeat_at + driver._HEARTBEAT_TIMEOUT_S
+                and last.heartbeat_at > first.heartbeat_at + run_lock._HEARTBEAT_TIMEOUT_S
             )
         )
         assert re.search(
@@ -135,7 +137,7 @@ def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch:
         wait_until(lambda: (last := read_lock_holder(run_dir)) is not None and not last.is_alive)
         with hold_run_lock(run_dir):
             far.send_signal(signal.SIGCONT)
-            assert said(far) == (
+            assert first_line(far) == (
                 f"TrainingError: run 'run' was taken over by {read_lock_holder(run_dir)}, because this process "
                 "sent no heartbeat for 120 s: the run continues there, and this process has stopped"
             )
@@ -144,7 +146,7 @@ def test_a_driver_elsewhere_lives_while_it_is_seen(run_dir: RunDir, monkeypatch:
             assert last.pid == os.getpid()
 
 
-def test_a_driver_that_is_stopped_says_so_and_when(tmp_path: Path) -> None:
+def test_a_lock_holder_that_is_stopped_records_when(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path, "run")
     with pytest.raises(RunStopped, match="run_name=run resumes it"), hold_run_lock(run_dir):
         raise KeyboardInterrupt
@@ -153,7 +155,7 @@ def test_a_driver_that_is_stopped_says_so_and_when(tmp_path: Path) -> None:
     assert last.ended
 
 
-def test_a_driver_that_was_told_wrong_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_refused_configuration_leaves_no_trace(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path, "run")
     with hold_run_lock(run_dir):
         pass
@@ -163,7 +165,7 @@ def test_a_driver_that_was_told_wrong_leaves_no_trace(tmp_path: Path) -> None:
     assert read_lock_holder(run_dir) == before
 
 
-def test_a_number_that_another_process_has_now_is_no_driver(tmp_path: Path) -> None:
+def test_a_reused_process_id_does_not_hold_the_lock(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path, "run")
     now = time.time()
     reused = {"pid": os.getpid(), "host": socket.gethostname(), "started": now - 10**8, "seen": now, "ended": None}

@@ -46,7 +46,7 @@ def corral_runs(*arguments: str) -> str:
     return result.stdout
 
 
-def own_driver() -> dict[str, Any]:
+def own_lock() -> dict[str, Any]:
     return {**HERE, "pid": os.getpid(), "started": time.time(), "ended": None}
 
 
@@ -57,29 +57,27 @@ def own_driver() -> dict[str, Any]:
         ({"driver": {**HERE, "ended": NOW}}, "stopped"),
         ({"driver": {**HERE, "ended": NOW}, "result": RESULT}, "finished"),
         ({"driver": {**HERE, "ended": NOW}, "failure": {"message": "the loss became nan"}}, "failed"),
-        ({"driver": own_driver()}, "running"),
-        ({"driver": own_driver(), "failure": {"message": "a worker failed, the driver tidies up"}}, "running"),
-        # The pid is this process's, but the driver of that time had it before this process was born: another process.
-        ({"driver": {**own_driver(), "started": psutil.Process().create_time() - 100}}, "interrupted"),
+        ({"driver": own_lock()}, "running"),
+        ({"driver": own_lock(), "failure": {"message": "a worker failed, the process shuts down"}}, "running"),
+        # The pid is this process's, but the lock holder had it before this process started: another process.
+        ({"driver": {**own_lock(), "started": psutil.Process().create_time() - 100}}, "interrupted"),
         ({"driver": {**HERE, "host": "elsewhere", "ended": None}, "progress": {"phase": "training"}}, "running"),
         ({"driver": {**HERE, "host": "elsewhere", "ended": None}, "result": RESULT}, "running"),
     ],
 )
-def test_state_is_decided_from_files_and_the_drivers_process(
-    tmp_path: Path, records: dict[str, Any], state: str
-) -> None:
-    if records["driver"]["host"] == "elsewhere":  # judged by how long it is silent, and NOW may be long ago
+def test_state_is_decided_from_files_and_the_lock_holder(tmp_path: Path, records: dict[str, Any], state: str) -> None:
+    if records["driver"]["host"] == "elsewhere":  # judged by its last heartbeat, and NOW may be long ago
         records = records | {"driver": records["driver"] | {"seen": time.time() - 60}}
     write_run(tmp_path, "a", **records)
     assert read_run(str(tmp_path), "a").state == state
 
 
-def test_a_driver_elsewhere_that_was_not_seen_for_long_is_interrupted(tmp_path: Path) -> None:
+def test_a_lock_holder_elsewhere_without_heartbeats_is_interrupted(tmp_path: Path) -> None:
     now = time.time()
     long_ago = {**HERE, "host": "elsewhere", "started": now - 7200, "ended": None}
     write_run(tmp_path, "b", driver=long_ago | {"seen": now - 60}, progress={"phase": "training", "time": now - 3600})
     write_run(tmp_path, "c", driver=long_ago | {"seen": now - 3600}, progress={"phase": "training", "time": now - 60})
-    assert {read_run(str(tmp_path), name).state for name in "bc"} == {"running"}  # by its driver, by its workers
+    assert {read_run(str(tmp_path), name).state for name in "bc"} == {"running"}  # by its lock holder, by its workers
     write_run(tmp_path, "a", driver=long_ago | {"seen": now - 4000}, progress={"phase": "training", "time": now - 3600})
     run = read_run(str(tmp_path), "a")
     assert (run.state, run.started, run.ended) == ("interrupted", now - 7200, now - 3600)
@@ -101,7 +99,7 @@ def test_runs_on_an_object_store_are_read_the_same() -> None:
 
 def test_list_show_and_logs(tmp_path: Path) -> None:
     progress = {"phase": "training", "step": 2, "num_steps": 4, "loss": 2.5, "tokens_per_s": 100.0, "eta_s": 60.0}
-    directory = write_run(tmp_path, "late", driver=own_driver(), progress=progress)
+    directory = write_run(tmp_path, "late", driver=own_lock(), progress=progress)
     steps = [{"step": n, "num_steps": 4, "time": NOW, "loss": 5.0 - n, "tokens_per_s": 99.6} for n in (1, 2)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     write_run(tmp_path, "early", driver={**HERE, "ended": NOW}, failure={"message": "the loss became nan"})
@@ -111,11 +109,11 @@ def test_list_show_and_logs(tmp_path: Path) -> None:
     table = corral_runs("list", *where)
     assert "failed" in table
     assert "2/4" in table
-    shown = corral_runs("show", "late", *where)
-    assert "late: running, training" in shown
-    assert "1:00 left" in shown
-    assert "4.000 █▁ 3.000" in shown
-    assert "registered     not yet" in shown
+    output = corral_runs("show", "late", *where)
+    assert "late: running, training" in output
+    assert "1:00 left" in output
+    assert "4.000 █▁ 3.000" in output
+    assert "registered     not yet" in output
     assert "because        the loss became nan" in corral_runs("show", "early", *where)
     assert "resume it      corral train CONFIG run_name=early" in corral_runs("show", "early", *where)
     logs = corral_runs("logs", "late", *where).splitlines()
@@ -133,10 +131,10 @@ def test_an_unknown_run_is_named_with_the_nearest(tmp_path: Path) -> None:
             read_run(str(tmp_path), name)
 
 
-def test_stop_touches_no_process_but_the_driver(tmp_path: Path) -> None:
+def test_stop_touches_no_process_but_the_lock_holder(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        reused = {**HERE, "pid": other.pid, "started": NOW - 1000, "ended": None}  # the driver of then had this pid
+        reused = {**HERE, "pid": other.pid, "started": NOW - 1000, "ended": None}  # the lock holder had this pid
         write_run(tmp_path, "gone", driver=reused)
         write_run(tmp_path, "elsewhere", driver={**reused, "host": "elsewhere", "seen": time.time()})
         write_run(tmp_path, "over", driver={**HERE, "pid": other.pid, "started": time.time() + 5, "ended": NOW})
@@ -182,12 +180,12 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
         )
     )
 
-    drivers: list[subprocess.Popen[str]] = []
+    processes: list[subprocess.Popen[str]] = []
 
     def start() -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "training", "--config", str(tmp_path / "run.yaml")]
-        drivers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return drivers[-1]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
 
     def step() -> int:
         try:
@@ -198,48 +196,48 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     def state() -> str:
         return read_run(str(tmp_path / "runs"), "often").state
 
-    driver = start()
-    wait_until(lambda: step() >= 7, driver)
+    holder = start()
+    wait_until(lambda: step() >= 7, holder)
     assert state() == "running"
     second = start()
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {driver.pid} on ")
-    assert driver.poll() is None
-    started = psutil.Process(driver.pid).children(recursive=True)
+    assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {holder.pid} on ")
+    assert holder.poll() is None
+    started = psutil.Process(holder.pid).children(recursive=True)
     assert len(started) > 3
-    # From another process: waiting for the driver here would take its exit code.
+    # From another process: waiting for the lock holder here would take its exit code.
     stop = [sys.executable, "-m", "clients.cli", "runs", "stop", "often", "--storage", str(tmp_path / "runs")]
     stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
     assert "run_name=often resumes it" in stopped.stdout, stopped.stderr
-    assert driver.wait(timeout=300) == 1
-    assert driver.stderr.read().splitlines()[-1] == (
+    assert holder.wait(timeout=300) == 1
+    assert holder.stderr.read().splitlines()[-1] == (
         "error: run 'often' was stopped: run_name=often resumes it from its last checkpoint"
     )
     assert psutil.wait_procs(started, timeout=300)[1] == []
     assert state() == "stopped"
 
     stopped_at = step()
-    driver = start()
-    wait_until(lambda: step() > stopped_at + 6, driver)
-    started = psutil.Process(driver.pid).children(recursive=True)
-    at_work = [process for process in started if not is_agent(process)]
-    driver.kill()
-    driver.wait()
-    assert psutil.wait_procs(at_work, timeout=300)[1] == []
+    holder = start()
+    wait_until(lambda: step() > stopped_at + 6, holder)
+    started = psutil.Process(holder.pid).children(recursive=True)
+    workers = [process for process in started if not is_agent(process)]
+    holder.kill()
+    holder.wait()
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
     assert state() == "interrupted"
     assert "stopped-often" not in AdapterRegistry().names()
 
-    driver = start()
-    printed, errors = driver.communicate(timeout=300)
-    assert driver.returncode == 0, errors
-    assert "tiny-llama:stopped-often@1 is registered" in printed
+    holder = start()
+    output, errors = holder.communicate(timeout=300)
+    assert holder.returncode == 0, errors
+    assert "tiny-llama:stopped-often@1 is registered" in output
     assert state() == "finished"
     assert read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps == list(range(1, 61))
     # Ray's idle agents try for a minute to tell a dead GCS that its raylet died.
     assert psutil.wait_procs(started, timeout=300)[1] == []
-    shown = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
-    assert "registered     tiny-llama:stopped-often@1" in shown
+    output = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
+    assert "registered     tiny-llama:stopped-often@1" in output
 
 
 def is_agent(process: psutil.Process) -> bool:
@@ -249,9 +247,9 @@ def is_agent(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
-        assert driver.poll() is None, driver.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

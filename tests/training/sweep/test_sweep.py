@@ -133,10 +133,10 @@ def test_sweep_that_cannot_be_is_refused_before_anything_runs(
     content: dict[str, Any], tmp_path: Path, search: dict[str, Any], overrides: list[str], message: str
 ) -> None:
     content["search"] = search
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as exc_info:
         load(content, tmp_path, *overrides)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(exc_info.value)
+    assert "\n" not in str(exc_info.value)
 
 
 def test_a_yaml_says_itself_whether_it_is_a_sweep(
@@ -147,11 +147,11 @@ def test_a_yaml_says_itself_whether_it_is_a_sweep(
     sweep.write_text(yaml.safe_dump(content))
     assert main(["--config", str(sweep), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == trials
-    refused = CliRunner().invoke(app, ["train", str(sweep)])
-    assert (refused.exit_code, f"'corral sweep {sweep}' runs it" in refused.stderr) == (2, True)
+    result = CliRunner().invoke(app, ["train", str(sweep)])
+    assert (result.exit_code, f"'corral sweep {sweep}' runs it" in result.stderr) == (2, True)
     for arguments, words in ((["--no-wait"], "are for a job: add --submit"), (["--submit", "x", "--json"], "--json")):
-        refused = CliRunner().invoke(app, ["sweep", str(sweep), *arguments])
-        assert (refused.exit_code, words in refused.stderr) == (2, True)
+        result = CliRunner().invoke(app, ["sweep", str(sweep), *arguments])
+        assert (result.exit_code, words in result.stderr) == (2, True)
 
 
 @pytest.mark.promise("B11")
@@ -196,14 +196,14 @@ def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_tak
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
     # as if it had ended before the second best was trained: that one only is run again
-    again = trial_path(result, second.number)
-    (again / "result.json").unlink()
-    kept = trial_path(result, best.number) / "metrics.jsonl"
-    before = kept.stat().st_mtime_ns
+    trial_dir = trial_path(result, second.number)
+    (trial_dir / "result.json").unlink()
+    metrics_path = trial_path(result, best.number) / "metrics.jsonl"
+    before = metrics_path.stat().st_mtime_ns
     resumed = run_sweep(load(content, tmp_path))
     assert [outcome.values for outcome in resumed.outcomes] == [outcome.values for outcome in result.outcomes]
     assert resumed.outcomes[1].metrics["eval_loss"] == pytest.approx(second.metrics["eval_loss"], abs=1e-4)
-    assert kept.stat().st_mtime_ns == before
+    assert metrics_path.stat().st_mtime_ns == before
 
     with pytest.raises(ConfigError, match=r"run 'search' was started with search="):
         run_sweep(load(content | {"search": {"lora.r": {"grid": [4]}}}, tmp_path))

@@ -1,4 +1,4 @@
-"""What a sweep survives: SIGTERM, kill -9 and a second driver, in an object store. Real processes, real Ray."""
+"""A sweep survives SIGTERM, kill -9 and a second process, in an object store. Real processes, real Ray."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Say {n}.", "completion": f"It is {n}."}) + "\n" for n in range(40)))
-    told = {
+    config = {
         "base_model": str(tiny_base.path),
         "adapter": "searched-often",
         "run_name": "stored",
@@ -45,39 +45,39 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
         "search": {"learning_rate": {"grid": [1e-5, 1e-3, 1e-2]}},
         "sweep": {"max_concurrent_trials": 1},
     }
-    (tmp_path / "search.yaml").write_text(json.dumps(told))
+    (tmp_path / "search.yaml").write_text(json.dumps(config))
     first, second = (RunDir(s3, f"stored/trials/{number}") for number in ("000", "001"))
 
-    driver = start(tmp_path)
-    wait_until(lambda: bool(first.read_json("result.json")), driver)
+    process = start(tmp_path)
+    wait_until(lambda: bool(first.read_json("result.json")), process)
     assert read_run(s3, "stored").state == "running"
     other = start(tmp_path)
     _, errors = other.communicate(timeout=300)
     assert other.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {driver.pid} on ")
-    at_work = psutil.Process(driver.pid).children(recursive=True)
-    driver.send_signal(signal.SIGTERM)
-    _, errors = driver.communicate(timeout=300)
-    assert driver.returncode == 1
+    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {process.pid} on ")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("error: run 'stored' was stopped: run_name=stored resumes it")
-    assert psutil.wait_procs(at_work, timeout=300)[1] == []
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
     assert read_run(s3, "stored").state == "stopped"
     assert not own_state_of_tune(s3)
     result = first.read_json("result.json")
 
-    driver, began = start(tmp_path), time.time()
-    wait_until(lambda: (second.read_json("progress.json") or {"time": 0.0})["time"] > began, driver)
-    at_work = descendants(driver.pid, "_run_trial")
-    driver.kill()
-    driver.communicate()
-    assert psutil.wait_procs(at_work, timeout=300)[1] == []
+    process, started_at = start(tmp_path), time.time()
+    wait_until(lambda: (second.read_json("progress.json") or {"time": 0.0})["time"] > started_at, process)
+    workers = descendants(process.pid, "_run_trial")
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(workers, timeout=300)[1] == []
     assert read_run(s3, "stored").state == "interrupted"
     assert "searched-often" not in AdapterRegistry().names()
 
-    driver = start(tmp_path)
-    printed, errors = driver.communicate(timeout=300)
-    assert driver.returncode == 0, errors
-    assert "registered tiny-llama:searched-often@1 from trial 2" in printed
+    process = start(tmp_path)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "registered tiny-llama:searched-often@1 from trial 2" in output
     assert first.read_json("result.json") == result  # with its times: it was not trained again
     for number in range(3):
         trial = read_run(s3, f"stored/trials/{number:03d}")
@@ -85,9 +85,9 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     assert not own_state_of_tune(s3)
     assert not [file for file in files_of(s3) if "scratch" in file]
     assert {"sweep.json", "sweep.md", "drivers/0003.json"} <= files_of(s3)
-    shown = CliRunner().invoke(app, ["runs", "show", "stored", "--storage", s3]).stdout
-    assert "stored: finished" in shown
-    assert "registered     tiny-llama:searched-often@1" in shown
+    output = CliRunner().invoke(app, ["runs", "show", "stored", "--storage", s3]).stdout
+    assert "stored: finished" in output
+    assert "registered     tiny-llama:searched-often@1" in output
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -106,9 +106,9 @@ def own_state_of_tune(s3: str) -> set[str]:
     return {file for file in files_of(s3) if file.startswith("tune/")}
 
 
-def wait_until(holds: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
-        assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.1)

@@ -129,12 +129,12 @@ dist.destroy_process_group()
 def test_two_gloo_ranks_share_the_rows_and_get_what_one_gets(
     base: LlamaForCausalLM, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:
-    alone = evaluate_files(tiny_adapter, base, ROWS)
+    expected = evaluate_files(tiny_adapter, base, ROWS)
     arguments = [str(free_port()), str(tiny_base.path), str(tiny_adapter), json.dumps(ROWS)]
     processes = [
         subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments], stdout=subprocess.PIPE, cwd=PROJECT)
         for rank in range(2)
     ]
-    found = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
-    assert found[0] == found[1]
-    assert found[0] == pytest.approx([alone.eval_loss, alone.base_eval_loss, alone.eval_tokens], abs=1e-5)
+    results = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
+    assert results[0] == results[1]
+    assert results[0] == pytest.approx([expected.eval_loss, expected.base_eval_loss, expected.eval_tokens], abs=1e-5)

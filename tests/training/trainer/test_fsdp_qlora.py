@@ -1,4 +1,4 @@
-"""FSDP-QLoRA on two real workers: the same bits as a whole base on each, in half the memory."""
+"""FSDP-QLoRA on two real workers: the same bits as a complete base on each, in half the memory."""
 
 import json
 import os
@@ -35,7 +35,7 @@ import gc, json, shutil, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from tests.training.trainer.test_train import Recorder
-from training.trainer import fsdp_qlora as sharding
+from training.trainer import fsdp_qlora
 from training.base_models.nf4 import Quantization, load_quantized
 from training.base_models.resolve import resolve_base_model
 from training.config.train_config import TrainConfig
@@ -53,7 +53,7 @@ parts = []
 peak = live = 0
 
 
-class Counted(sharding._LayerShard):
+class Counted(fsdp_qlora._LayerShard):
     def __init__(self, layer):
         super().__init__(layer)
         parts.append(self)
@@ -79,7 +79,7 @@ class Keeper(Recorder):
         dist.barrier()
 
 
-sharding._LayerShard = Counted
+fsdp_qlora._LayerShard = Counted
 found = {}
 
 
@@ -108,8 +108,8 @@ base = resolve_base_model(json.loads((folder / "base.json").read_text()))
 for dtype, double_quant in (("float32", True), ("bfloat16", False)):
     quantization = Quantization(compute_dtype=dtype, double_quant=double_quant)
     whole = load_quantized(base, quantization, device)
-    sharded = sharding.load_sharded(base, quantization, device)
-    bits_of = sharding._four_bit_tensors
+    sharded = fsdp_qlora.load_sharded(base, quantization, device)
+    bits_of = fsdp_qlora._four_bit_tensors
     pairs = list(zip(sharded.model.layers, whole.model.layers, strict=True))
     equal = []
     for ours, theirs in pairs:  # compared in the middle of the layer's forward pass
@@ -134,7 +134,7 @@ dist.destroy_process_group()
 
 
 def two_workers(folder: Path, device: str) -> list[dict[str, Any]]:
-    """What the two found, by rank."""
+    """The results of the two workers, by rank."""
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     common["OMP_NUM_THREADS"] = "1"  # bitsandbytes' own threads, too, would only wait for each other
     command = [sys.executable, "-W", "ignore", "-c", _WORKER, str(folder), device]
@@ -177,7 +177,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, tiny_base: BaseCheckpoint) -> list[dict[str, Any]]:
+def results(folder: Path, tiny_base: BaseCheckpoint) -> list[dict[str, Any]]:
     prepare(folder, tiny_base)
     return two_workers(folder, "cpu")
 
@@ -185,23 +185,23 @@ def found(folder: Path, tiny_base: BaseCheckpoint) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "double_quant"), [("float32", True), ("bfloat16", False)])
 def test_gathered_weights_are_those_of_the_whole_base_to_the_bit(
-    found: list[dict[str, Any]], dtype: str, double_quant: bool
+    results: list[dict[str, Any]], dtype: str, double_quant: bool
 ) -> None:
-    assert [worker[f"weights {dtype} {double_quant}"] for worker in found] == [True, True]
+    assert [worker[f"weights {dtype} {double_quant}"] for worker in results] == [True, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_losses_gradients_and_adapters_are_those_of_whole_bases_to_the_bit(
-    found: list[dict[str, Any]], folder: Path, run: str
+    results: list[dict[str, Any]], folder: Path, run: str
 ) -> None:
     """Steps of 7 rows: the workers see different numbers of tokens, and at times one of them none."""
-    for rank, worker in enumerate(found):
-        sharded, whole = worker[f"{run} True"], worker[f"{run} False"]
+    for rank, worker in enumerate(results):
+        sharded, reference = worker[f"{run} True"], worker[f"{run} False"]
         assert len(sharded["steps"]) == 4
         assert len(sharded["eval"]) == 2
         for figures in ("steps", "eval", "metrics", "sha256", "checkpoints"):
-            assert sharded[figures] == whole[figures], figures
+            assert sharded[figures] == reference[figures], figures
         ours, theirs = (
             load_file(folder / f"{run}-{fsdp}-{rank}" / "adapter_model.safetensors") for fsdp in (True, False)
         )
@@ -212,29 +212,33 @@ def test_losses_gradients_and_adapters_are_those_of_whole_bases_to_the_bit(
 
 @pytest.mark.slow
 @pytest.mark.promise("D13")
-def test_sharded_run_resumed_from_its_checkpoint_goes_on_as_if_uninterrupted(found: list[dict[str, Any]]) -> None:
-    for worker in found:
-        resumed, whole = worker["resumed True"], worker["plain True"]
+def test_sharded_run_resumed_from_its_checkpoint_goes_on_as_if_uninterrupted(results: list[dict[str, Any]]) -> None:
+    for worker in results:
+        resumed, uninterrupted = worker["resumed True"], worker["plain True"]
         assert list(resumed["steps"]) == ["3", "4"]
-        assert all(resumed["steps"][step] == whole["steps"][step] for step in resumed["steps"])
-        assert resumed["sha256"] == whole["sha256"]
+        assert all(resumed["steps"][step] == uninterrupted["steps"][step] for step in resumed["steps"])
+        assert resumed["sha256"] == uninterrupted["sha256"]
 
 
 @pytest.mark.slow
-def test_every_rank_takes_part_in_sample_answers(found: list[dict[str, Any]]) -> None:
-    assert found[0]["plain True"]["samples"] == found[0]["plain False"]["samples"] == found[1]["plain True"]["samples"]
-    assert len(found[0]["plain True"]["samples"]) == 2
+def test_every_rank_takes_part_in_sample_answers(results: list[dict[str, Any]]) -> None:
+    assert (
+        results[0]["plain True"]["samples"]
+        == results[0]["plain False"]["samples"]
+        == results[1]["plain True"]["samples"]
+    )
+    assert len(results[0]["plain True"]["samples"]) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("run", "scale_bytes"), [("plain", 1 + 4 / 256), ("checkpointing", 4)])
 def test_worker_holds_its_half_of_the_base_and_two_whole_layers(
-    found: list[dict[str, Any]], folder: Path, run: str, scale_bytes: float
+    results: list[dict[str, Any]], folder: Path, run: str, scale_bytes: float
 ) -> None:
     """While it loads, trains, evaluates and answers; counted in bytes of storages."""
     linears = LlamaDims.of(json.loads((folder / "base" / "config.json").read_text())).linears
     layer = sum(a * b for a, b in linears.values()) * (0.5 + scale_bytes / 64)
-    for worker in found:
+    for worker in results:
         sharded = worker[f"{run} True"]
         assert sharded["peak"] == pytest.approx((NUM_LAYERS / 2 + 2) * layer, rel=0.02)
         assert sharded["live"] <= sharded["peak"]
@@ -272,6 +276,6 @@ def test_two_gpus_with_nccl_train_as_whole_bases_do(tmp_path: Path, tiny_base: B
     for worker in two_workers(tmp_path, "cuda"):
         assert [worker[name] for name in worker if name.startswith("weights")] == [True, True]
         for run in RUNS:
-            sharded, whole = worker[f"{run} True"], worker[f"{run} False"]
+            sharded, reference = worker[f"{run} True"], worker[f"{run} False"]
             for step, figures in sharded["steps"].items():
-                assert figures == pytest.approx(whole["steps"][step], abs=1e-6)
+                assert figures == pytest.approx(reference["steps"][step], abs=1e-6)

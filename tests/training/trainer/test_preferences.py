@@ -1,4 +1,4 @@
-"""DPO and KTO: losses against plain formulas, the reference, what is learned; runs resume and stop as any other."""
+"""DPO and KTO: losses against plain formulas, the reference, what is learned; resuming and stopping as for SFT."""
 
 import json
 import math
@@ -41,7 +41,7 @@ WORDS = ["gate", "mule", "creek", "bell", "saddle", "barn", "truck", "stove"]
 
 @dataclass
 class Recorder:
-    """A Run that remembers."""
+    """A RunReporter that records its calls."""
 
     rank: int = 0
     steps: dict[int, Mapping[str, float]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For so small a model more threads only wait for each other."""
+    """A model this small is slower with more threads."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -112,7 +112,7 @@ def run(config: TrainConfig, folder: Path, recorder: Recorder, **options: Any) -
 
 
 def shaken(config: TrainConfig) -> PeftModel:
-    """The base with an adapter that says something else than the base does."""
+    """The base with an adapter that changes its answers."""
     torch.manual_seed(1)
     model = start_adapter(load_quantized(read_inputs(config).base, config.quantization), config.lora)
     shake(model)
@@ -135,8 +135,8 @@ def logp(model: PeftModel, prompt: list[int], completion: list[int]) -> torch.Te
 
 def trainer_for(config: TrainConfig, model: PeftModel, tmp_path: Path, inputs: RunInputs | None = None) -> Any:
     inputs = inputs or read_inputs(config)
-    batches, shape = step_batches(config, inputs, 0, 1)
-    arguments = training_arguments(config, model, tmp_path / "scratch", shape.accumulation)
+    batches, layout = step_batches(config, inputs, 0, 1)
+    arguments = training_arguments(config, model, tmp_path / "scratch", layout.accumulation)
     return preference_trainer(config, inputs, model, batches, arguments, [])
 
 
@@ -162,7 +162,7 @@ def test_dpo_loss_of_a_batch_is_equation_7_with_the_base_as_reference(
             ref_w, ref_l = logp(model, prompt, chosen), logp(model, prompt, rejected)
         assert row["ref_chosen_logps"] == pytest.approx(float(ref_w), abs=1e-3)
         assert row["ref_rejected_logps"] == pytest.approx(float(ref_l), abs=1e-3)
-        assert abs(float(pi_w - ref_w)) > 0.1  # the adapter does speak differently
+        assert abs(float(pi_w - ref_w)) > 0.1  # the adapter does answer differently
         expected = expected - torch.log(torch.sigmoid(0.3 * (pi_w - ref_w) - 0.3 * (pi_l - ref_l))) / len(rows)
     assert float(loss) == pytest.approx(float(expected), abs=1e-4)
 
@@ -206,11 +206,11 @@ def test_every_dpo_loss_that_is_evaluated_is_the_one_that_trains(
     trainer = trainer_for(config, model, tmp_path)
     rows, loss = first_step(trainer)
     trained = float(loss)
-    kept: list[PreferenceRow] = [
+    pair_rows: list[PreferenceRow] = [
         {key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}
         for row in rows  # type: ignore[misc]
     ]
-    evaluated = HeldOutPreferences(model, config.preference, kept).metrics(model)
+    evaluated = HeldOutPreferences(model, config.preference, pair_rows).metrics(model)
     assert evaluated["eval_loss"] == pytest.approx(trained, abs=1e-4)
     assert evaluated["base_eval_loss"] == pytest.approx(loss_at_reference(config.preference, "dpo"))
 
@@ -228,8 +228,8 @@ def test_sequence_log_probability_does_not_depend_on_the_batch(tiny_base: BaseCh
     model = shaken(config).eval()
     pairs = ScoredPairs(read_inputs(config).train_rows)
     together = completion_logps(model, pairs)
-    alone = [float(logp(model, *pairs[at])) for at in range(5)]
-    assert together[:5].tolist() == pytest.approx(alone, abs=1e-3)
+    expected = [float(logp(model, *pairs[at])) for at in range(5)]
+    assert together[:5].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_mismatched_completions_are_those_of_other_rows_each_once() -> None:
@@ -295,10 +295,10 @@ def test_rows_are_read_from_the_store_and_never_held_in_memory(
 
 
 def assert_same_run(
-    recorder: Recorder, weights: dict[str, torch.Tensor], whole: Recorder, expected: dict[str, torch.Tensor]
+    recorder: Recorder, weights: dict[str, torch.Tensor], reference: Recorder, expected: dict[str, torch.Tensor]
 ) -> None:
-    assert recorder.steps.keys() == whole.steps.keys()
-    for step, metrics in whole.steps.items():
+    assert recorder.steps.keys() == reference.steps.keys()
+    for step, metrics in reference.steps.items():
         for name in ("loss", "grad_norm", "rewards/margins")[: 3 if "rewards/accuracies" in metrics else 2]:
             assert recorder.steps[step][name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-4), (step, name)
     for name, weight in expected.items():  # Adam makes steps of the learning rate of whatever rounding leaves
@@ -314,18 +314,18 @@ def test_a_step_is_train_batch_size_rows_however_they_are_divided(
     tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:
     """Steps of 10, the last of an epoch shorter: a divisor of neither 8 nor 3."""
-    shape = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
-    whole = Recorder()
-    config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=10, **shape)
-    run(config, tmp_path / "whole", whole)
+    settings = {"train_batch_size": 10, "max_steps": -1, "num_train_epochs": 2.0}
+    reference = Recorder()
+    config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=10, **settings)
+    run(config, tmp_path / "whole", reference)
     inputs = read_inputs(config)
-    assert len(whole.steps) == make_plan(config, inputs).num_steps == 2 * math.ceil(len(inputs.train_rows) / 10)
+    assert len(reference.steps) == make_plan(config, inputs).num_steps == 2 * math.ceil(len(inputs.train_rows) / 10)
     for per_device in (8, 3):
         recorder = Recorder()
-        config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=per_device, **shape)
+        config = config_of(method, tiny_base, tmp_path, per_device_train_batch_size=per_device, **settings)
         run(config, tmp_path / str(per_device), recorder)
         assert_same_run(
-            recorder, trained_weights(tmp_path / str(per_device)), whole, trained_weights(tmp_path / "whole")
+            recorder, trained_weights(tmp_path / str(per_device)), reference, trained_weights(tmp_path / "whole")
         )
 
 
@@ -364,13 +364,13 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
     workers = [subprocess.Popen(command, env=common | {"RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     for size in sizes:
-        whole = Recorder()
-        run(config.model_copy(update={"train_batch_size": size}), tmp_path / f"one-{size}", whole)
+        reference = Recorder()
+        run(config.model_copy(update={"train_batch_size": size}), tmp_path / f"one-{size}", reference)
         for rank in ("0", "1"):
             folder = tmp_path / str(size) / rank
             steps = {int(step): metrics for step, metrics in json.loads((folder / "steps.json").read_text()).items()}
             assert_same_run(
-                Recorder(steps=steps), trained_weights(folder), whole, trained_weights(tmp_path / f"one-{size}")
+                Recorder(steps=steps), trained_weights(folder), reference, trained_weights(tmp_path / f"one-{size}")
             )
 
 
@@ -397,15 +397,15 @@ def test_training_prefers_what_it_was_shown_and_keeps_adapters_in_float32(
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_resumed_run_equals_the_uninterrupted_one(tiny_base: BaseCheckpoint, tmp_path: Path, method: str) -> None:
     config = config_of(method, tiny_base, tmp_path)
-    whole = Recorder(keep=tmp_path / "kept")
-    result = run(config, tmp_path / "whole", whole)
+    uninterrupted = Recorder(keep=tmp_path / "kept")
+    result = run(config, tmp_path / "whole", uninterrupted)
     resumed = Recorder()
-    again = run(config, tmp_path / "resumed", resumed, resume_from=tmp_path / "kept")
+    resumed_result = run(config, tmp_path / "resumed", resumed, resume_from=tmp_path / "kept")
     assert list(resumed.steps) == [5, 6, 7, 8]
     for step in resumed.steps:
-        assert resumed.steps[step]["loss"] == pytest.approx(whole.steps[step]["loss"], abs=1e-4)
-    assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
-    assert again.metrics["base_eval_loss"] == pytest.approx(result.metrics["base_eval_loss"], abs=1e-6)
+        assert resumed.steps[step]["loss"] == pytest.approx(uninterrupted.steps[step]["loss"], abs=1e-4)
+    assert resumed_result.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
+    assert resumed_result.metrics["base_eval_loss"] == pytest.approx(result.metrics["base_eval_loss"], abs=1e-6)
 
 
 @pytest.mark.promise("D15")

@@ -1,4 +1,4 @@
-"""What a training step computes: what a plain PyTorch loop does, packed, divided and on two workers too."""
+"""A training step computes what a plain PyTorch loop does, also packed, divided and on two workers."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
-    """No dropout, float32: two ways to compute the same may differ by rounding only."""
+    """No dropout, float32: two computations of the same value may differ by rounding only."""
     dataset = tmp_path / "rows.jsonl"
     rows = [
         {"prompt": f"Ask {n}" + " again" * (n % 9), "completion": f"Answer {n}" + " so" * (n % 5)} for n in range(24)
@@ -67,7 +67,7 @@ def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
 
 
 class Losses:
-    """A Run that keeps each step's loss."""
+    """A RunReporter that keeps each step's loss."""
 
     rank = 0
 
@@ -161,9 +161,9 @@ def test_two_accumulated_micro_batches_of_two_are_one_of_four(config: TrainConfi
 
 def test_a_last_step_with_fewer_rows_weighs_its_tokens_alike(config: TrainConfig, tmp_path: Path) -> None:
     """24 rows in steps of 10: the third step of an epoch has 4."""
-    whole = {"per_device_train_batch_size": 10, "max_steps": 4}
+    undivided = {"per_device_train_batch_size": 10, "max_steps": 4}
     divided = {"per_device_train_batch_size": 3, "train_batch_size": 10, "max_steps": 4}
-    assert_same(trained(config, tmp_path / "1", **divided), trained(config, tmp_path / "2", **whole))
+    assert_same(trained(config, tmp_path / "1", **divided), trained(config, tmp_path / "2", **undivided))
 
 
 def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: P
 def test_many_labelled_tokens_are_taken_in_chunks(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = trained(config, tmp_path / "1")
+    reference = trained(config, tmp_path / "1")
     monkeypatch.setattr("training.trainer.sft_trainer._LOGITS_CHUNK", 7)
-    assert_same(trained(config, tmp_path / "2"), whole)
+    assert_same(trained(config, tmp_path / "2"), reference)
 
 
 _WORKER = """
@@ -224,16 +224,16 @@ def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(config: Train
 def test_neftune_noise_has_the_papers_scale_for_every_document(tiny_base: BaseCheckpoint, config: TrainConfig) -> None:
     model = attach_lora(load_quantized(tiny_base, Quantization()), config.lora).train()
     embed_tokens = model.get_base_model().model.embed_tokens
-    seen: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     batch = collate(ROWS)
     with training_forward(model), neftune(model, 5.0):
-        handle = embed_tokens.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+        handle = embed_tokens.register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
         for _ in range(200):
             model(**batch)
         handle.remove()
     plain = embed_tokens(batch["input_ids"])
-    assert len(seen) == 200
-    largest = (torch.stack(seen) - plain).abs().amax((0, 1, 3))  # [num_tokens]
+    assert len(outputs) == 200
+    largest = (torch.stack(outputs) - plain).abs().amax((0, 1, 3))  # [num_tokens]
     starts = [0, 5, 7, 15]
     for row, (start, end) in enumerate(itertools.pairwise(starts)):
         bound = 5.0 / math.sqrt(len(ROWS[row]["input_ids"]) * plain.shape[-1])

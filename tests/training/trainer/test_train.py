@@ -38,7 +38,7 @@ PROJECT = Path(__file__).parents[3]
 
 @dataclass
 class Recorder:
-    """A Run that remembers."""
+    """A RunReporter that records its calls."""
 
     rank: int = 0
     phases: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For so small a model more threads only wait for each other."""
+    """A model this small is slower with more threads."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -128,13 +128,13 @@ def test_run_from_base_to_adapter(config: TrainConfig, tmp_path: Path) -> None:
 
 @pytest.mark.promise("D13")
 def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(config: TrainConfig, tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    whole = Keeper(5, kept)
-    result = whole_run(config, whole, tmp_path)
-    resumed, again = run(config, tmp_path, "resumed", resume_from=kept)
+    checkpoint_dir = tmp_path / "kept"
+    uninterrupted = Keeper(5, checkpoint_dir)
+    result = whole_run(config, uninterrupted, tmp_path)
+    resumed, again = run(config, tmp_path, "resumed", resume_from=checkpoint_dir)
     assert list(resumed.steps) == list(range(6, 11))
     for step in resumed.steps:
-        assert resumed.steps[step]["loss"] == pytest.approx(whole.steps[step]["loss"], abs=1e-4)
+        assert resumed.steps[step]["loss"] == pytest.approx(uninterrupted.steps[step]["loss"], abs=1e-4)
     assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
     assert resumed.dtypes == {torch.float32}
 
@@ -142,9 +142,9 @@ def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_one(config: Trai
 class Keeper(Recorder):
     """Keeps the checkpoint of one step."""
 
-    def __init__(self, step: int, kept: Path) -> None:
+    def __init__(self, step: int, checkpoint_dir: Path) -> None:
         super().__init__()
-        self._step, self._kept = step, kept
+        self._step, self._kept = step, checkpoint_dir
 
     def on_checkpoint(self, directory: Path, step: int, metrics: Mapping[str, float]) -> None:
         if step == self._step:
@@ -189,22 +189,22 @@ def test_weights_of_the_lowest_held_out_loss_come_back(config: TrainConfig) -> N
     model = attach_lora(load_quantized(inputs.base, config.quantization, "cpu"), config.lora)
     losses = iter([3.0, 1.0, 2.0])
     config = config.model_copy(update={"eval_steps": 2, "load_best_model_at_end": True})
-    watch = TrainingCallback(config, Recorder(), 9.0, "nothing", lambda _: {"eval_loss": next(losses)})
+    callback = TrainingCallback(config, Recorder(), 9.0, "nothing", lambda _: {"eval_loss": next(losses)})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for step in range(1, 7):
         with torch.no_grad():
             for parameter in trained:
                 parameter.fill_(step)
         state = TrainerState(global_step=step, max_steps=9)
-        watch.on_step_end(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
-    assert watch.restore_best(model) == {"best_step": 4.0}
+        callback.on_step_end(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
+    assert callback.restore_best(model) == {"best_step": 4.0}
     assert all((parameter == 4).all() for parameter in trained)
 
 
 def test_trl_given_the_same_order_and_first_weights_has_the_same_loss_at_every_step(
     config: TrainConfig, tmp_path: Path
 ) -> None:
-    """Whatever one epoch by TRL and by Corral differ in is the luck of the draw."""
+    """One epoch by TRL and by Corral differ only by random draws."""
     without_dropout = config.lora.model_copy(update={"lora_dropout": 0.0})
     in_float32 = config.quantization.model_copy(update={"compute_dtype": "float32"})
     config = config.model_copy(update={"lora": without_dropout, "quantization": in_float32, "max_steps": 6})
@@ -263,9 +263,9 @@ def test_held_out_loss_is_that_of_single_rows_and_labelled_tokens_only(config: T
         labels = torch.tensor(row["labels"])[1:]
         with torch.no_grad():
             logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].float()
-        kept = labels != IGNORED_LABEL
-        total += F.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
-        count += int(kept.sum())
+        labelled = labels != IGNORED_LABEL
+        total += F.cross_entropy(logits[labelled], labels[labelled], reduction="sum").item()
+        count += int(labelled.sum())
     loss, num_tokens = held_out_loss(model, inputs.held_out_rows)
     assert num_tokens == count
     assert loss == pytest.approx(total / count, rel=2e-3)
@@ -301,27 +301,27 @@ def test_diverged_run_stops_naming_step_and_reason(config: TrainConfig, tmp_path
 )
 def test_every_kind_of_divergence_is_named(config: TrainConfig, loss: float, grad_norm: float, reason: str) -> None:
     recorder = Recorder()
-    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
+    callback = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
     logs = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
     with pytest.raises(TrainingError, match=re.escape(f"training stopped at {reason}")) as caught:
-        watch.on_log(TrainingArguments(use_cpu=True), TrainerState(global_step=7), TrainerControl(), logs)
+        callback.on_log(TrainingArguments(use_cpu=True), TrainerState(global_step=7), TrainerControl(), logs)
     assert "\n" not in str(caught.value)
     assert not recorder.steps
 
 
 def test_overflow_in_float16_is_a_skipped_step_and_no_divergence(config: TrainConfig) -> None:
     recorder = Recorder()
-    watch = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
+    callback = TrainingCallback(config, recorder, 2 * math.log(49152), "twice that of random guessing")
     in_float16 = TrainingArguments(use_cpu=True)
-    in_float16.fp16 = True  # which transformers refuses to be told on a CPU
+    in_float16.fp16 = True  # which transformers refuses on a CPU
     logs = {"loss": 2.0, "grad_norm": math.inf, "learning_rate": 0.1, "epoch": 1.0, "num_tokens": 10.0}
     for step in range(16):
-        watch.on_log(in_float16, TrainerState(global_step=step), TrainerControl(), logs)
+        callback.on_log(in_float16, TrainerState(global_step=step), TrainerControl(), logs)
     with pytest.raises(TrainingError, match="the gradient norm became inf"):
-        watch.on_log(in_float16, TrainerState(global_step=17), TrainerControl(), logs)
+        callback.on_log(in_float16, TrainerState(global_step=17), TrainerControl(), logs)
 
 
 def test_worker_code_does_not_know_ray() -> None:
     script = "import sys, training.trainer.train; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""The compiled forward: training's very weights in 4.13 bits, and sums that do not depend on the batch."""
+"""The compiled forward: the same weights as in training in 4.13 bits, and sums that do not depend on the batch."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseCheckpoint) -> No
 
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(
+def test_logits_are_bit_equal_alone_in_a_batch_and_in_chunks(
     embedded_base: BaseCheckpoint, dtype: ComputeDtype
 ) -> None:
     llama = cpu_llama(embedded_base, Quantization(compute_dtype=dtype))
@@ -77,17 +77,17 @@ def test_logits_are_bit_equal_alone_in_a_crowd_and_in_chunks(
         return llama.logits(llama.forward(batch))
 
     for slot in (NO_ADAPTER, 1):
-        alone = logits((TOKENS, 0, slot, TABLE))
+        expected = logits((TOKENS, 0, slot, TABLE))
         parts = [
             logits((TOKENS[start:end], start, slot, TABLE)) for start, end in [(0, 1), (1, 14), (14, 40), (40, 100)]
         ]
-        assert torch.equal(torch.cat(parts), alone)
-        crowd: list[tuple[list[int], int, int, list[int]]] = [
+        assert torch.equal(torch.cat(parts), expected)
+        neighbours: list[tuple[list[int], int, int, list[int]]] = [
             (list(range(50, 50 + n)), 0, slot, [11 + 8 * i + j for j in range(8)])
             for i, (n, slot) in enumerate([(1, 0), (30, NO_ADAPTER), (7, 1)])
         ]
-        assert torch.equal(logits(*crowd, (TOKENS, 0, slot, TABLE))[38:], alone)
-    assert not torch.equal(logits((TOKENS, 0, 0, TABLE)), alone)  # the adapter matters
+        assert torch.equal(logits(*neighbours, (TOKENS, 0, slot, TABLE))[38:], expected)
+    assert not torch.equal(logits((TOKENS, 0, 0, TABLE)), expected)  # the adapter matters
 
 
 def test_one_thread_gives_the_bits_of_two(tiny_base: BaseCheckpoint) -> None:

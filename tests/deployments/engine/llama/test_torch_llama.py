@@ -1,4 +1,4 @@
-"""What of the CUDA path can be held on a CPU, and, marked gpu, the rest: paged attention and CUDA graphs."""
+"""What a CPU can check of the CUDA path, and, marked gpu, the rest: paged attention and CUDA graphs."""
 
 from collections.abc import Callable
 
@@ -50,8 +50,8 @@ def test_a_padded_step_gives_the_same_and_writes_to_no_block_of_a_sequence(llama
     expected = llama.forward(step)
     after = llama._keys.clone()
     llama._keys[:], llama._values[:] = keys, values
-    found = llama.forward(pad_batch(step, 8, table_width=4, spare_block=llama.num_blocks))
-    assert torch.allclose(found, expected, atol=1e-5)
+    logits = llama.forward(pad_batch(step, 8, table_width=4, spare_block=llama.num_blocks))
+    assert torch.allclose(logits, expected, atol=1e-5)
     assert torch.allclose(llama._keys[:, : llama.num_blocks], after[:, : llama.num_blocks], atol=1e-5)
     assert not torch.equal(llama._keys[:, llama.num_blocks], keys[:, llama.num_blocks])  # the padding went there
 
