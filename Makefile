@@ -19,23 +19,23 @@ export GRADIO_ANALYTICS_ENABLED = False
 demo: setup
 	@$(BIN)/corral demo $(if $(ONCE),--once)
 
-# In minutes: at least one test of every promise. What ARGS names, such as a file or --promise D12, is run whole.
+# The quick tier: minutes, with at least one test of every promise. What ARGS names (a file, --promise D12) runs completely.
 test: setup
 	@$(PYTEST) --quick
 
 test-all: setup
 	@$(PYTEST)
 
-# The API against clients that other people wrote: openai, LangChain, litellm, lm-eval, schemathesis.
+# The API against other people's clients: openai, LangChain, litellm, lm-eval, schemathesis.
 test-clients: setup $(CLIENTS_READY)
 	@$(CLIENTS_VENV)/bin/python -m pytest tests/third_party $(ARGS)
 
-# The quickstart server over HTTP, and the bare engine without Ray and HTTP: what is between them is the cost of serving.
+# The quickstart server over HTTP, and the bare engine without Ray and HTTP: the difference is the cost of serving.
 bench: setup
 	@$(BIN)/corral bench --serve configs/serve/quickstart.yaml $(ARGS)
 	@$(BIN)/python -m deployments.engine.bench
 
-# The quickstart's first epoch by TRL alone, by Corral without Ray, and by Corral on Ray, by turns.
+# The quickstart's first epoch by TRL alone, by Corral without Ray, and by Corral on Ray, interleaved.
 bench-train: setup
 	@$(BIN)/python -m training.bench $(ARGS)
 

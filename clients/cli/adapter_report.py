@@ -92,12 +92,12 @@ def verify_report(manifest: "AdapterManifest", comparisons: Sequence["Comparison
         )
     failed = sum(not comparison.passed for comparison in comparisons)
     if failed:
-        verdict = f"PEFT and the engine disagree on {failed} of {len(comparisons)} prompts"
+        summary = f"PEFT and the engine disagree on {failed} of {len(comparisons)} prompts"
     else:
-        verdict = (
+        summary = (
             f"{manifest.model_id} is intact, loads with AutoPeftModelForCausalLM, and the engine's answers match PEFT's"
         )
-    return Group(table, Text(verdict, style="bold red" if failed else "green"))
+    return Group(table, Text(summary, style="bold red" if failed else "green"))
 
 
 def _facts(manifest: "AdapterManifest") -> Table:

@@ -55,15 +55,15 @@ def killed_at(step, work):
     "Run work in a child that kills itself before its step-th change below root; False if it got to the end."
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     def run():
-        left = step
+        remaining = step
         def hook(event, arguments):
-            nonlocal left
+            nonlocal remaining
             # These announce themselves before they happen; os.open (mode None) is how a folder is synced.
             changes = event in ("os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir")
             changes = changes or (event == "open" and (arguments[1] is None or arguments[2] & writing))
             if changes and str(arguments[0]).startswith(str(root)):
-                left -= 1
-                if left < 0:
+                remaining -= 1
+                if remaining < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(hook)
         work()
