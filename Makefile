@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints.txt
 READY := $(VENV)/.ready
-# Four processes for two cores, since many tests wait for Ray; with ARGS one, where -s and --pdb work.
-PYTEST = $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 4)
+# Two processes, since many tests wait for Ray; one with ARGS, where -s and --pdb work.
+PYTEST = $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2)
 # Shows errors only.
 PIP_INSTALL := pip install -qq -c $(CONSTRAINTS)
 CLIENTS_VENV := .venv-clients
