@@ -106,7 +106,8 @@ def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(ser
     key = server.key("two at a time", streams=2)
     with ExitStack() as first, ExitStack() as second:
         assert server.stream(first, key).status_code == server.stream(second, key).status_code == 200
-        refusals = [server.post(key) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:  # at once: the streams end some time
+            refusals = [*pool.map(lambda _: server.post(key), range(4))]
         assert [answer.status_code for answer in refusals] == [429] * 4
         assert "2 requests at a time" in refusals[0].json()["error"]["message"]
         first.close()

@@ -279,6 +279,7 @@ def test_what_takes_too_long_is_refused_and_what_waits_behind_it_told_to_come_ag
         requests = [compiler.compile(grammar({"type": kind})) for kind in ("integer", "integer", "string")]
         results = await asyncio.gather(*requests, return_exceptions=True)
         go_on.set()
+        compiler._timeout_s = 60.0
         return [*results, await compiler.compile(grammar({"type": "string"}))]
 
     first, same, waiting, retried = asyncio.run(both())
