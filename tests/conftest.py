@@ -22,6 +22,7 @@ from typing import Any
 
 import fsspec
 import httpx
+import hypothesis
 import psutil
 import pytest
 import yaml
@@ -34,6 +35,10 @@ from training.registry.publish import AdapterDraft, AdapterPublisher, import_ada
 from training.registry.registry import AdapterRegistry
 
 pytest_plugins = ("tests.tiers", "tests.workers")
+
+# Beside other load an example may take any time.
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 _BEGINS_SESSION = "CORRAL_TEST_SCRATCH" not in os.environ  # neither a worker nor another process that a test started
 if _BEGINS_SESSION:
