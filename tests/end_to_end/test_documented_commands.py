@@ -48,13 +48,20 @@ def test_demo_asks_base_and_adapter_and_stops(quickstart: AdapterManifest) -> No
     [
         ("train", "configs/train/quickstart_dpo.yaml", "max_steps=2"),
         ("train", "configs/train/quickstart_kto.yaml", "max_steps=2"),
-        ("sweep", "configs/sweep/quickstart.yaml", "max_steps=2", "sweep.num_samples=1", "sweep.scheduler=fifo"),
+        (
+            "sweep",
+            "configs/sweep/quickstart.yaml",
+            "max_steps=2",
+            "sweep.num_samples=1",
+            "sweep.scheduler=fifo",
+            "sweep.grace_period=1",
+        ),
     ],
     ids=lambda command: Path(command[1]).stem,
 )
 def test_recipe_trains(quickstart: AdapterManifest, command: tuple[str, ...]) -> None:
-    output = corral(*command, "--force", f"adapter={'-'.join(Path(command[1]).stem.split('_'))}-cut")
-    assert "@1 is registered" in output
+    adapter = f"{Path(command[1]).stem.replace('_', '-')}-cut"
+    assert f":{adapter}@1" in corral(*command, "--force", f"adapter={adapter}")
 
 
 @pytest.mark.slow
