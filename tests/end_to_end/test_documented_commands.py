@@ -80,7 +80,8 @@ def test_the_bare_engine_is_measured_without_a_compiler() -> None:
     assert "tokens/s" in output
 
 
-def test_ssl_cert_file_is_what_python_programs_trust() -> None:
+def test_ssl_cert_file_is_what_python_programs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORRAL_HOME", str(tmp_path / "home"))  # a certificate is never overwritten
     create_certificate([])
     certificate, key = certificate_files()
     with https_server(certificate, key) as url:
