@@ -19,7 +19,7 @@ def chapter_commands() -> list[list[str]]:
 
 def corral(*words: str) -> str:
     command = [sys.executable, "-m", "clients.cli", *words]
-    result = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=800, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

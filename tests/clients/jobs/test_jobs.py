@@ -174,9 +174,11 @@ def test_what_is_wrong_here_is_refused_here(cluster: Cluster) -> None:
 @pytest.mark.slow
 @pytest.mark.promise("D14")
 def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster: Cluster) -> None:
-    arguments = ("--submission-id", "stopped", "adapter=stopped", "max_steps=100")
+    arguments = ("--submission-id", "stopped", "adapter=stopped", "max_steps=400")
     client = cluster.start("train", "support.yaml", "--submit", cluster.address, *arguments)
     wait_until(lambda: step_of("stopped") >= 7)
+    (worker,) = training_processes("RayTrainWorker")
+    worker.suspend()  # the run cannot end meanwhile
     client.send_signal(signal.SIGINT)
     _, stderr = client.communicate(timeout=300)
     assert client.returncode == 1
@@ -185,6 +187,7 @@ def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster:
     assert status_of(cluster, "stopped") == "RUNNING"
     assert training_processes("run_name=stopped")
 
+    worker.resume()
     stopped = cluster.corral("runs", "stop", "stopped", "--address", cluster.address)
     assert stopped.returncode == 0, stopped.stderr
     assert "job stopped is STOPPED" in stopped.stdout
@@ -197,7 +200,7 @@ def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster:
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "job stopped.2 of run stopped" in resumed.stderr
     assert "tiny-llama:stopped@1 is registered" in resumed.stdout
-    assert read_metrics(read_run(runs_of(), "stopped").run_dir).steps == list(range(1, 101))
+    assert read_metrics(read_run(runs_of(), "stopped").run_dir).steps == list(range(1, 401))
     assert read_run(runs_of(), "stopped").state == "finished"
 
 

@@ -109,7 +109,7 @@ def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(ser
         with ThreadPoolExecutor(4) as pool:  # at once: the streams end some time
             refusals = [*pool.map(lambda _: server.post(key), range(4))]
         assert [answer.status_code for answer in refusals] == [429] * 4
-        assert "2 requests at a time" in refusals[0].json()["error"]["message"]
+        assert "limit on concurrent requests is reached (2)" in refusals[0].json()["error"]["message"]
         first.close()
         wait_for(lambda: server.post(key).status_code == 200, 300)
     for _ in range(5):  # sequential requests pass

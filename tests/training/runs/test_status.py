@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from clients.cli.runs import sparkline
+from tests.conftest import descendants
 from training.base_models.resolve import BaseCheckpoint
 from training.registry.registry import AdapterRegistry
 from training.runs.metrics_log import read_metrics
@@ -168,10 +169,10 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
                 "run_name": "often",
                 "data": {"path": str(rows)},
                 "per_device_train_batch_size": 4,
-                "max_steps": 60,
+                "max_steps": 300,
                 "learning_rate": 5e-3,
                 "max_length": 64,
-                "save_steps": 5,
+                "save_steps": 20,
                 "sample_prompts": 0,
                 "use_gpu": False,
                 "resources_per_worker": {"CPU": 1},
@@ -197,8 +198,10 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
         return read_run(str(tmp_path / "runs"), "often").state
 
     holder = start()
-    wait_until(lambda: step() >= 7, holder)
+    wait_until(lambda: step() >= 25, holder)
     assert state() == "running"
+    (worker,) = descendants(holder.pid, "RayTrainWorker")
+    worker.suspend()  # the run cannot end meanwhile
     second = start()
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 1
@@ -206,6 +209,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     assert holder.poll() is None
     started = psutil.Process(holder.pid).children(recursive=True)
     assert len(started) > 3
+    worker.resume()
     # From another process: waiting for the lock holder here would take its exit code.
     stop = [sys.executable, "-m", "clients.cli", "runs", "stop", "often", "--storage", str(tmp_path / "runs")]
     stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
@@ -233,7 +237,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     assert holder.returncode == 0, errors
     assert "tiny-llama:stopped-often@1 is registered" in output
     assert state() == "finished"
-    assert read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps == list(range(1, 61))
+    assert read_metrics(read_run(str(tmp_path / "runs"), "often").run_dir).steps == list(range(1, 301))
     # Ray's idle agents try for a minute to tell a dead GCS that its raylet died.
     assert psutil.wait_procs(started, timeout=300)[1] == []
     output = corral_runs("show", "often", "--storage", str(tmp_path / "runs"))
