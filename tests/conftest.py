@@ -44,19 +44,20 @@ _BEGINS_SESSION = "CORRAL_TEST_SCRATCH" not in os.environ  # neither a worker no
 if _BEGINS_SESSION:
     os.environ["CORRAL_TEST_SCRATCH"] = tempfile.mkdtemp(prefix="corral-", dir="/tmp")
 _SCRATCH = Path(os.environ["CORRAL_TEST_SCRATCH"])
-_QUICKSTART_HOME = _SCRATCH / "home"
+QUICKSTART_HOME = _SCRATCH / "home"
 _OWN = _SCRATCH / os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ["CORRAL_HOME"] = str(_OWN / "home")
 os.environ["RAY_TMPDIR"] = str(_OWN / "ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.3"  # how often Ray Train looks whether a run has ended
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor in each run, for nodes that a cloud takes back
 os.environ.pop("RAY_ADDRESS", None)
-for _home in (_QUICKSTART_HOME, _OWN / "home"):
+for _home in (QUICKSTART_HOME, _OWN / "home"):
     _home.mkdir(mode=0o700, parents=True, exist_ok=True)
 for _name in ("models", "kernels"):  # made under a lock, and the same for all
-    (_QUICKSTART_HOME / _name).mkdir(exist_ok=True)
+    (QUICKSTART_HOME / _name).mkdir(exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        (_OWN / "home" / _name).symlink_to(_QUICKSTART_HOME / _name)
+        (_OWN / "home" / _name).symlink_to(QUICKSTART_HOME / _name)
 
 _TRAIN = '"$@"; echo $? > "$0/training.status"'  # a shell in the folder $0: run a command, record its exit status
 
@@ -241,7 +242,7 @@ def quickstart(embedded_base: BaseCheckpoint) -> AdapterManifest:
         time.sleep(0.2)
     assert status.read_text() == "0\n", (_SCRATCH / "training.log").read_text()[-4000:]
     if _OWN != _SCRATCH:
-        shutil.copytree(_QUICKSTART_HOME / "registry", _OWN / "home" / "registry", dirs_exist_ok=True)
+        shutil.copytree(QUICKSTART_HOME / "registry", _OWN / "home" / "registry", dirs_exist_ok=True)
     return AdapterRegistry().resolve("ranch-hand")
 
 

@@ -92,7 +92,6 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, is_private: bool, debug: 
     import ray
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     from training.ray_train.worker import train_func
 
@@ -102,7 +101,7 @@ def _run_workers(config: TrainConfig, run_dir: RunDir, is_private: bool, debug: 
     use_gpu = wants_gpu(config, gpus)
     elastic = (config.min_workers, config.max_workers)
     filesystem, storage_path = ray_storage(run_dir)
-    trainer = (trainer_class() if is_private else TorchTrainer)(
+    trainer = trainer_class(is_private)(
         train_func,
         train_loop_config={
             "config": with_absolute_paths(config).model_dump(mode="json"),
@@ -152,17 +151,20 @@ def _raise_recorded(run_dir: RunDir) -> None:
         raise getattr(errors, recorded["error"], TrainingError)(recorded["message"])
 
 
-def trainer_class() -> "type[TorchTrainer]":
-    """TorchTrainer without two actors that are idle here but wake up a hundred times a second."""
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback  # for Ray Data, which is not used
-    from ray.train.v2._internal.callbacks.placement_group_callback import (
-        PlacementGroupCleanerCallback,  # for placement groups that outlive the controller; this Ray ends with it
-    )
+def trainer_class(is_private: bool) -> "type[TorchTrainer]":
+    """TorchTrainer without the actor for Ray Data, which is not used.
+
+    On a private Ray also without the one for placement groups that outlive the controller: that Ray ends with it. Each
+    takes seconds of CPU time to start, and wakes up a hundred times a second.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    class PrivateTrainer(TorchTrainer):
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_private else DatasetsCallback
+
+    class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
             return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
-    return PrivateTrainer
+    return Trainer

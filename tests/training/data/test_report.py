@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.training.data.test_prepare import Prepare, chatml, prepare, row, write
+from tests.training.data.conftest import Prepare, row, write
 from training.data.report import DataReport, length_report
-
-__all__ = ["chatml", "prepare"]  # fixtures
 
 
 def test_lengths_are_counted_in_bars_and_percentiles() -> None:
