@@ -148,7 +148,7 @@ def test_a_yaml_says_itself_whether_it_is_a_sweep(
     assert main(["--config", str(sweep), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == trials
     result = CliRunner().invoke(app, ["train", str(sweep)])
-    assert (result.exit_code, f"'corral sweep {sweep}' runs it" in result.stderr) == (2, True)
+    assert (result.exit_code, f"run it with 'corral sweep {sweep}'" in result.stderr) == (2, True)
     for arguments, words in ((["--no-wait"], "are for a job: add --submit"), (["--submit", "x", "--json"], "--json")):
         result = CliRunner().invoke(app, ["sweep", str(sweep), *arguments])
         assert (result.exit_code, words in result.stderr) == (2, True)

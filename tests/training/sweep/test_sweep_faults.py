@@ -20,7 +20,7 @@ from training.registry.registry import AdapterRegistry
 from training.runs.run_dir import RunDir
 from training.runs.status import read_run
 
-_STEPS = 40
+_STEPS = 150
 
 
 @pytest.mark.slow
@@ -50,12 +50,18 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
 
     process = start(tmp_path)
     wait_until(lambda: bool(first.read_json("result.json")), process)
+    wait_until(lambda: bool(second.read_json("progress.json")), process)
     assert read_run(s3, "stored").state == "running"
+    held = descendants(process.pid, "ImplicitFunc") + descendants(process.pid, "_run_trial")
+    for worker in held:
+        worker.suspend()  # the sweep cannot end meanwhile
     other = start(tmp_path)
     _, errors = other.communicate(timeout=300)
     assert other.returncode == 1
     assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {process.pid} on ")
     workers = psutil.Process(process.pid).children(recursive=True)
+    for worker in held:
+        worker.resume()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
