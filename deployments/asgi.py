@@ -137,9 +137,6 @@ class CorsMiddleware:
         self._with_cors: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the lifespan begins before the replica is complete
-            await self._app(scope, receive, send)
-            return
         if self._with_cors is None:
             self._with_cors = self._app
             if origins := self._origins():

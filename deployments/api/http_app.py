@@ -80,7 +80,7 @@ async def _validation_error_response(_: Request, error: Exception) -> JSONRespon
 def _field_path(error: dict[str, Any], body: Any) -> list[str]:
     """Path of the error in the body, without the names of union members that pydantic puts between."""
     place, *parts = error["loc"]
-    if place != "body" or body is None:
+    if place != "body":
         return [str(part) for part in parts]
     path = []
     for index, part in enumerate(parts):

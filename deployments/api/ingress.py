@@ -86,23 +86,13 @@ _METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _replica() -> Any:
-    return serve.get_replica_context().servable_object
-
-
-def _ledger() -> LedgerClient:
-    """This replica's client of the ledger."""
-    return cast(LedgerClient, _replica().ledger)
-
-
-def _cors_origins() -> tuple[str, ...]:
-    """Whose web pages may use the API."""
-    return cast(tuple[str, ...], _replica().cors_origins)
+def _replica() -> "ChatIngress":
+    return cast("ChatIngress", serve.get_replica_context().servable_object)
 
 
 api = create_api()  # complete before the class: `serve.ingress` copies it
-api.add_middleware(RequestTraceMiddleware, ledger=_ledger)
-api.add_middleware(CorsMiddleware, origins=_cors_origins)
+api.add_middleware(RequestTraceMiddleware, ledger=lambda: _replica().ledger)
+api.add_middleware(CorsMiddleware, origins=lambda: _replica().cors_origins)
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
