@@ -27,7 +27,6 @@ from deployments.protocol.chat import (
     TopLogprob,
 )
 from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
-from deployments.protocol.generation import StreamOptions
 from deployments.text.vocabulary import Vocabulary
 
 _MIN_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
@@ -41,21 +40,12 @@ class ResponseFormatter(ABC):
     Chunks are serialized without unset fields, complete responses with all fields.
     """
 
-    def __init__(
-        self,
-        completion_id: str,
-        model: str,
-        vocabulary: Vocabulary,
-        *,
-        with_logprobs: bool,
-        service_tier: str | None = None,
-    ) -> None:
+    def __init__(self, completion_id: str, model: str, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
         self.completion_id = completion_id
         self._model = model
         self._created = int(time.time())
         self._vocabulary = vocabulary
         self._with_logprobs = with_logprobs
-        self._tier = {} if service_tier is None else {"service_tier": "default"}  # named only where one was requested
 
     @abstractmethod
     def complete(self, completions: Sequence[TextDelta], usage: Usage) -> BaseModel:
@@ -66,7 +56,7 @@ class ResponseFormatter(ABC):
         """Chunks before the first delta."""
 
     @abstractmethod
-    def chunks(self, delta: TextDelta) -> Sequence[ChatCompletionChunk | Completion]:
+    def chunks(self, delta: TextDelta) -> list[BaseModel]:
         """Chunks for a delta's text and finish_reason."""
 
     @abstractmethod
@@ -98,7 +88,7 @@ class ChatFormatter(ResponseFormatter):
                 )
             )
         return ChatCompletion(
-            id=self.completion_id, created=self._created, model=self._model, choices=choices, usage=usage, **self._tier
+            id=self.completion_id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
     def first_chunks(self, num_completions: int) -> list[BaseModel]:
@@ -106,9 +96,9 @@ class ChatFormatter(ResponseFormatter):
         role = ChoiceDelta(role="assistant", content="")
         return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_completions)]
 
-    def chunks(self, delta: TextDelta) -> list[ChatCompletionChunk]:
+    def chunks(self, delta: TextDelta) -> list[BaseModel]:
         """Content with its log-probabilities, then an empty delta with the finish_reason."""
-        chunks: list[ChatCompletionChunk] = []
+        chunks: list[BaseModel] = []
         if delta.text or delta.tokens:
             content = ChunkChoice(index=delta.index, delta=ChoiceDelta(content=delta.text), finish_reason=None)
             if self._with_logprobs:
@@ -132,7 +122,6 @@ class ChatFormatter(ResponseFormatter):
             created=self._created,
             model=self._model,
             choices=choices,
-            **self._tier,
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs:
@@ -162,7 +151,7 @@ class CompletionFormatter(ResponseFormatter):
         """No chunks: a text has no role."""
         return []
 
-    def chunks(self, delta: TextDelta) -> list[Completion]:
+    def chunks(self, delta: TextDelta) -> list[BaseModel]:
         """One chunk with text, log-probabilities and finish_reason."""
         return [self._response([self._choice(delta)])]
 
@@ -172,12 +161,7 @@ class CompletionFormatter(ResponseFormatter):
 
     def _response(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
-            id=self.completion_id,
-            object="text_completion",
-            created=self._created,
-            model=self._model,
-            choices=choices,
-            **self._tier,
+            id=self.completion_id, object="text_completion", created=self._created, model=self._model, choices=choices
         )
 
     def _choice(self, delta: TextDelta) -> CompletionChoice:
@@ -211,32 +195,27 @@ async def sse_events(
     formatter: ResponseFormatter,
     outputs: Sequence[PromptOutput],
     batches: AsyncGenerator[list[TextDelta], None],
-    options: StreamOptions,
+    *,
+    include_usage: bool,
 ) -> AsyncGenerator[str, None]:
     """Format batches of text deltas, which `outputs` produced, as server-sent events: one string for each batch.
 
     An error before the first string is raised; a later one becomes an event.
     """
     has_started = False
-    continuous_usage = options.include_usage and options.continuous_usage_stats
     num_unfinished = sum(output.generation.n for output in outputs)
     events = _to_events(formatter.first_chunks(num_unfinished))
     try:
         async with aclosing(batches):  # when the client disconnects, generation stops at once
             async for deltas in batches:
-                chunks = [chunk for delta in deltas for chunk in formatter.chunks(delta)]
-                if continuous_usage:
-                    usage = usage_of(outputs)
-                    for chunk in chunks:
-                        chunk.usage = usage
-                events += _to_events(chunks)
+                events += _to_events(chunk for delta in deltas for chunk in formatter.chunks(delta))
                 num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 if not num_unfinished:
                     break
                 has_started = True
                 yield events
                 events = ""
-        if options.include_usage:
+        if include_usage:
             events += _to_events([formatter.usage(usage_of(outputs))])
     except Exception as error:
         if not has_started:

@@ -45,9 +45,6 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
     if response_format.json_schema is not None:
         schema = response_format.json_schema.schema_
         check_schema(schema, SCHEMA_PATH, strict=bool(response_format.json_schema.strict))
-    elif response_format.schema_ is not None:
-        schema = response_format.schema_
-        check_schema(schema, "response_format.schema", strict=False)
     return f"json: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
