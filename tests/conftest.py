@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,34 @@ def wait_until_up(url: str, seconds: float, headers: dict[str, str] | None = Non
             return
         time.sleep(0.3)
     raise AssertionError(f"{url} does not answer")
+
+
+def wait_until(
+    holds: Callable[[], bool], process: "subprocess.Popen[str] | None" = None, *, seconds: float = 300
+) -> None:
+    """Wait for a condition; fails at once if the process that is to bring it about has ended."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        if process is not None and process.poll() is not None:
+            raise AssertionError(
+                f"it ended with {process.returncode}: {process.stderr.read() if process.stderr else ''}"
+            )
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def suspended(processes: list[psutil.Process]) -> Iterator[None]:
+    """The processes hold still for the block: a run cannot end while a test looks at it."""
+    assert processes
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def descendants(pid: int, name: str) -> list[psutil.Process]:

@@ -161,7 +161,7 @@ def trainer_class(is_private: bool) -> "type[TorchTrainer]":
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_private else DatasetsCallback
+    unused = (DatasetsCallback, *([PlacementGroupCleanerCallback] if is_private else []))
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:

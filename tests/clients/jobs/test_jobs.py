@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from clients.jobs import jobs
 from clients.jobs.dashboard import JobError, dashboard_url
 from clients.jobs.jobs import TrainingJobs
-from tests.conftest import free_port, ray_head
+from tests.conftest import free_port, ray_head, suspended, wait_until
 from training.base_models.resolve import BaseCheckpoint
 from training.errors import ConfigError
 from training.registry.registry import AdapterRegistry
@@ -176,23 +175,21 @@ def test_what_is_wrong_here_is_refused_here(cluster: Cluster) -> None:
 def test_ctrl_c_detaches_stop_leaves_no_process_and_the_same_id_resumes(cluster: Cluster) -> None:
     arguments = ("--submission-id", "stopped", "adapter=stopped", "max_steps=400")
     client = cluster.start("train", "support.yaml", "--submit", cluster.address, *arguments)
-    wait_until(lambda: step_of("stopped") >= 7)
-    (worker,) = training_processes("RayTrainWorker")
-    worker.suspend()  # the run cannot end meanwhile
-    client.send_signal(signal.SIGINT)
-    _, stderr = client.communicate(timeout=300)
-    assert client.returncode == 1
-    assert f"corral runs stop stopped --address {cluster.address}" in stderr
-    assert stderr.splitlines()[-1] == "error: detached from job stopped, which keeps running"
-    assert status_of(cluster, "stopped") == "RUNNING"
-    assert training_processes("run_name=stopped")
+    wait_until(lambda: step_of("stopped") >= 7, seconds=180)
+    with suspended(training_processes("RayTrainWorker")):
+        client.send_signal(signal.SIGINT)
+        _, stderr = client.communicate(timeout=300)
+        assert client.returncode == 1
+        assert f"corral runs stop stopped --address {cluster.address}" in stderr
+        assert stderr.splitlines()[-1] == "error: detached from job stopped, which keeps running"
+        assert status_of(cluster, "stopped") == "RUNNING"
+        assert training_processes("run_name=stopped")
 
-    worker.resume()
     stopped = cluster.corral("runs", "stop", "stopped", "--address", cluster.address)
     assert stopped.returncode == 0, stopped.stderr
     assert "job stopped is STOPPED" in stopped.stdout
-    wait_until(lambda: not training_processes("run_name=stopped"), 300)
-    wait_until(lambda: not training_processes("RayTrainWorker"), 300)
+    wait_until(lambda: not training_processes("run_name=stopped"))
+    wait_until(lambda: not training_processes("RayTrainWorker"))
     assert "stopped" not in AdapterRegistry().names()
     assert read_run(runs_of(), "stopped").state == "stopped"
 
@@ -210,19 +207,20 @@ def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(clus
     command = ("sweep", "search.yaml", "--submit", cluster.address, "--submission-id", "search", "adapter=searched-job")
     first, second = (Path(runs_of(), "search", "trials", number) for number in ("000", "001"))
     client = cluster.start(*command, "max_steps=240")
-    wait_until(lambda: (first / "result.json").exists() and (second / "metrics.jsonl").exists())
-    client.send_signal(signal.SIGINT)
-    _, stderr = client.communicate(timeout=300)
-    assert client.returncode == 1
-    assert stderr.splitlines()[-1] == "error: detached from job search, which keeps running"
-    assert read_run(runs_of(), "search").state == "running"
-    assert read_run(runs_of(), "search/trials/000").state == "finished"
-    assert read_run(runs_of(), "search/trials/001").state == "running"
+    wait_until(lambda: (first / "result.json").exists() and (second / "metrics.jsonl").exists(), seconds=180)
+    with suspended(training_processes("ray::ImplicitFunc")):
+        client.send_signal(signal.SIGINT)
+        _, stderr = client.communicate(timeout=300)
+        assert client.returncode == 1
+        assert stderr.splitlines()[-1] == "error: detached from job search, which keeps running"
+        assert read_run(runs_of(), "search").state == "running"
+        assert read_run(runs_of(), "search/trials/000").state == "finished"
+        assert read_run(runs_of(), "search/trials/001").state == "running"
 
     stopped = cluster.corral("runs", "stop", "search", "--address", cluster.address)
     assert "job search is STOPPED: submit run search again to resume it" in stopped.stdout, stopped.stderr
-    wait_until(lambda: not training_processes("run_name=search"), 300)
-    wait_until(lambda: not training_processes("_run_trial"), 300)
+    wait_until(lambda: not training_processes("run_name=search"))
+    wait_until(lambda: not training_processes("ray::ImplicitFunc"))
     assert read_run(runs_of(), "search").state == "stopped"
     assert "searched-job" not in AdapterRegistry().names()
     assert not (second / "result.json").exists()
@@ -311,10 +309,3 @@ def training_processes(words: str) -> list[psutil.Process]:
         if words in " ".join(command) and "clients.cli" not in command and env.get("RAY_AUTH_TOKEN") == TOKEN:
             processes.append(process)
     return processes
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

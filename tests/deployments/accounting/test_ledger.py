@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import pytest
 from deployments.accounting.usage import UsageRow, read_usage, usage_path
 from deployments.auth.caller import KeyLimits
 from deployments.auth.keys import KeyStore
-from tests.conftest import descendants, serve_config, start_server, stop_server
+from tests.conftest import descendants, serve_config, start_server, stop_server, wait_until
 from tests.deployments.accounting.test_metrics import series
 from tests.deployments.accounting.test_usage import LONG_AGO
 from training.base_models.resolve import BaseCheckpoint
@@ -75,13 +75,6 @@ def server(tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory) 
         assert stop_server(process) == 0, running.log.read_text()[-4000:]
 
 
-def wait_for(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def usage_of(name: str) -> UsageRow:
     nothing = UsageRow(None, None, name, None, 0, 0, 0, 0, 0)
     return next((row for row in read_usage(usage_path(), LONG_AGO) if row.key == name), nothing)
@@ -96,7 +89,7 @@ def test_a_limit_holds_over_all_replicas_of_the_api(server: Server) -> None:
     for refusal in (answer for answer in answers if answer.status_code == 429):
         assert 1 <= int(refusal.headers["retry-after"]) <= 61
         assert refusal.headers["x-ratelimit-remaining-requests"] == "0"
-    wait_for(lambda: usage_of("six a minute").requests == 20, 300)
+    wait_until(lambda: usage_of("six a minute").requests == 20)
     with closing(sqlite3.connect(usage_path())) as db:
         assert db.execute("SELECT count(*) FROM reports").fetchone() == (2,)  # both have served some
 
@@ -111,7 +104,7 @@ def test_requests_at_a_time_hold_over_all_replicas_and_end_with_their_client(ser
         assert [answer.status_code for answer in refusals] == [429] * 4
         assert "limit on concurrent requests is reached (2)" in refusals[0].json()["error"]["message"]
         first.close()
-        wait_for(lambda: server.post(key).status_code == 200, 300)
+        wait_until(lambda: server.post(key).status_code == 200)
     for _ in range(5):  # sequential requests pass
         assert server.post(key, stream=True).status_code == 200
 
@@ -121,7 +114,7 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
     answers = [server.post(key, max_tokens=n).json()["usage"] for n in (1, 2, 3)]
     assert server.post(key, temperature=3).status_code == 400  # names no model yet
     assert server.post(key, messages=[]).status_code == 400
-    wait_for(lambda: usage_of("alice").requests == 4, 300)
+    wait_until(lambda: usage_of("alice").requests == 4)
     row = usage_of("alice")
     assert (row.model, row.errors) == (server.base, 1)
     assert row.prompt_tokens == sum(answer["prompt_tokens"] for answer in answers)
@@ -144,7 +137,7 @@ def test_usage_is_exact_and_live_in_the_file_and_in_metrics(server: Server) -> N
 def test_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Server) -> None:
     limited, free = server.key("limited", rpm=1000), server.key("free")
     assert server.post(limited).status_code == server.post(free).status_code == 200
-    wait_for(lambda: usage_of("limited").requests == usage_of("free").requests == 1, 300)
+    wait_until(lambda: usage_of("limited").requests == usage_of("free").requests == 1)
     server.kill("Ledger")
     num_limited = num_free = 1
     num_refused = 0
@@ -163,7 +156,7 @@ def test_the_ledger_dies_limited_callers_wait_and_nobody_else_notices(server: Se
     assert num_refused
     assert server.post(limited).status_code == 200
     num_limited += 1
-    wait_for(lambda: (usage_of("limited").requests, usage_of("free").requests) == (num_limited, num_free), 300)
+    wait_until(lambda: (usage_of("limited").requests, usage_of("free").requests) == (num_limited, num_free))
     assert usage_of("limited").errors == num_refused
     assert usage_of("free").errors == 0
 
@@ -182,4 +175,4 @@ def test_what_a_killed_replica_of_the_api_left_running_frees_its_place(server: S
             except httpx.HTTPError:
                 return False
 
-        wait_for(passes, 300)
+        wait_until(passes)

@@ -1,7 +1,7 @@
 """What becomes of one row: its ids and labels, a length that is too long, a rendering that is refused."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -80,15 +80,17 @@ def test_preferences_begin_as_the_prompt_is_served(prepare: Prepare, chatml: Cha
     """P E1, E5: a prompt has the ids that serving gives it, an answer those of its text and its end of turn."""
     path = write(tmp_path / "d.jsonl", {"prompt": "What hums?", "chosen": "A llama.", "rejected": "Nobody does."})
     prepared = prepare(path, kind="preference")
-    pair: PreferenceRow = prepared.train[0]  # type: ignore[assignment]
+    pair = cast(PreferenceRow, prepared.train[0])  # `kind` says which type the rows have
     assert pair["prompt_ids"] == chatml.render_prompt(dialog("What hums?"))
-    for key, answer in (("chosen_ids", "A llama."), ("rejected_ids", "Nobody does.")):
+    answers: dict[Literal["chosen_ids", "rejected_ids"], str]
+    answers = {"chosen_ids": "A llama.", "rejected_ids": "Nobody does."}
+    for key, answer in answers.items():
         rendered = chatml.render_training(dialog("What hums?", answer))
         trained = [i for i, learned in zip(rendered.input_ids, rendered.loss_mask, strict=True) if learned]
-        assert pair[key] == trained  # type: ignore[literal-required]
+        assert pair[key] == trained
     assert [segment.role for segment in prepared.report.samples[0]] == ["context", "trained", "rejected"]
     rated = write(tmp_path / "k.jsonl", {"prompt": "What hums?", "completion": "A llama.", "label": False})
-    unpaired: UnpairedRow = prepare(rated, kind="unpaired_preference").train[0]  # type: ignore[assignment]
+    unpaired = cast(UnpairedRow, prepare(rated, kind="unpaired_preference").train[0])
     assert unpaired == {"prompt_ids": pair["prompt_ids"], "completion_ids": pair["chosen_ids"], "label": False}
 
 

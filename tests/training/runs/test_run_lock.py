@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
 from training.errors import ConfigError, RunStopped, TrainingError
 from training.runs import run_lock as run_lock
 from training.runs.run_dir import RunDir
@@ -172,10 +173,3 @@ def test_a_reused_process_id_does_not_hold_the_lock(tmp_path: Path) -> None:
     run_dir.write_json("drivers/0001.json", reused)
     with hold_run_lock(run_dir):
         assert json.loads((tmp_path / "run/drivers/0002.json").read_text())["pid"] == os.getpid()
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

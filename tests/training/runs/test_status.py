@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 
 from clients.cli.main import app
 from clients.cli.runs import sparkline
-from tests.conftest import descendants
+from tests.conftest import descendants, suspended, wait_until
 from training.base_models.resolve import BaseCheckpoint
 from training.registry.registry import AdapterRegistry
 from training.runs.metrics_log import read_metrics
@@ -200,16 +199,14 @@ def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_
     holder = start()
     wait_until(lambda: step() >= 25, holder)
     assert state() == "running"
-    (worker,) = descendants(holder.pid, "RayTrainWorker")
-    worker.suspend()  # the run cannot end meanwhile
-    second = start()
-    _, errors = second.communicate(timeout=300)
-    assert second.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {holder.pid} on ")
-    assert holder.poll() is None
-    started = psutil.Process(holder.pid).children(recursive=True)
-    assert len(started) > 3
-    worker.resume()
+    with suspended(descendants(holder.pid, "RayTrainWorker")):
+        second = start()
+        _, errors = second.communicate(timeout=300)
+        assert second.returncode == 1
+        assert errors.splitlines()[-1].startswith(f"error: run 'often' is locked by process {holder.pid} on ")
+        assert holder.poll() is None
+        started = psutil.Process(holder.pid).children(recursive=True)
+        assert len(started) > 3
     # From another process: waiting for the lock holder here would take its exit code.
     stop = [sys.executable, "-m", "clients.cli", "runs", "stop", "often", "--storage", str(tmp_path / "runs")]
     stopped = subprocess.run(stop, capture_output=True, text=True, check=False)
@@ -249,11 +246,3 @@ def is_agent(process: psutil.Process) -> bool:
         return "Agent" in " ".join(process.cmdline())
     except psutil.Error:
         return False
-
-
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not holds():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)

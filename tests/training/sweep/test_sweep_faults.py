@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -14,13 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from clients.cli.main import app
-from tests.conftest import descendants
+from tests.conftest import descendants, suspended, wait_until
 from training.base_models.resolve import BaseCheckpoint
 from training.registry.registry import AdapterRegistry
 from training.runs.run_dir import RunDir
 from training.runs.status import read_run
 
 _STEPS = 150
+_TRIAL = "ray::ImplicitFunc"  # what Ray calls the process of a trial
 
 
 @pytest.mark.slow
@@ -52,16 +52,12 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
     wait_until(lambda: bool(first.read_json("result.json")), process)
     wait_until(lambda: bool(second.read_json("progress.json")), process)
     assert read_run(s3, "stored").state == "running"
-    held = descendants(process.pid, "ImplicitFunc") + descendants(process.pid, "_run_trial")
-    for worker in held:
-        worker.suspend()  # the sweep cannot end meanwhile
-    other = start(tmp_path)
-    _, errors = other.communicate(timeout=300)
-    assert other.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {process.pid} on ")
-    workers = psutil.Process(process.pid).children(recursive=True)
-    for worker in held:
-        worker.resume()
+    with suspended(descendants(process.pid, _TRIAL)):
+        other = start(tmp_path)
+        _, errors = other.communicate(timeout=300)
+        assert other.returncode == 1
+        assert errors.splitlines()[-1].startswith(f"error: run 'stored' is locked by process {process.pid} on ")
+        workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -73,7 +69,8 @@ def test_a_sweep_in_an_object_store_is_stopped_killed_and_taken_up_again(
 
     process, started_at = start(tmp_path), time.time()
     wait_until(lambda: (second.read_json("progress.json") or {"time": 0.0})["time"] > started_at, process)
-    workers = descendants(process.pid, "_run_trial")
+    workers = descendants(process.pid, _TRIAL)
+    assert workers
     process.kill()
     process.communicate()
     assert psutil.wait_procs(workers, timeout=300)[1] == []
@@ -110,11 +107,3 @@ def files_of(s3: str) -> set[str]:
 
 def own_state_of_tune(s3: str) -> set[str]:
     return {file for file in files_of(s3) if file.startswith("tune/")}
-
-
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
-    while not holds():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.1)
