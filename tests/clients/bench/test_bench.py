@@ -4,17 +4,13 @@ import asyncio
 import datetime
 import ipaddress
 import json
-import random
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +25,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from typer.testing import CliRunner, Result
 
-from clients.bench.results import Load, Request, Settings, numbers, percentile, read_results, summarize
-from clients.bench.stream import Answer, ChatServer, RequestFailed
-from clients.bench.workloads import arrivals, conversations, loads, warm_up
+from clients.bench.results import read_results
+from clients.bench.workloads import arrivals
 from clients.cli.main import app
 from deployments.protocol.chat import ChatCompletionRequest
 from tests.conftest import free_port
@@ -39,24 +34,6 @@ from training.errors import ConfigError
 
 FIRST_S = 0.06
 GAP_S = 0.01
-
-SETTINGS = Settings(
-    url="http://127.0.0.1:1",
-    models=("a", "b"),
-    workload="chat",
-    concurrency=(2,),
-    rates=(),
-    num_requests=None,
-    max_tokens=4,
-    prompt_tokens=(),
-    prefix_tokens=None,
-    num_prefixes=None,
-    turns=1,
-    temperature=0.0,
-    ignore_eos=True,
-    seed=7,
-    label="",
-)
 
 
 class ScriptedServer:
@@ -163,75 +140,6 @@ def assert_one_line_error(result: Result, code: int, *words: str) -> None:
     assert last.startswith("error: ")
     for word in words:
         assert word in last
-
-
-def test_percentiles_are_interpolated_linearly() -> None:
-    assert percentile([5.0], 99) == 5.0
-    assert percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
-    assert percentile([10.0, 20.0], 90) == pytest.approx(19.0)
-    draw = random.Random(3)
-    values = [draw.random() for _ in range(37)]
-    by_hundredths = statistics.quantiles(values, n=100, method="inclusive")
-    for percent in (1, 50, 90, 99):
-        assert percentile(values, percent) == pytest.approx(by_hundredths[percent - 1])
-
-
-def test_a_level_sums_what_succeeded_and_counts_what_failed() -> None:
-    level = summarize(
-        Load(2, None),
-        [
-            Request("a", 1, 0.0, 2.0, 0.5, 0.1, (0.1, 0.1), 15, 10, 4),
-            Request("b", 1, 0.0, 1.0, error="503: overloaded"),
-            Request("a", 1, 2.0, 2.0, 1.5, 0.3, (0.3,), 25, 20, 16),
-        ],
-        client_cpu=0.1,
-    )
-    assert (level.elapsed_s, level.requests, level.errors, level.first_error) == (4.0, 3, 1, "503: overloaded")
-    assert (level.output_tokens, level.output_tokens_per_s, level.requests_per_s) == (40, 10.0, 0.5)
-    assert (level.prompt_tokens, level.cached_tokens) == (15.0, 10.0)
-    assert level.ttft_s is not None
-    assert (level.ttft_s.p50, level.ttft_s.p90) == (1.0, pytest.approx(1.4))
-    assert level.tpot_s is not None
-    assert level.tpot_s.p50 == pytest.approx(0.2)
-    assert level.gap_s is not None
-    assert level.gap_s.p50 == pytest.approx(0.1)
-
-
-def test_poisson_arrivals_are_reproducible_and_keep_their_rate() -> None:
-    first = list(islice(arrivals(20.0, seed=1), 2000))
-    assert first == list(islice(arrivals(20.0, seed=1), 2000))
-    assert first[:5] != list(islice(arrivals(20.0, seed=2), 5))
-    gaps = [after - before for before, after in pairwise(first)]
-    assert first[0] == 0.0
-    assert statistics.mean(gaps) == pytest.approx(1 / 20, rel=0.1)
-    assert statistics.stdev(gaps) == pytest.approx(1 / 20, rel=0.1)  # exponential: as large as the mean
-
-
-def test_the_same_seed_gives_the_same_prompts_and_no_two_share_a_prefix() -> None:
-    settings = replace(SETTINGS, workload="prompt-length", prompt_tokens=(50, 100), concurrency=(1, 8))
-    prompts = [
-        conversation.questions[0]
-        for load in loads(settings)
-        for conversation in (warm_up(settings, load), *conversations(settings, load))
-    ]
-    assert len(prompts) == 2 * (1 + 2 + 1 + 16)
-    assert {len(prompt.split()) // 10 for prompt in prompts} == {5, 10}
-    assert len({" ".join(prompt.split()[:4]) for prompt in prompts}) == len(prompts)
-    relabelled = replace(settings, label="again")
-    assert conversations(relabelled, loads(relabelled)[0]) == conversations(settings, loads(settings)[0])
-    other = replace(settings, seed=8)
-    assert conversations(other, loads(other)[0]) != conversations(settings, loads(settings)[0])
-
-
-def test_prefixes_are_shared_by_as_many_conversations_as_asked() -> None:
-    settings = replace(SETTINGS, workload="shared-prefix", prefix_tokens=30, turns=3, concurrency=(4,))
-    [load] = loads(settings)
-    conversation_list = conversations(settings, load)
-    assert [len(conversation.questions) for conversation in conversation_list] == [3] * 4
-    assert len({conversation.system for conversation in conversation_list}) == 4
-    shared = replace(settings, num_prefixes=1)
-    assert len({conversation.system for conversation in conversations(shared, load)}) == 1
-    assert warm_up(shared, load).system not in {conversation.system for conversation in conversations(shared, load)}
 
 
 def test_tokens_and_times_are_those_of_the_server(server: ScriptedServer, url: str) -> None:
@@ -434,67 +342,6 @@ def test_ctrl_c_shows_what_was_measured_and_exits_130(server: ScriptedServer, ur
     assert f"{partial.requests}, stopped" in stdout
 
 
-@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
-def test_any_http_framing_in_any_pieces_is_read(framing: str) -> None:
-    words = [event({"choices": [{"delta": {"content": word}}]}) for word in ("one", " two", ' "three"\r\n')]
-    body = "".join([": comment\r\n\r\n", *words, "data: [DONE]\n\n"]).encode()
-    pieces = [body[start : start + 40] for start in range(0, len(body), 40)]
-    chunks = b"".join(b"%x;x=y\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
-    head = {"chunked": "Transfer-Encoding: chunked", "length": f"Content-Length: {len(body)}", "close": "X-None: 0"}
-    answer = f"HTTP/1.1 200 OK\r\n{head[framing]}\r\n\r\n".encode() + (chunks if framing == "chunked" else body)
-    connections: list[int] = []
-
-    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.append(1)
-        while (await reader.readuntil(b"\r\n\r\n")) and await reader.readexactly(2):
-            for start in range(0, len(answer), 7):
-                writer.write(answer[start : start + 7])
-                await asyncio.sleep(0.0005)
-            if framing == "close":
-                writer.close()
-                return
-
-    async def ask_twice() -> list[Answer]:
-        async with await asyncio.start_server(respond, "127.0.0.1", 0) as listening:
-            server = ChatServer(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
-            answers = [await server.answer({}, keep_text=True) for _ in range(2)]
-            server.close()
-            await asyncio.sleep(0.02)  # the other side sees it
-        return answers
-
-    for response in asyncio.run(ask_twice()):
-        assert response.text == 'one two "three"\r\n'
-        assert len(response.text_at) == 3
-        assert response.sent_at < response.text_at[0] < response.text_at[1] < response.text_at[2] <= response.ended_at
-    assert len(connections) == (2 if framing == "close" else 1)
-
-
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (b"", "closed the connection"),
-        (b"SMTP ready\r\n\r\n", "not HTTP/1.1"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndat", "closed the connection"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "not HTTP/1.1"),
-        (b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"choices": []}', "no text"),
-        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "502: no text"),
-        (b"HTTP/1.1 500 Oh\r\n\r\n<html>\n  broken</html>", "500: <html> broken</html>"),
-    ],
-)
-def test_what_is_no_answer_fails_and_says_why(answer: bytes, why: str) -> None:
-    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        writer.close()
-
-    async def ask() -> None:
-        async with await asyncio.start_server(respond, "127.0.0.1", 0) as listening:
-            await ChatServer(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}").answer({})
-
-    with pytest.raises(RequestFailed, match=why):
-        asyncio.run(ask())
-
-
 def test_a_request_that_takes_too_long_fails(server: ScriptedServer, url: str) -> None:
     result = bench(url, "--concurrency", "1", "--max-tokens", "200", "--timeout", "0.3")
     assert_one_line_error(result, 1, "2 of 2 requests failed", "within 0.3 s")
@@ -520,11 +367,6 @@ def test_a_certificate_of_ones_own_needs_insecure(tmp_path: Path) -> None:
         assert bench(*arguments, "--insecure").exit_code == 0
     finally:
         server.stop()
-
-
-def test_numbers_keep_their_order_and_lose_their_doubles() -> None:
-    assert numbers("--concurrency", "8,1, 8,32", int) == (8, 1, 32)
-    assert numbers("--rate", "", float) == ()
 
 
 def test_matplotlib_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
