@@ -64,7 +64,7 @@ def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
     fewest, most = num_workers
     # Ray takes a silent node for dead after 2 s, and Ray Train a place on it for lost
     silence = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
     head = {"num_cpus": fewest, "include_dashboard": False, "_system_config": silence}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     leaving = cluster.add_node(num_cpus=most - fewest)
