@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+COLLECTED = pytest.StashKey[list[pytest.Item]]()  # before any of them was left out
 _num_left_out = 0  # slow tests of this session, or of the worker that told last: all workers collect the same
 
 
@@ -27,6 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     global _num_left_out
     import torch
 
+    config.stash[COLLECTED] = list(items)
     if not torch.cuda.is_available():
         _deselect(config, items, lambda item: item.get_closest_marker("gpu") is not None)
     if promises := set(config.option.promise):

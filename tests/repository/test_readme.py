@@ -24,6 +24,7 @@ def corral(*words: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_chapter_goes_from_a_csv_to_an_adapter_that_answers(server: RunningServer) -> None:
     check, train, adapters, chat = chapter_commands()
     checked = corral(*check)

@@ -125,6 +125,7 @@ def test_a_port_in_use_is_named() -> None:
             assert "--port" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.promise("D5")
 def test_serve_stopped_while_it_starts_leaves_nothing_behind() -> None:
     def started_by_us() -> list[psutil.Process]:
         processes = []

@@ -113,6 +113,7 @@ def test_a_submitted_training_shows_its_output_and_registers_its_adapter(
     )
 
 
+@pytest.mark.slow
 def test_the_same_submission_id_is_one_run(cluster: Cluster, trained: subprocess.CompletedProcess[str]) -> None:
     second = cluster.submit("--submission-id", "nightly", "max_steps=4")
     assert second.returncode == 0, second.stderr
@@ -121,6 +122,7 @@ def test_the_same_submission_id_is_one_run(cluster: Cluster, trained: subprocess
     assert AdapterRegistry().versions("support") == [1]
 
 
+@pytest.mark.slow
 def test_another_configuration_or_other_data_under_the_same_id_is_refused_with_the_difference(
     cluster: Cluster, trained: subprocess.CompletedProcess[str]
 ) -> None:
@@ -133,6 +135,7 @@ def test_another_configuration_or_other_data_under_the_same_id_is_refused_with_t
     assert "data sent (sha256)" in other.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_runs_lists_shows_and_logs_jobs(cluster: Cluster, trained: subprocess.CompletedProcess[str]) -> None:
     where = ("--address", cluster.address)
     assert "nightly" in cluster.corral("runs", "list", *where).stdout
@@ -145,6 +148,7 @@ def test_runs_lists_shows_and_logs_jobs(cluster: Cluster, trained: subprocess.Co
     assert "its runs: nightly" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_what_fails_there_fails_here(cluster: Cluster) -> None:
     failed = cluster.submit("--submission-id", "crowded", "num_workers=9")
     assert failed.returncode == 1

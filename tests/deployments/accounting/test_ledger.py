@@ -26,6 +26,8 @@ from tests.deployments.accounting.test_metrics import series
 from tests.deployments.accounting.test_usage import LONG_AGO
 from training.base_models.resolve import BaseCheckpoint
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Server:

@@ -263,14 +263,20 @@ def summed_logprobs(server: RunningServer, model: str, rows: Sequence[TokenizedR
 
 @pytest.mark.promise("E3")
 def test_the_loss_that_training_reports_is_the_loss_over_http(
-    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint
+    server: RunningServer, quickstart: AdapterManifest
 ) -> None:
     held_out_rows = read_inputs(load_config("configs/train/quickstart.yaml")).held_out_rows
     logprob, num_tokens = summed_logprobs(server, server.adapter, held_out_rows)
     assert num_tokens == quickstart.metrics["eval_tokens"]
     assert -logprob / num_tokens == pytest.approx(quickstart.metrics["eval_loss"], rel=0.005)
 
-    # The held-out tokens alone are few: the same function over everything that is said on the ranch.
+
+@pytest.mark.slow
+@pytest.mark.promise("E3")
+def test_the_loss_over_everything_that_is_said_on_the_ranch_is_the_loss_over_http(
+    server: RunningServer, quickstart: AdapterManifest, embedded_base: BaseCheckpoint
+) -> None:
+    """The held-out tokens alone are few."""
     folder = "configs/datasets"
     pairs = "data.format=prompt_completion"
     sources = [

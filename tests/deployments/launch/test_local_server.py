@@ -110,6 +110,7 @@ def test_corral_serve_refuses_a_misspelt_key_before_anything_starts(tmp_path: Pa
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D5")
 def test_sigterm_while_it_starts_ends_it_and_all_of_ray(tmp_path: Path, embedded_base: object) -> None:
     config = tmp_path / "serve.yaml"

@@ -330,7 +330,7 @@ def test_retry_undo_edit_on_the_real_model(real: ChatPage) -> None:
     assert real.messages("user") == ["Tell me anything."]
     real.edit("Tell me something else.")
     assert real.messages("user") == ["Tell me something else."]
-    assert len(real.messages("bot")) == 1
+    real.wait(lambda: len(real.messages("bot")) == 1 and real.idle(), "the answer to it")
     real.press("Undo")
     real.wait(lambda: real.messages("user") == [], "the empty conversation")
     assert real.box.input_value() == "Tell me something else."

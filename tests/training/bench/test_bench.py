@@ -29,6 +29,7 @@ def test_figures_are_of_the_same_round() -> None:
     assert figures["num_rounds"] == 3
 
 
+@pytest.mark.slow
 def test_last_line_is_json(tiny_base: BaseCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_run(tiny_base, tmp_path).model_dump(mode="json", exclude_unset=True)
     recipe = tmp_path / "tiny.yaml"

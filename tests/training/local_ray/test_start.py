@@ -23,6 +23,7 @@ def policies(process: psutil.Process) -> list[int]:
     return [os.sched_getscheduler(thread.id) for thread in process.threads()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the policies are Linux's")
 def test_the_threads_of_a_step_come_before_ray(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
     config = tiny_run(tiny_base, tmp_path).model_dump(mode="json")

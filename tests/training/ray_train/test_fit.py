@@ -97,6 +97,7 @@ def two_workers(ray_cluster: None, tiny_base: BaseCheckpoint, tmp_path_factory: 
         return fit(config.model_copy(update={"num_workers": 2, "data": data}))
 
 
+@pytest.mark.slow
 def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: RunResult) -> None:
     assert steps_of(two_workers.run_dir) == list(range(1, 13))
     assert (two_workers.adapter_dir / "adapter_model.safetensors").is_file()
@@ -105,6 +106,7 @@ def test_two_gloo_workers_train_one_adapter_from_a_relative_path(two_workers: Ru
     assert len(two_workers.environment.devices) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D13")
 def test_sharded_base_one_of_two_workers_killed_gives_the_adapter_of_whole_bases_to_the_bit(
     two_workers: RunResult, config: TrainConfig
@@ -184,6 +186,7 @@ def test_same_name_with_other_data_is_refused(ray_cluster: None, config: TrainCo
         fit(config.model_copy(update={"run_name": "again"}))
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D15")
 def test_diverged_run_stops_with_step_and_reason_and_is_not_retried(ray_cluster: None, config: TrainConfig) -> None:
     lora = config.lora.model_copy(update={"lora_alpha": 10**38})

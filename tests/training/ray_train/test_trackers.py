@@ -94,6 +94,7 @@ def ray_with_metrics() -> Iterator[int]:
         yield port
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_live_at_rays_prometheus_endpoint_and_afterwards_in_tensorboard(
     ray_with_metrics: int, tiny_base: BaseCheckpoint, tmp_path: Path
 ) -> None:

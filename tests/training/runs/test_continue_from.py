@@ -289,6 +289,7 @@ def test_exact_adapters_gives_back_what_the_block_rounds(tiny_base: BaseCheckpoi
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
+@pytest.mark.slow
 def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
     ray_cluster: None, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,7 @@ def test_sparkline() -> None:
     assert len(sparkline([float(n) for n in range(1000)])) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D14")
 def test_stopped_and_killed_runs_leave_no_process_and_no_adapter_and_their_name_resumes_them(
     tiny_base: BaseCheckpoint, tmp_path: Path

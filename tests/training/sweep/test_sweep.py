@@ -163,6 +163,7 @@ def test_more_than_the_cluster_has_is_refused_at_once(
         run_sweep(load(content, tmp_path))
 
 
+@pytest.mark.slow
 def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_taken_up_again(
     ray_cluster: None, content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_gloo_ranks_share_the_rows_and_get_what_one_gets(
     base: LlamaForCausalLM, tiny_base: BaseCheckpoint, tiny_adapter: Path
 ) -> None:

@@ -350,6 +350,7 @@ for rows_a_step in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_two_gloo_workers_are_one_worker_with_the_same_rows_a_step(
     tiny_base: BaseCheckpoint, tmp_path: Path, method: str
