@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import RunningServer
 
 README = Path(__file__).parents[2] / "README.md"
