@@ -95,6 +95,7 @@ def trained(cluster: Cluster) -> subprocess.CompletedProcess[str]:
     return cluster.submit("--submission-id", "nightly", "max_steps=4", "--env", "NIGHT=1")
 
 
+@pytest.mark.slow
 def test_a_submitted_training_shows_its_output_and_registers_its_adapter(
     cluster: Cluster, trained: subprocess.CompletedProcess[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_what_fails_there_fails_here(cluster: Cluster) -> None:
     assert failed.stderr.splitlines()[-1].startswith("error: job crowded failed")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_here_is_refused_here(cluster: Cluster) -> None:
     num_jobs = len(cluster.jobs())
     for arguments, code, words in (

@@ -27,6 +27,9 @@ from tests.conftest import serve_config, stop_server
 from training.base_models.resolve import BaseCheckpoint
 
 
+pytestmark = pytest.mark.slow
+
+
 @dataclass(frozen=True, slots=True)
 class SecureServer:
     """`corral serve --tls` in a process of its own; `cluster` listens where RAY_ADDRESS says that a cluster is."""
@@ -55,7 +58,7 @@ class SecureServer:
         return browser
 
 
-@pytest.fixture(scope="module", params=["0.0.0.0", pytest.param("127.0.0.1", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["0.0.0.0", "127.0.0.1"])
 def secure(
     request: pytest.FixtureRequest, tiny_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SecureServer]:

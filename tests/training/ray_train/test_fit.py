@@ -151,6 +151,7 @@ def assert_same_run(resumed: RunResult, whole: RunResult) -> None:
     assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.promise("D14")
 def test_finished_run_is_neither_trained_nor_registered_twice(
     ray_cluster: None, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
