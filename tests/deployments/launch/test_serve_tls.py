@@ -26,7 +26,6 @@ from deployments.auth.keys import KeyStore
 from tests.conftest import serve_config, stop_server
 from training.base_models.resolve import BaseCheckpoint
 
-
 pytestmark = pytest.mark.slow
 
 
