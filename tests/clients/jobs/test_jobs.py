@@ -253,6 +253,7 @@ def test_a_sweep_is_followed_detached_from_stopped_and_resumed_under_one_id(clus
     assert "python -m training --config search.yaml adapter=searched-job max_steps=240 run_name=search" in output
 
 
+@pytest.mark.slow
 def test_a_wrong_or_missing_token_is_one_clear_line(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
