@@ -6,7 +6,7 @@ entire file with Ray's schema before anything is deployed.
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,6 +52,9 @@ class ServeArgs(_StrictModel):
     chat_format: str = "auto"
     registry: str | None = Field(None, description="any fsspec path; default: CORRAL_HOME/registry")
     engine: EngineArgs = EngineArgs()
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = Field(
+        (), description="origins, such as https://example.com, whose web pages may use the API with a key; * for any"
+    )
 
 
 class UIArgs(_StrictModel):

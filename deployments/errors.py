@@ -15,6 +15,7 @@ CorralError                        (training.errors; each message tells its read
     ├── OriginRefused     403      origin_refused
     ├── ModelNotFound     404      model_not_found
     ├── BodyTooLarge      413
+    ├── UnsupportedBody   415
     ├── RateLimited       429      rate_limit_exceeded
     ├── EngineFault       500      engine_error
     ├── KeysUnreadable    500      keys_unreadable
@@ -81,6 +82,10 @@ class BodyTooLarge(ServeError):
     """The request body exceeds the limit."""
 
 
+class UnsupportedBody(ServeError):
+    """The body is encoded in a way, or is of a type, that is not read."""
+
+
 class RateLimited(ServeError):
     """The request exceeds a limit of its API key; `headers` say when to retry, if waiting helps."""
 
@@ -115,6 +120,7 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (AdapterNotFound, 404, "model_not_found"),
     (RegistryConflict, 409, "registry_conflict"),
     (BodyTooLarge, 413, "body_too_large"),
+    (UnsupportedBody, 415, "unsupported_body"),
     (RateLimited, 429, "rate_limit_exceeded"),
     (AdapterRefused, 500, "adapter_unhealthy"),
     (RegistryError, 500, "registry_error"),

@@ -33,9 +33,11 @@ class Ledger:
         self._usage = UsageStore(usage_path())
         self._count_lock = asyncio.Lock()
 
-    async def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Admission:
-        """Decide whether a request that uses at most `num_tokens` may run now."""
-        return self._limiter.admit(key_id, request_id, limits, num_tokens)
+    async def admit(
+        self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int, min_tokens: int
+    ) -> Admission:
+        """Decide whether a request that uses at most `num_tokens` may run now, if need be with fewer."""
+        return self._limiter.admit(key_id, request_id, limits, num_tokens, min_tokens)
 
     async def release(self, key_id: str, request_id: str, num_tokens: int) -> None:
         """End an admitted request that used `num_tokens`."""

@@ -61,28 +61,33 @@ class LedgerClient:
             self._ensure_reporting()
 
     @asynccontextmanager
-    async def admitted(self, caller: Caller, num_tokens: int, trace: RequestTrace) -> AsyncIterator[None]:
+    async def admitted(
+        self, caller: Caller, num_tokens: int, min_tokens: int, trace: RequestTrace
+    ) -> AsyncIterator[int]:
         """Reserve room within the caller's limits for the duration of the block, then release what `trace` did not use.
+
+        Yields the most tokens that the request may use, prompt and completions together.
 
         Args:
             num_tokens: the most that the request can use.
+            min_tokens: with how few it may be admitted if there are not as many.
 
         Raises:
             RateLimited: the caller's limits have no room for the request.
             NotReady: the ledger does not respond.
         """
         if caller.key_id is None or caller.limits == NO_LIMITS:
-            yield
+            yield num_tokens
             return
         request_id = uuid.uuid4().hex
-        admission = await self._admit(caller, caller.key_id, request_id, num_tokens)
+        admission = await self._admit(caller, caller.key_id, request_id, num_tokens, min_tokens)
         trace.headers = admission.headers
         if admission.refusal is not None:
             raise RateLimited(admission.refusal, admission.headers)
         self._running.setdefault(caller.key_id, set()).add(request_id)
         self._ensure_reporting()
         try:
-            yield
+            yield admission.num_tokens
         finally:
             self._remove_running(caller.key_id, request_id)
             release = self._spawn(self._release(caller.key_id, request_id, trace.counted_usage.total_tokens))
@@ -107,9 +112,9 @@ class LedgerClient:
         with suppress(Exception):  # the ledger may have stopped first
             await self._send_report()
 
-    async def _admit(self, caller: Caller, key_id: str, request_id: str, num_tokens: int) -> Admission:
+    async def _admit(self, caller: Caller, key_id: str, request_id: str, num_tokens: int, min_tokens: int) -> Admission:
         try:
-            admission = self._ledger.admit.remote(key_id, request_id, caller.limits, num_tokens)
+            admission = self._ledger.admit.remote(key_id, request_id, caller.limits, num_tokens, min_tokens)
             return cast(Admission, await asyncio.wait_for(admission, _ADMIT_S))
         except BaseException as error:
             self._spawn(self._release(key_id, request_id, 0))  # it may have been admitted all the same

@@ -25,10 +25,12 @@ class Admission:
     Attributes:
         headers: of the response: OpenAI's `x-ratelimit-*`, and `retry-after` with a refusal that waiting resolves.
         refusal: why it may not run, None if it may.
+        num_tokens: the most that it may use, prompt and completions together.
     """
 
     headers: dict[str, str]
     refusal: str | None = None
+    num_tokens: int = 0
 
 
 class Limiter:
@@ -42,16 +44,21 @@ class Limiter:
         self._clock = clock
         self._keys: dict[str, _KeyUsage] = {}
 
-    def admit(self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int) -> Admission:
+    def admit(
+        self, key_id: str, request_id: str, limits: KeyLimits, num_tokens: int, min_tokens: int | None = None
+    ) -> Admission:
         """Admit a request if its key's limits have room for it; a refused request reserves nothing.
 
         Args:
             request_id: identifies the request in `release` and `renew`.
             num_tokens: the most that it can use, prompt and completions together.
+            min_tokens: with how few it may be admitted if there are not as many; default: `num_tokens`.
         """
         now = self._clock()
         key = self._keys.setdefault(key_id, _KeyUsage())
         key.expire(now)
+        if min_tokens is not None and limits.tpm is not None:
+            num_tokens = max(min_tokens, min(num_tokens, limits.tpm - key.num_tokens))
         if limits.tpm is not None and num_tokens > limits.tpm:
             reason = f"the request may use {num_tokens} tokens, but this key is limited to {limits.tpm} per minute"
             headers = key.headers(limits, now) | {"x-should-retry": "false"}  # the openai client heeds this header
@@ -62,7 +69,7 @@ class Limiter:
             headers = key.headers(limits, now) | {"retry-after": str(wait_s)}
             return Admission(headers, f"{reason}: try again in {wait_s} s")
         key.reserve(request_id, num_tokens, now, track_running=limits.streams is not None)
-        return Admission(key.headers(limits, now))
+        return Admission(key.headers(limits, now), num_tokens=num_tokens)
 
     def release(self, key_id: str, request_id: str, num_tokens: int) -> None:
         """End a request that used `num_tokens`; unknown requests are ignored."""

@@ -10,10 +10,10 @@ from fastapi import FastAPI, Header
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from deployments.api.docs_page import add_docs
-from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware, mount_prefix
+from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware, HeadMiddleware, JsonBodyMiddleware, mount_prefix
 from deployments.auth.dependencies import ChatCaller
 from deployments.errors import RateLimited, error_body, error_response
 from deployments.protocol.base import ErrorResponse
@@ -41,7 +41,9 @@ def create_api() -> FastAPI:
     api.add_exception_handler(RequestValidationError, _validation_error_response)
     api.add_exception_handler(HTTPException, _http_exception_response)
     api.add_exception_handler(Exception, _unexpected_error_response)
+    api.add_middleware(JsonBodyMiddleware)
     api.add_middleware(BodyLimitMiddleware, max_body_bytes=MAX_BODY_BYTES)
+    api.add_middleware(HeadMiddleware)
     return api
 
 
@@ -77,23 +79,46 @@ async def _validation_error_response(_: Request, error: Exception) -> JSONRespon
 
 def _field_path(error: dict[str, Any], body: Any) -> list[str]:
     """Path of the error in the body, without the names of union members that pydantic puts between."""
+    place, *parts = error["loc"]
+    if place != "body" or body is None:
+        return [str(part) for part in parts]
     path = []
-    for part in error["loc"][1:]:
+    for index, part in enumerate(parts):
         in_body = isinstance(body, dict) and part in body
         in_body |= isinstance(body, list) and isinstance(part, int) and part < len(body)
-        if in_body or error["type"] == "missing" or body is None:
+        is_missing = error["type"] in ("missing", "needed") and index == len(parts) - 1 and isinstance(body, dict)
+        if in_body or is_missing:
             path.append(str(part))
         if in_body:
             body = body[part]
     return path
 
 
-async def _http_exception_response(_: Request, error: Exception) -> JSONResponse:
+async def _http_exception_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = str(error.detail)
-    if message == "There was an error parsing the body":  # FastAPI's text when its JSON parser raises
+    message, headers = str(error.detail), dict(error.headers or {})
+    if error.status_code == 405:
+        methods = sorted({*headers.get("Allow", headers.get("allow", "")).split(", "), "OPTIONS"} - {""})
+        headers = {"allow": ", ".join(methods + (["HEAD"] if "GET" in methods else []))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+        message = f"{request.method} is not allowed here: send one of {headers['allow']}"
+    elif error.status_code == 404:
+        message = _unknown_route(request)
+    elif message == "There was an error parsing the body":  # FastAPI's text when its JSON parser raises
         message = "the body cannot be parsed as JSON: it is nested too deeply, is not UTF-8 or has too long a number"
-    return JSONResponse(error_body(error.status_code, message).model_dump(), error.status_code, error.headers)
+    return JSONResponse(error_body(error.status_code, message).model_dump(), error.status_code, headers)
+
+
+def _unknown_route(request: Request) -> str:
+    prefix = mount_prefix(request)
+    path = request.url.path.removeprefix(prefix)
+    routes = request.app.openapi()["paths"]  # made once
+    parts = [part for part in path.split("/") if part and part != "v1"]
+    for candidate in (f"/v1/{'/'.join(parts)}", f"/{'/'.join(parts)}"):
+        if candidate in routes and candidate != path:
+            return f"there is no {path:.80}: the route is {prefix}{candidate}, so a base URL ends in {prefix}/v1"
+    return f"there is no {path:.80}: the routes are listed at {prefix}/docs, and a base URL ends in {prefix}/v1"
 
 
 async def _unexpected_error_response(request: Request, error: Exception) -> JSONResponse:

@@ -37,6 +37,7 @@ from deployments.api.openai_responses import (
 )
 from deployments.api.outputs import PromptOutput, TextDelta, interleaved
 from deployments.api.rendering import RequestRenderer
+from deployments.asgi import CorsMiddleware
 from deployments.auth.caller import Caller
 from deployments.auth.dependencies import AdminCaller, ChatCaller
 from deployments.config import ServeArgs
@@ -53,6 +54,7 @@ from deployments.protocol.adapters import (
 from deployments.protocol.base import ErrorResponse
 from deployments.protocol.chat import AnyCompletionRequest, ChatCompletion, ChatCompletionRequest
 from deployments.protocol.completions import Completion, CompletionRequest
+from deployments.protocol.generation import StreamOptions
 from deployments.protocol.models import Model, ModelList
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from deployments.structured_outputs.grammars import GrammarCompiler
@@ -68,6 +70,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "The request is not valid; `param` names the field."},
     404: {"model": ErrorResponse, "description": "No such model."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
+    415: {"model": ErrorResponse, "description": "The body is of another type than JSON, or compressed otherwise."},
     429: {"model": ErrorResponse, "description": "A limit of the key is reached; `Retry-After` says how long to wait."},
     500: {"model": ErrorResponse, "description": "The server failed."},
     503: {"model": ErrorResponse, "description": "Temporarily unavailable; try again."},
@@ -83,13 +86,23 @@ _METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+def _replica() -> Any:
+    return serve.get_replica_context().servable_object
+
+
 def _ledger() -> LedgerClient:
     """This replica's client of the ledger."""
-    return cast("ChatIngress", serve.get_replica_context().servable_object).ledger
+    return cast(LedgerClient, _replica().ledger)
+
+
+def _cors_origins() -> tuple[str, ...]:
+    """Whose web pages may use the API."""
+    return cast(tuple[str, ...], _replica().cors_origins)
 
 
 api = create_api()  # complete before the class: `serve.ingress` copies it
 api.add_middleware(RequestTraceMiddleware, ledger=_ledger)
+api.add_middleware(CorsMiddleware, origins=_cors_origins)
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=30)
@@ -101,6 +114,7 @@ class ChatIngress:
         sys.setswitchinterval(0.001)  # 1 ms instead of 5: threads that render long prompts yield sooner
         self._model = model
         self.ledger = LedgerClient(ledger)
+        self.cors_origins = args.cors_origins
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
         max_model_len = args.engine.max_model_len or self._base.context_length
@@ -118,21 +132,32 @@ class ChatIngress:
     async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Complete a chat with the base model or an adapter, as one response or as server-sent events."""
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-        manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
+        manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
         trace.model = self._catalog.model_id(manifest)
-        output = await self._chat_output(body, manifest, completion_id, caller.limits.tpm)
-        formatter = ChatFormatter(completion_id, trace.model, self._vocabulary, with_logprobs=body.logprobs)
+        output = await self._chat_output(body, manifest, completion_id)
+        formatter = ChatFormatter(
+            completion_id,
+            trace.model,
+            self._vocabulary,
+            with_logprobs=body.logprobs,
+            service_tier=body.service_tier,
+        )
         return await self._respond(formatter, [output], body, caller, trace)
 
     @api.post("/v1/completions", response_model=Completion, responses=_COMPLETION_RESPONSES)
     async def completions(self, body: CompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Continue or score texts with the base model or an adapter, as one response or as server-sent events."""
         completion_id = f"cmpl-{uuid.uuid4().hex}"
-        manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
+        manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
         trace.model = self._catalog.model_id(manifest)
         outputs = await asyncio.to_thread(self._text_outputs, body, manifest, completion_id)
-        with_logprobs = body.logprobs is not None
-        formatter = CompletionFormatter(completion_id, trace.model, self._vocabulary, with_logprobs=with_logprobs)
+        formatter = CompletionFormatter(
+            completion_id,
+            trace.model,
+            self._vocabulary,
+            with_logprobs=body.logprobs is not None,
+            service_tier=body.service_tier,
+        )
         return await self._respond(formatter, outputs, body, caller, trace)
 
     @api.get("/v1/models", responses={500: _ERRORS[500]})
@@ -221,10 +246,10 @@ class ChatIngress:
             CorralError: the same errors as those of `POST /v1/chat/completions`.
         """
         with self.ledger.recorded(RequestTrace(route="ui", caller=caller)) as trace:
-            manifest = await self._catalog.resolve(body.model, caller.identity(body.user))
+            manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
             trace.model = self._catalog.model_id(manifest)
             completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-            output = await self._chat_output(body, manifest, completion_id, caller.limits.tpm)
+            output = await self._chat_output(body, manifest, completion_id)
             async with aclosing(self._admit_and_generate([output], caller, trace)) as batches:
                 async for deltas in batches:
                     yield "".join(delta.text for delta in deltas)
@@ -239,9 +264,9 @@ class ChatIngress:
         return AdapterAdmin(self._registry, actor)
 
     async def _chat_output(
-        self, body: ChatCompletionRequest, manifest: AdapterManifest | None, completion_id: str, tpm: int | None
+        self, body: ChatCompletionRequest, manifest: AdapterManifest | None, completion_id: str
     ) -> PromptOutput:
-        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, completion_id, tpm)
+        generation = await asyncio.to_thread(self._renderer.chat, body, manifest, completion_id)
         if generation.grammar is not None:
             await self._grammars.compile(generation.grammar)  # only to refuse it here; the replica compiles its own
         return PromptOutput(generation, self._vocabulary, body.stop_strings)
@@ -275,8 +300,8 @@ class ChatIngress:
         if not body.stream:
             content = await collect(formatter, outputs, batches)
             return Response(content, media_type="application/json", headers=trace.headers)
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = await peek_first(sse_events(formatter, outputs, batches, include_usage=include_usage))
+        stream_options = body.stream_options or StreamOptions()
+        events = await peek_first(sse_events(formatter, outputs, batches, stream_options))
         headers = {"cache-control": "no-cache"} | trace.headers
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
@@ -285,8 +310,11 @@ class ChatIngress:
     ) -> AsyncGenerator[list[TextDelta], None]:
         """Batches of text deltas of all prompts, within the caller's limits; `trace` has their usage at the end."""
         trace.num_completions = sum(output.generation.n for output in outputs)
-        max_total_tokens = sum(output.generation.max_total_tokens for output in outputs)
-        async with self.ledger.admitted(caller, max_total_tokens, trace):
+        max_tokens = sum(output.generation.max_total_tokens for output in outputs)
+        min_tokens = sum(output.generation.min_total_tokens for output in outputs)
+        async with self.ledger.admitted(caller, max_tokens, min_tokens, trace) as admitted_tokens:
+            if admitted_tokens < max_tokens:  # a chat, which is one prompt
+                outputs[0].generation = outputs[0].generation.shortened(admitted_tokens)
             streams = [self._generate(output) for output in outputs]
             try:
                 async with aclosing(streams[0] if len(streams) == 1 else interleaved(streams)) as batches:

@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import itertools
 import time
 
 from deployments.api.adapter_admin import canary_of
@@ -11,6 +12,7 @@ from deployments.protocol.models import Model
 from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterNotFound, RegistryError
 from training.names import parse_model_id
+from training.registry.aliases import CHAMPION
 from training.registry.manifest import AdapterManifest
 from training.registry.registry import AdapterRegistry
 
@@ -29,13 +31,18 @@ class ModelCatalog:
         self._started = int(time.time())
 
     async def models(self) -> list[Model]:
-        """The base first, then every version of its adapters, newest first."""
+        """The base first, then each adapter: itself, as requests should name it, and its versions, newest first."""
 
         def adapters() -> list[Model]:
             served = [m for m in self._registry.list() if m.base.name == self._base.name]
             pointers = {name: self._pointers(name) for name in {m.name for m in served}}
             newest_first = sorted(served, key=lambda m: (m.name, -m.version))
-            return [self._adapter_card(manifest, *pointers[manifest.name]) for manifest in newest_first]
+            cards = []
+            for name, versions in itertools.groupby(newest_first, key=lambda m: m.name):
+                of_name = [self._version_card(manifest, *pointers[name]) for manifest in versions]
+                default = next((card for card in of_name if CHAMPION in card.aliases), of_name[0])
+                cards += [self._adapter_card(default), *of_name]
+            return cards
 
         return [self._base_card(), *await asyncio.to_thread(adapters)]
 
@@ -48,7 +55,8 @@ class ModelCatalog:
         manifest = await self.resolve(model_id)
         if manifest is None:
             return self._base_card()
-        return self._adapter_card(manifest, *await asyncio.to_thread(self._pointers, manifest.name))
+        card = self._version_card(manifest, *await asyncio.to_thread(self._pointers, manifest.name))
+        return card if parse_model_id(model_id).ref is not None else self._adapter_card(card)
 
     async def resolve(self, model: str, identity: str | None = None) -> AdapterManifest | None:
         """The adapter version that a model id selects for this identity, None for the base.
@@ -84,7 +92,11 @@ class ModelCatalog:
         """The aliases and the canary of an adapter."""
         return self._registry.aliases(name), canary_of(self._registry.traffic(name))
 
-    def _adapter_card(self, manifest: AdapterManifest, aliases: dict[str, int], canary: Canary | None) -> Model:
+    def _adapter_card(self, default: Model) -> Model:
+        """The adapter without a version, which is answered by its champion, else by its newest version."""
+        return default.model_copy(update={"id": f"{self._base.name}:{default.root}", "canary_percent": None})
+
+    def _version_card(self, manifest: AdapterManifest, aliases: dict[str, int], canary: Canary | None) -> Model:
         return Model(
             id=manifest.model_id,
             created=int(manifest.created.timestamp()),

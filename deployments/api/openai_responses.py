@@ -27,6 +27,7 @@ from deployments.protocol.chat import (
     TopLogprob,
 )
 from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
+from deployments.protocol.generation import StreamOptions
 from deployments.text.vocabulary import Vocabulary
 
 _MIN_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
@@ -40,12 +41,21 @@ class ResponseFormatter(ABC):
     Chunks are serialized without unset fields, complete responses with all fields.
     """
 
-    def __init__(self, completion_id: str, model: str, vocabulary: Vocabulary, *, with_logprobs: bool) -> None:
+    def __init__(
+        self,
+        completion_id: str,
+        model: str,
+        vocabulary: Vocabulary,
+        *,
+        with_logprobs: bool,
+        service_tier: str | None = None,
+    ) -> None:
         self.completion_id = completion_id
         self._model = model
         self._created = int(time.time())
         self._vocabulary = vocabulary
         self._with_logprobs = with_logprobs
+        self._tier = {} if service_tier is None else {"service_tier": "default"}  # named only where one was requested
 
     @abstractmethod
     def complete(self, completions: Sequence[TextDelta], usage: Usage) -> BaseModel:
@@ -56,7 +66,7 @@ class ResponseFormatter(ABC):
         """Chunks before the first delta."""
 
     @abstractmethod
-    def chunks(self, delta: TextDelta) -> list[BaseModel]:
+    def chunks(self, delta: TextDelta) -> Sequence[ChatCompletionChunk | Completion]:
         """Chunks for a delta's text and finish_reason."""
 
     @abstractmethod
@@ -88,7 +98,7 @@ class ChatFormatter(ResponseFormatter):
                 )
             )
         return ChatCompletion(
-            id=self.completion_id, created=self._created, model=self._model, choices=choices, usage=usage
+            id=self.completion_id, created=self._created, model=self._model, choices=choices, usage=usage, **self._tier
         )
 
     def first_chunks(self, num_completions: int) -> list[BaseModel]:
@@ -96,9 +106,9 @@ class ChatFormatter(ResponseFormatter):
         role = ChoiceDelta(role="assistant", content="")
         return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_completions)]
 
-    def chunks(self, delta: TextDelta) -> list[BaseModel]:
+    def chunks(self, delta: TextDelta) -> list[ChatCompletionChunk]:
         """Content with its log-probabilities, then an empty delta with the finish_reason."""
-        chunks: list[BaseModel] = []
+        chunks: list[ChatCompletionChunk] = []
         if delta.text or delta.tokens:
             content = ChunkChoice(index=delta.index, delta=ChoiceDelta(content=delta.text), finish_reason=None)
             if self._with_logprobs:
@@ -122,6 +132,7 @@ class ChatFormatter(ResponseFormatter):
             created=self._created,
             model=self._model,
             choices=choices,
+            **self._tier,
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs:
@@ -151,7 +162,7 @@ class CompletionFormatter(ResponseFormatter):
         """No chunks: a text has no role."""
         return []
 
-    def chunks(self, delta: TextDelta) -> list[BaseModel]:
+    def chunks(self, delta: TextDelta) -> list[Completion]:
         """One chunk with text, log-probabilities and finish_reason."""
         return [self._response([self._choice(delta)])]
 
@@ -161,7 +172,12 @@ class CompletionFormatter(ResponseFormatter):
 
     def _response(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
-            id=self.completion_id, object="text_completion", created=self._created, model=self._model, choices=choices
+            id=self.completion_id,
+            object="text_completion",
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            **self._tier,
         )
 
     def _choice(self, delta: TextDelta) -> CompletionChoice:
@@ -195,27 +211,32 @@ async def sse_events(
     formatter: ResponseFormatter,
     outputs: Sequence[PromptOutput],
     batches: AsyncGenerator[list[TextDelta], None],
-    *,
-    include_usage: bool,
+    options: StreamOptions,
 ) -> AsyncGenerator[str, None]:
     """Format batches of text deltas, which `outputs` produced, as server-sent events: one string for each batch.
 
     An error before the first string is raised; a later one becomes an event.
     """
     has_started = False
+    continuous_usage = options.include_usage and options.continuous_usage_stats
     num_unfinished = sum(output.generation.n for output in outputs)
     events = _to_events(formatter.first_chunks(num_unfinished))
     try:
         async with aclosing(batches):  # when the client disconnects, generation stops at once
             async for deltas in batches:
-                events += _to_events(chunk for delta in deltas for chunk in formatter.chunks(delta))
+                chunks = [chunk for delta in deltas for chunk in formatter.chunks(delta)]
+                if continuous_usage:
+                    usage = usage_of(outputs)
+                    for chunk in chunks:
+                        chunk.usage = usage
+                events += _to_events(chunks)
                 num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 if not num_unfinished:
                     break
                 has_started = True
                 yield events
                 events = ""
-        if include_usage:
+        if options.include_usage:
             events += _to_events([formatter.usage(usage_of(outputs))])
     except Exception as error:
         if not has_started:

@@ -41,13 +41,8 @@ class RequestRenderer:
         self._vocab_size = int(base.llama_config()["vocab_size"])
         self._max_model_len = max_model_len
 
-    def chat(
-        self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str, tpm: int | None = None
-    ) -> GenerationRequest:
+    def chat(self, body: ChatCompletionRequest, adapter: AdapterManifest | None, request_id: str) -> GenerationRequest:
         """Render messages in the adapter's chat format.
-
-        Args:
-            tpm: the caller's limit in tokens per minute; it caps completions without a requested length.
 
         Raises:
             ChatFormatError: the chat format does not accept the messages.
@@ -58,10 +53,9 @@ class RequestRenderer:
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
         max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
-        if tpm is not None and body.requested_max_tokens is None:
-            max_tokens = max(1, body.min_tokens, min(max_tokens, (tpm - num_tokens) // body.n))
         sampling = self._sampling(body, max_tokens, chat_format)
-        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar)
+        may_shorten = body.requested_max_tokens is None
+        return GenerationRequest(request_id, prompt_token_ids, sampling, adapter, body.n, grammar, may_shorten)
 
     def completion(
         self, body: CompletionRequest, adapter: AdapterManifest | None, request_id: str
@@ -139,7 +133,7 @@ class RequestRenderer:
             min_tokens=body.min_tokens,
             temperature=body.temperature,
             top_p=body.top_p,
-            top_k=body.top_k,
+            top_k=max(0, body.top_k),
             min_p=body.min_p,
             repetition_penalty=body.repetition_penalty,
             presence_penalty=body.presence_penalty,

@@ -5,7 +5,7 @@ schemas or tokenizers, and needs no torch.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +20,39 @@ class ConstraintFault(Exception):
     """The answer cannot continue: the library hit one of its limits, or the grammar does not allow the token."""
 
 
+class Guard(Protocol):
+    """What a grammar cannot say: it follows an answer, and takes tokens out of the grammar's mask."""
+
+    def copy(self) -> Self:
+        """An independent guard of the same text."""
+
+    def restrict(self, mask: PackedMask) -> PackedMask:
+        """The mask without what is not wanted; never empty, unless it was."""
+
+    def accept(self, token_id: int) -> None:
+        """The answer goes on with an allowed token."""
+
+
 class Constraint:
     """A position in a grammar.
 
     Args:
         matcher: at that position; owned by this object.
         end_token_id: the matcher's token for the end of the text, which is not in the model's vocabulary.
+        guard: of the same text; owned by this object.
 
     `allowed` and `accept` raise:
         ConstraintFault: the answer cannot continue.
     """
 
-    def __init__(self, matcher: "LLMatcher", end_token_id: int) -> None:
+    def __init__(self, matcher: "LLMatcher", end_token_id: int, guard: Guard) -> None:
         self._matcher = matcher
         self._end_token_id = end_token_id
+        self._guard = guard
 
     def copy(self) -> "Constraint":
         """An independent constraint at the same position."""
-        return Constraint(self._matcher.deep_copy(), self._end_token_id)
+        return Constraint(self._matcher.deep_copy(), self._end_token_id, self._guard.copy())
 
     def allowed(self, stop_token_ids: Sequence[int] = ()) -> PackedMask | None:
         """A mask of the tokens that may come next, None if the text is complete.
@@ -52,6 +67,7 @@ class Constraint:
             if not may_end:
                 self._fail()
             return None
+        mask = self._guard.restrict(mask)
         if may_end:
             for token_id in stop_token_ids:
                 mask[token_id >> 3] |= 1 << (token_id & 7)
@@ -61,6 +77,7 @@ class Constraint:
         """Advance by an allowed token."""
         if not self._matcher.consume_token(token_id):
             self._fail()
+        self._guard.accept(token_id)
 
     @property
     def complete(self) -> bool:

@@ -5,40 +5,63 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from deployments.protocol.base import FinishReason, StrictModel, Usage
+from deployments.protocol.base import FinishReason, StrictModel, Usage, field_error
 from deployments.protocol.completions import CompletionRequest
+from deployments.protocol.extra_fields import CHAT, MESSAGE, TEXT_PART
 from deployments.protocol.generation import MAX_LOGPROBS, GenerationFields
-from training.chat.messages import Message
+from training.chat.messages import ROLE_ALIASES, Message
 
 
 class TextPart(StrictModel):
     """One part of a message's content. Only text is accepted."""
 
+    extra_fields = TEXT_PART
+
     type: Literal["text"]
     text: str
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _only_text(cls, part_type: Any) -> Any:
+        if part_type in ("input_text", "output_text"):  # their names in OpenAI's Responses API
+            return "text"
+        if isinstance(part_type, str) and any(word in part_type for word in ("image", "audio", "video", "file")):
+            raise ValueError(f"{part_type:.40} is not supported: the models here read text only")
+        return part_type
+
 
 class ChatMessage(StrictModel):
-    """One message of a conversation. Which roles are accepted, and in which order, depends on the chat format."""
+    """One message of a conversation. Which orders of roles can be rendered depends on the chat format.
+
+    Only an assistant's message may lack content.
+    """
+
+    extra_fields = MESSAGE
 
     role: str
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-    name: str | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str | None = Field(None, description="accepted but not used")
+
+    @model_validator(mode="after")
+    def _content_unless_assistant(self) -> "ChatMessage":
+        if self.content in (None, []) and self.role != "assistant":
+            raise field_error(type(self), "content", f"a message from the {self.role:.40} needs text", self.content)
+        return self
 
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
 
 
 def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
     """Messages for a chat format, which checks their roles."""
-    return [Message(message.role, message.text()) for message in messages]  # type: ignore[arg-type]
+    return [Message(ROLE_ALIASES.get(message.role, message.role), message.text()) for message in messages]  # type: ignore[arg-type]
 
 
 class JsonSchemaFormat(StrictModel):
     """`response_format.json_schema`: the schema that the completion must follow."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="accepted but not used")
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="accepted but not used")
     description: str | None = Field(None, description="accepted but not used")
     schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema 2020-12; unsupported keywords are refused")
     strict: bool | None = Field(None, description="true: every object must have additionalProperties: false")
@@ -52,16 +75,24 @@ class ResponseFormat(StrictModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = Field(None, description="only with type json_schema, which requires it")
+    schema_: dict[str, Any] | None = Field(
+        None, alias="schema", description="llama.cpp's place for the schema, with type json_object or json_schema"
+    )
 
     @model_validator(mode="after")
     def _schema_only_for_its_type(self) -> "ResponseFormat":
-        if (self.json_schema is not None) != (self.type == "json_schema"):
+        if self.schema_ is not None:
+            if self.json_schema is not None or self.type == "text":
+                raise field_error(type(self), "schema", "send type json_schema with json_schema.schema", self.schema_)
+        elif (self.json_schema is not None) != (self.type == "json_schema"):
             raise ValueError(f"type {self.type} {'needs' if self.json_schema is None else 'does not take'} json_schema")
         return self
 
 
 class ChatCompletionRequest(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
+
+    extra_fields = CHAT
 
     messages: list[ChatMessage] = Field(fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, description="default: what fits the context")
@@ -158,6 +189,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    service_tier: str | None = None
 
 
 class ChoiceDelta(BaseModel):
@@ -185,3 +217,4 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    service_tier: str | None = None

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
 
 from deployments.protocol.base import FinishReason, TokenIds, Usage
-from deployments.protocol.generation import MAX_LOGPROBS, MAX_N, GenerationFields
+from deployments.protocol.generation import MAX_LOGPROBS, GenerationFields
 
-MAX_PROMPTS = 16
+MAX_PROMPTS = 2048
 
 
 class CompletionRequest(GenerationFields):
@@ -21,7 +21,6 @@ class CompletionRequest(GenerationFields):
     min_tokens: int = Field(0, ge=0, description="a completion cannot end before so many tokens")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="most likely tokens to report")
     suffix: str | None = Field(None, description="not supported: Llama models do not infill")
-    best_of: int | None = Field(None, description="not supported: use n")
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -51,13 +50,6 @@ class CompletionRequest(GenerationFields):
         if suffix:
             raise ValueError("not supported, Llama models do not infill: leave it out")
         return suffix
-
-    @field_validator("best_of")
-    @classmethod
-    def _no_best_of(cls, best_of: int | None) -> int | None:
-        if best_of not in (None, 1):
-            raise ValueError(f"must be 1: request n completions (up to {MAX_N}) and choose among them")
-        return best_of
 
     @property
     def requested_max_tokens(self) -> int | None:
@@ -112,3 +104,4 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    service_tier: str | None = None

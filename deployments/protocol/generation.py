@@ -1,43 +1,39 @@
 """Request fields that chat completions and completions share: sampling, and where a completion ends."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from deployments.protocol.base import StrictModel
+from deployments.protocol.extra_fields import GENERATION, STREAM_OPTIONS
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIASES = 1024
-MAX_N = 8
+MAX_N = 128
 MAX_LOGPROBS = 20
 
 
 class StreamOptions(StrictModel):
     """`stream_options` of a request."""
 
-    include_usage: bool = False
+    extra_fields = STREAM_OPTIONS
 
-
-def _nullable(schema: dict[str, Any]) -> None:
-    """Mark every field that has a default as nullable in the OpenAPI schema."""
-    for name, field in schema["properties"].items():
-        if name not in schema["required"] and {"type": "null"} not in field.get("anyOf", []):
-            annotations = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
-            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **annotations}
+    include_usage: bool = Field(False, description="a last chunk has the usage")
+    continuous_usage_stats: bool = Field(False, description="with include_usage: every chunk has the usage so far")
 
 
 class GenerationFields(StrictModel):
-    """Fields of both kinds of request. A field that is null has its default, as in OpenAI's API.
+    """Fields of both kinds of request.
 
     Names, defaults and ranges are OpenAI's; top_k, min_p, repetition_penalty, min_tokens and ignore_eos are vLLM's.
     """
 
-    model_config = ConfigDict(json_schema_extra=_nullable)
+    extra_fields = GENERATION
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 keeps all tokens")
+    top_p: float = Field(1.0, ge=0, le=1, description="0 keeps the likeliest token only")
+    top_k: int = Field(0, ge=-1, description="0 and -1 keep all tokens")
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
@@ -51,14 +47,9 @@ class GenerationFields(StrictModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="id of the end user: a canary gets all of a user's requests or none")
+    safety_identifier: str | None = Field(None, description="newer name of user")
+    service_tier: str | None = Field(None, description="there is one, `default`, which the response then names")
     ignore_eos: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {field: value for field, value in body.items() if value is not None}
 
     @field_validator("logit_bias")
     @classmethod
@@ -79,7 +70,7 @@ class GenerationFields(StrictModel):
     @field_validator("stream_options")
     @classmethod
     def _options_require_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if options is not None and not info.data.get("stream"):
+        if options is not None and options.model_fields_set and not info.data.get("stream"):
             raise ValueError("requires stream: true")
         return options
 
@@ -91,6 +82,11 @@ class GenerationFields(StrictModel):
             if limit is not None and min_tokens > limit:
                 raise ValueError(f"must not exceed {name}, which is {limit}")
         return min_tokens
+
+    @property
+    def end_user(self) -> str | None:
+        """Id of the end user, by either name."""
+        return self.user if self.user is not None else self.safety_identifier
 
     @property
     def stop_strings(self) -> list[str]:

@@ -6,10 +6,13 @@ from pydantic import BaseModel, Field, model_validator
 
 from deployments.protocol.base import StrictModel, TokenIds
 from deployments.protocol.chat import ChatMessage
+from deployments.protocol.extra_fields import TOKENIZE
 
 
 class TokenizeRequest(StrictModel):
     """Body of `POST /tokenize`: a text as `/v1/completions` takes it, or messages as `/v1/chat/completions` does."""
+
+    extra_fields = TOKENIZE
 
     model: str | None = Field(None, description="default: the base model; adapters have their own chat formats")
     prompt: str | None = None

@@ -1,6 +1,6 @@
 """The request that a model replica accepts. Plain data, importable without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.engine.request import SamplingParams
 from training.registry.manifest import AdapterManifest
@@ -11,6 +11,7 @@ class GenerationRequest:
     """A prompt to continue `n` times with an exact adapter version, or with the base if `adapter` is None.
 
     Answers are constrained to `grammar`, as `structured_outputs.grammars.grammar_of` returns it; None leaves them free.
+    `may_shorten` says that no length was requested, so that `sampling.max_tokens` is only the default.
     """
 
     request_id: str
@@ -19,8 +20,20 @@ class GenerationRequest:
     adapter: AdapterManifest | None
     n: int = 1
     grammar: str | None = None
+    may_shorten: bool = False
 
     @property
     def max_total_tokens(self) -> int:
         """Tokens of the prompt and all answers if none ends early."""
         return len(self.prompt_token_ids) + self.n * self.sampling.max_tokens
+
+    @property
+    def min_total_tokens(self) -> int:
+        """The same, if the answers are as short as `may_shorten` allows."""
+        shortest = max(1, self.sampling.min_tokens) if self.may_shorten else self.sampling.max_tokens
+        return len(self.prompt_token_ids) + self.n * shortest
+
+    def shortened(self, max_total_tokens: int) -> "GenerationRequest":
+        """The same request with answers that take at most `max_total_tokens` with the prompt."""
+        max_tokens = (max_total_tokens - len(self.prompt_token_ids)) // self.n
+        return replace(self, sampling=replace(self.sampling, max_tokens=max_tokens))

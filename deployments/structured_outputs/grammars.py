@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer
 from deployments.engine.constraint import Constraint, ConstraintFault
 from deployments.errors import NotReady, ResponseFormatRefused
 from deployments.protocol.chat import ResponseFormat
-from deployments.structured_outputs.json_schema import check_schema
+from deployments.structured_outputs.json_guard import JsonGuard, JsonTokens
+from deployments.structured_outputs.json_schema import supported_schema
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseCheckpoint
 
@@ -43,8 +44,10 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
         return None
     schema: dict[str, Any] = {"type": "object"}
     if response_format.json_schema is not None:
-        schema = response_format.json_schema.schema_
-        check_schema(schema, SCHEMA_PATH, strict=bool(response_format.json_schema.strict))
+        given = response_format.json_schema
+        schema = supported_schema(given.schema_, SCHEMA_PATH, strict=bool(given.strict))
+    elif response_format.schema_ is not None:
+        schema = supported_schema(response_format.schema_, "response_format.schema")
     return f"json: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
@@ -73,6 +76,7 @@ class GrammarCompiler:
         self._end_token_id = end_token_id
         num_tokens = max(int(base.llama_config()["vocab_size"]), self._end_token_id + 1)
         self._tokenizer = LLTokenizer(extended.to_str(), n_vocab=num_tokens, eos_token=self._end_token_id)
+        self._json_tokens = JsonTokens(vocabulary, num_tokens)
         self._start = 'start: " "? json\n' if vocabulary.strips_first_space else "start: json\n"
         self._cache_size = cache_size
         self._timeout_s = timeout_s
@@ -114,7 +118,7 @@ class GrammarCompiler:
             if "coerce_one_of" in reason:
                 reason = "the options of oneOf must differ in a const property: use anyOf"
             raise ResponseFormatRefused(f"{SCHEMA_PATH}: {reason}", SCHEMA_PATH)
-        constraint = Constraint(matcher, self._end_token_id)
+        constraint = Constraint(matcher, self._end_token_id, JsonGuard(self._json_tokens))
         try:
             constraint.copy().allowed()
         except ConstraintFault as fault:

@@ -1,7 +1,8 @@
 """Checks that answers can be constrained to a JSON schema, before anything is compiled.
 
 Rejects schemas that the grammar library would read differently from JSON Schema 2020-12, and those that would take it
-long to compile despite its own limits. Knows nothing of that library.
+long to compile despite its own limits. Knows nothing of that library. Annotations and keywords that constrain nothing
+are no reason to refuse.
 """
 
 import difflib
@@ -13,6 +14,15 @@ from decimal import Decimal
 from typing import Any
 
 from deployments.errors import ResponseFormatRefused
+from deployments.structured_outputs.simplify import (
+    MAX_EXACT,
+    NAMED_SCHEMAS,
+    ONE_SCHEMA,
+    SCHEMA_LISTS,
+    bounded,
+    looks_around,
+    without_no_ops,
+)
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_DEPTH = 64  # of nested brackets, including the schema's own
@@ -20,19 +30,11 @@ MAX_PROPERTIES = 1000
 MAX_PATTERN_LENGTH = 1000
 MAX_PATTERN_SIZE = 5000  # characters and classes, with repetitions written out
 MAX_MULTIPLE = 10_000
-MAX_INTEGER = 2**53  # beyond it not every integer is a double
 
-_ONE_SCHEMA = {"items", "additionalProperties"}
-_SCHEMA_LISTS = {"anyOf", "allOf", "oneOf", "prefixItems"}
-_NAMED_SCHEMAS = {"properties", "$defs", "definitions"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _SIZES = {"minItems", "maxItems", "minLength", "maxLength"}
 _OTHERS = {"type", "enum", "const", "required", "pattern", "format", "$ref"}
-_SUPPORTED = _ONE_SCHEMA | _SCHEMA_LISTS | _NAMED_SCHEMAS | _BOUNDS | _SIZES | _OTHERS
-_ANNOTATIONS = {
-    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$schema", "$comment"),
-    "discriminator",  # OpenAPI's; pydantic writes it for tagged unions
-}
+_SUPPORTED = ONE_SCHEMA | SCHEMA_LISTS | NAMED_SCHEMAS | _BOUNDS | _SIZES | _OTHERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,9 @@ class _Part:
         return ResponseFormatRefused(f"{path}: {message}", path)
 
 
-def check_schema(schema: dict[str, Any], path: str, *, strict: bool = False) -> None:
-    """Reject a schema that is not supported or too large.
+def supported_schema(schema: dict[str, Any], path: str, *, strict: bool = False) -> dict[str, Any]:
+    """The schema as the grammar library reads it: in supported keywords only, with bounded numbers, dates and times,
+    and with objects closed that name properties and do not say `additionalProperties`.
 
     Args:
         path: path of the schema in the request.
@@ -66,6 +69,7 @@ def check_schema(schema: dict[str, Any], path: str, *, strict: bool = False) -> 
         raise root.refusal("it contains half a UTF-16 surrogate pair: give valid Unicode text") from None
     if num_bytes > MAX_SCHEMA_BYTES:
         raise root.refusal(f"it is {num_bytes} bytes long, the limit is {MAX_SCHEMA_BYTES}: make it smaller")
+    root = _Part(path, without_no_ops(schema))
     num_properties = 0
     multiples: list[Decimal] = []
     for part in _parts(root):
@@ -81,6 +85,7 @@ def check_schema(schema: dict[str, Any], path: str, *, strict: bool = False) -> 
                     "decimal place: use smaller or fewer numbers",
                     "multipleOf",
                 )
+    return bounded(root.content)
 
 
 def _parts(root: _Part) -> Iterator[_Part]:
@@ -95,13 +100,13 @@ def _parts(root: _Part) -> Iterator[_Part]:
         yield part
         for keyword, value in part.content.items():
             path = f"{part.path}.{keyword}"
-            if keyword in _ONE_SCHEMA:
+            if keyword in ONE_SCHEMA:
                 pending.append(_Part(path, value))
-            elif keyword in _SCHEMA_LISTS:
+            elif keyword in SCHEMA_LISTS:
                 if not isinstance(value, list):
                     raise part.refusal("it must be a list of schemas", keyword)
                 pending += [_Part(f"{path}.{i}", inner) for i, inner in enumerate(value)]
-            elif keyword in _NAMED_SCHEMAS:
+            elif keyword in NAMED_SCHEMAS:
                 if not isinstance(value, dict):
                     raise part.refusal("it must be an object of named schemas", keyword)
                 pending += [_Part(f"{path}.{name[:50]}", inner) for name, inner in value.items()]
@@ -110,7 +115,7 @@ def _parts(root: _Part) -> Iterator[_Part]:
 def _check_keywords(part: _Part, strict: bool) -> None:
     schema = part.content
     for keyword, value in schema.items():
-        if keyword not in _SUPPORTED | _ANNOTATIONS:
+        if keyword not in _SUPPORTED:
             suggestions = difflib.get_close_matches(keyword[:50], _SUPPORTED, n=1, cutoff=0.8)
             hint = (
                 f"did you mean {suggestions[0]!r}?"
@@ -118,7 +123,7 @@ def _check_keywords(part: _Part, strict: bool) -> None:
                 else f"leave it out; supported keywords: {', '.join(sorted(_SUPPORTED))}"
             )
             raise part.refusal(f"the keyword {keyword[:50]!r} is not supported: {hint}", keyword[:50])
-        if keyword in _BOUNDS and not (_is_number(value) and abs(value) <= MAX_INTEGER):
+        if keyword in _BOUNDS and not (_is_number(value) and _can_be_kept(keyword, value)):
             raise part.refusal("it must be a number from -2^53 to 2^53", keyword)
         if keyword in _SIZES and not (_is_number(value) and value == int(value) >= 0):
             raise part.refusal("it must be an integer of at least 0", keyword)
@@ -140,6 +145,8 @@ def _check_keywords(part: _Part, strict: bool) -> None:
 def _check_pattern(part: _Part, pattern: Any) -> None:
     if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN_LENGTH:
         raise part.refusal(f"it must be a regular expression of at most {MAX_PATTERN_LENGTH} characters", "pattern")
+    if looks_around(pattern):
+        raise part.refusal("it looks around ((?=, (?!, (?<=, (?<!), which no grammar can: write it without", "pattern")
     if pattern_size(pattern) > MAX_PATTERN_SIZE:
         raise part.refusal(
             f"its repetitions expand to more than {MAX_PATTERN_SIZE} characters: use fewer, or maxLength",
@@ -210,6 +217,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _can_be_kept(bound: str, value: float) -> bool:
+    """Whether a bound is exact, or so wide that a nearer one keeps it."""
+    return value <= MAX_EXACT if "inimum" in bound else value >= -MAX_EXACT if "aximum" in bound else value <= MAX_EXACT
+
+
 def _is_exact(value: Any) -> bool:
     """Whether all numbers in a value can be represented exactly."""
     pending = [value]
@@ -217,7 +229,7 @@ def _is_exact(value: Any) -> bool:
         inner = pending.pop()
         if isinstance(inner, dict | list):
             pending += inner.values() if isinstance(inner, dict) else inner
-        elif isinstance(inner, int | float) and not abs(inner) <= MAX_INTEGER:
+        elif isinstance(inner, int | float) and not abs(inner) <= MAX_EXACT:
             return False
     return True
 

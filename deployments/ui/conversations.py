@@ -20,9 +20,9 @@ from starlette.requests import HTTPConnection
 from deployments.auth.caller import Caller
 from deployments.protocol.chat import ChatCompletionRequest, ChatMessage
 from deployments.protocol.models import Model
+from deployments.ui.plain_text import shown, typed
 from deployments.ui.sessions import Sessions
 from training.errors import CorralError
-from training.names import parse_model_id
 
 _REDRAW_INTERVAL_S = 0.05  # minimum time between two updates of the page
 _MODELS_TIMEOUT_S = 15.0
@@ -47,7 +47,7 @@ class Backend(Protocol):
     api_app: str
 
     async def models(self) -> list[Model]:
-        """The base model first, then every version of its adapters, newest first."""
+        """The base model first, then each adapter: itself, and its versions, newest first."""
 
     def chat(self, request: ChatCompletionRequest, caller: Caller) -> TextStream:
         """Start a completion on behalf of `caller`; errors are raised while iterating over the stream."""
@@ -96,8 +96,8 @@ class Conversations:
     ) -> AsyncIterator[Update]:
         """Send an edited message; the turns after it are dropped once there is a reply."""
         edited = _index(event.index)
-        previous = [*history[:edited], _turn("user", event.previous_value), *history[edited + 1 :]]
-        async for update in self._ask(history[:edited], event.value, previous, draft, settings, request):
+        previous = [*history[:edited], _turn("user", typed(event.previous_value)), *history[edited + 1 :]]
+        async for update in self._ask(history[:edited], typed(event.value), previous, draft, settings, request):
             yield update
 
     async def stop(self, request: gr.Request) -> None:
@@ -205,19 +205,17 @@ class Conversations:
 
 def model_choices(models: list[Model]) -> list[tuple[str, str]]:
     """(label, model id) of the base model, then of each adapter without a version and of each of its versions."""
-    choices = [(f"{model.id} (base)", model.id) for model in models if model.version is None]
-    by_name: dict[str, list[Model]] = {}
+    choices = []
     for model in models:
-        if model.version is not None:
-            by_name.setdefault(model.root, []).append(model)
-    for name, versions in by_name.items():
-        champion = next((model for model in versions if "champion" in model.aliases), None)
-        default = champion or max(versions, key=lambda model: model.version or 0)
-        role = "champion" if champion else "newest"
-        choices.append((f"{name} → version {default.version}, {role}", str(parse_model_id(f"{default.parent}:{name}"))))
-        for model in versions:
-            aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
-            choices.append((f"{name}, version {model.version}{aliases}", model.id))
+        aliases = f" ({', '.join(model.aliases)})" if model.aliases else ""
+        if model.parent is None:
+            label = f"{model.id} (base)"
+        elif "@" in model.id:
+            label = f"{model.root}, version {model.version}{aliases}"
+        else:
+            role = "champion" if "champion" in model.aliases else "newest"
+            label = f"{model.root} → version {model.version}, {role}"
+        choices.append((label, model.id))
     return choices
 
 
@@ -225,8 +223,8 @@ def text_of(turn: Turn) -> str:
     """The text of a turn, in either of the forms that Gradio uses."""
     content = turn["content"]
     if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part.get("type") == "text")
+        return typed(content)
+    return typed("".join(part["text"] for part in content if part.get("type") == "text"))
 
 
 def _completion_request(
@@ -259,7 +257,7 @@ def _completion_request(
 
 def _turn(role: str, text: str) -> Turn:
     """A turn in the only form that Gradio displays unchanged: it rewrites the whitespace of plain strings."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    return {"role": role, "content": [{"type": "text", "text": shown(text)}]}
 
 
 def _idle_box(text: str | None = None) -> gr.Textbox:

@@ -14,6 +14,11 @@ _EXAMPLES = [
     ("A helicopter and a human", "How long does it take a human to eat a helicopter?"),
     ("Write an article", "Write a short article about the benefits of open source in artificial intelligence."),
 ]
+_LATEX: list[dict[str, str | bool]] = [  # no single dollar, which is money more often
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": r"\[", "right": r"\]", "display": True},
+    {"left": r"\(", "right": r"\)", "display": False},
+]
 _MAX_CONCURRENT_COMPLETIONS = 256
 _MAX_WAITING = 512
 _QUEUE_POLL_S = 0.02  # seconds; Gradio's default of 1 ms takes 5 % of a core while idle
@@ -81,6 +86,7 @@ def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
                     buttons=["copy", "copy_all"],
                     sanitize_html=True,
                     allow_tags=False,
+                    latex_delimiters=_LATEX,
                     placeholder="### What do you want to talk about?",
                     examples=[{"display_text": label, "text": text} for label, text in _EXAMPLES],
                 )

@@ -95,6 +95,8 @@ def serving(args: ServeArgs, model: Any) -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
     assert started.wait(timeout=300)
-    yield f"http://127.0.0.1:{port}"
-    servers[0].should_exit = True
-    thread.join(timeout=300)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        servers[0].should_exit = True
+        thread.join(timeout=300)

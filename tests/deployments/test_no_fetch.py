@@ -43,10 +43,10 @@ def bodies(url: str) -> list[tuple[str, dict[str, Any], str]]:
         return {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": kind, **content}]}]}
 
     return [
-        ("image", part("image_url", image_url={"url": f"{url}/a.png"}), "messages.0.content.1.type"),
-        ("audio", part("input_audio", input_audio={"data": f"{url}/a.wav"}), "messages.0.content.1.type"),
-        ("file", part("file", file={"file_id": f"{url}/a.txt"}), "messages.0.content.1.type"),
-        ("file on disk", part("file", file={"file_id": "file:///etc/passwd"}), "messages.0.content.1.type"),
+        ("image", part("image_url", image_url={"url": f"{url}/a.png"}), "messages.0.content.1.image_url"),
+        ("audio", part("input_audio", input_audio={"data": f"{url}/a.wav"}), "messages.0.content.1.input_audio"),
+        ("file", part("file", file={"file_id": f"{url}/a.txt"}), "messages.0.content.1.file"),
+        ("file on disk", part("file", file={"file_id": "file:///etc/passwd"}), "messages.0.content.1.file"),
         ("template", {"chat_template": "{{ cycler.__init__.__globals__ }}"}, "chat_template"),
         ("template fields", {"chat_template_kwargs": {"url": url}}, "chat_template_kwargs"),
         ("guided", {"guided_json": {"$ref": f"{url}/schema.json"}}, "guided_json"),

@@ -104,5 +104,5 @@ def test_b_errors_have_the_types_that_the_package_has_for_them(server: RunningSe
 @pytest.mark.promise("A3")
 def test_models(server: RunningServer, client: openai.OpenAI) -> None:
     ids = [model.id for model in client.models.list()]
-    assert ids == [server.base_model, f"{server.adapter}@1"]
+    assert ids == [server.base_model, server.adapter, f"{server.adapter}@1"]
     assert client.models.retrieve(server.adapter).id == ids[1]

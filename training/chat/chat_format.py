@@ -6,12 +6,12 @@ dropped or truncated: a dialog that a format cannot represent raises ChatFormatE
 model is never run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from training.base_models.tokenizer import encode_text
-from training.chat.messages import Message, check_dialog, has_lone_surrogate
+from training.chat.messages import Message, check_dialog, has_lone_surrogate, merge_turns
 from training.chat.templates import CHAT_FORMATS, LAYOUTS, ChatFormatName, Piece, control
 from training.errors import ChatFormatError
 
@@ -77,14 +77,12 @@ class ChatFormat:
         self._lost_lead_bytes = _lost_lead_bytes(tokenizer)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids that prompt for the next assistant turn; the last of `messages` is from the user.
+        """Token ids that prompt for the next assistant turn.
 
         Raises:
             ChatFormatError: the dialog cannot be rendered; `message_index` is the offending message.
         """
-        check_dialog(messages, "user")
-        self._check_encodable(messages)
-        return self._render(messages, self._layout.opening()).input_ids
+        return self._assemble(self._dialog_pieces(messages, answered=False), self._encode).input_ids
 
     def render_training(self, messages: Sequence[Message]) -> Rendered:
         """A dialog that ends with an assistant turn, with loss on text and end of turn of every learned message.
@@ -94,9 +92,7 @@ class ChatFormat:
         Raises:
             ChatFormatError: the dialog cannot be rendered; `message_index` is the offending message.
         """
-        check_dialog(messages, "assistant")
-        self._check_encodable(messages)
-        return self._render(messages, iter(()))
+        return self._assemble(self._dialog_pieces(messages, answered=True), self._encode)
 
     def render_all(self, rows: Sequence[Sequence[Message] | str]) -> list[Rendered | ChatFormatError]:
         """`render_training` of each dialog and `render_text` of each plain text, encoded in one parallel call.
@@ -119,20 +115,17 @@ class ChatFormat:
 
     def _pieces_or_error(self, row: Sequence[Message] | str) -> list[Piece] | ChatFormatError:
         try:
-            if isinstance(row, str):
-                return self._text_pieces(row)
-            check_dialog(row, "assistant")
-            self._check_encodable(row)
-            return self._dialog_pieces(row, iter(()))
+            return self._text_pieces(row) if isinstance(row, str) else self._dialog_pieces(row, answered=True)
         except ChatFormatError as error:
             return error
 
-    def _render(self, messages: Sequence[Message], opening: Iterator[Piece]) -> Rendered:
-        return self._assemble(self._dialog_pieces(messages, opening), self._encode)
-
-    def _dialog_pieces(self, messages: Sequence[Message], opening: Iterator[Piece]) -> list[Piece]:
+    def _dialog_pieces(self, messages: Sequence[Message], *, answered: bool) -> list[Piece]:
+        check_dialog(messages, answered=answered)
+        self._check_encodable(messages)
+        turns = messages if self._layout.any_order else merge_turns(messages, "assistant" if answered else "user")
         bos = [control(self.bos_token)] if self.bos_token else []
-        return [*bos, *self._layout.turns(messages), *opening]
+        opening = () if answered else self._layout.opening()
+        return [*bos, *self._layout.turns(turns), *opening]
 
     def _text_pieces(self, text: str) -> list[Piece]:
         if has_lone_surrogate(text):

@@ -1,13 +1,14 @@
-"""The messages of a dialog, and the order of roles that chat formats accept."""
+"""The messages of a dialog, and the order of roles that chat formats can express."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from training.errors import ChatFormatError
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
+ROLE_ALIASES: dict[str, Role] = {"developer": "system"}  # OpenAI's newer name
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,48 +38,78 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def check_dialog(messages: Sequence[Message], last_role: Role) -> None:
-    """Check that a dialog can be rendered: an optional system message, then user and assistant alternating.
+def check_dialog(messages: Sequence[Message], *, answered: bool) -> None:
+    """Check what every chat format requires of a dialog.
+
+    Args:
+        answered: it is a dialog to train on, which contains a question and ends with the answer.
 
     Raises:
         ChatFormatError: with the index of the offending message and what was expected there.
     """
     if not messages:
         raise ChatFormatError("messages is empty: expected at least one user message")
-    expected: tuple[str, ...] = ("system", "user")
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if message.role not in ROLES:
             raise ChatFormatError(
-                f"{where} has role {message.role!r:.80}: expected {' or '.join(expected)} (supported roles: "
-                f"{', '.join(ROLES)})",
+                f"{where} has role {message.role!r:.80}: expected one of {', '.join(ROLES)}, or developer for system",
                 index,
             )
-        if message.role not in expected:
-            raise ChatFormatError(_out_of_order(messages, index, expected), index)
-        expected = ("assistant",) if message.role == "user" else ("user",)
         if message.role == "user" and not message.content.strip():
             raise ChatFormatError(f"{where} from the user is empty: expected some text", index)
         if has_lone_surrogate(message.content):
             raise ChatFormatError(f"{where} contains half a UTF-16 surrogate pair: expected valid Unicode text", index)
     last = len(messages) - 1
-    if messages[last].role != last_role:
-        purpose = "for the assistant to answer" if last_role == "user" else "to train on"
+    if answered and messages[last].role != "assistant":
         raise ChatFormatError(
             f"messages[{last}], the last, is from the {messages[last].role}: expected a last message from the "
-            f"{last_role} {purpose}",
+            "assistant to train on",
             last,
         )
+    if answered and all(message.role != "user" for message in messages):
+        raise ChatFormatError(f"messages[{last}] answers nothing: expected a user message before it", last)
 
 
-def _out_of_order(messages: Sequence[Message], index: int, expected: tuple[str, ...]) -> str:
-    role = messages[index].role
-    if role == "system":
-        problem = (
-            "is a second system message" if messages[0].role == "system" else "is a system message after the start"
+def merge_turns(messages: Sequence[Message], last_role: Role) -> list[Message]:
+    """A dialog as an optional system message, then user and assistant in turn: the only order that Llama 2 knows.
+
+    Adjacent messages of one role become one, joined by a blank line; any other order is refused.
+
+    Raises:
+        ChatFormatError: with the index of the offending message and what was expected there.
+    """
+    merged: list[Message] = []
+    expected: tuple[Role, ...] = ("system", "user")
+    for index, message in enumerate(messages):
+        if merged and message.role == merged[-1].role:
+            if message.learned != merged[-1].learned:
+                raise ChatFormatError(
+                    f"messages[{index}] follows another message from the assistant, and only one of them is trained: "
+                    "llama-2 writes both as one turn, so mark both or neither",
+                    index,
+                )
+            merged[-1] = replace(merged[-1], content=f"{merged[-1].content}\n\n{message.content}")
+            continue
+        if message.role not in expected:
+            raise ChatFormatError(_out_of_order(messages, index, expected), index)
+        merged.append(message)
+        expected = ("assistant",) if message.role == "user" else ("user",)
+    if merged[-1].role != last_role:
+        last = len(messages) - 1
+        raise ChatFormatError(
+            f"messages[{last}], the last, is from the {merged[-1].role}: in llama-2 the {last_role} has the last turn",
+            last,
         )
-    elif index == 0:
+    return merged
+
+
+def _out_of_order(messages: Sequence[Message], index: int, expected: tuple[Role, ...]) -> str:
+    role = messages[index].role
+    if index == 0:
         problem = f"is the first message, but from the {role}"
+    elif role == "system":
+        problem = "is a system message after the start"
     else:
         problem = f"is from the {role} and follows one from the {messages[index - 1].role}"
-    return f"messages[{index}] {problem}: expected {' or '.join(expected)} there"
+    return f"messages[{index}] {problem}: in llama-2, expected {' or '.join(expected)} there"

@@ -76,6 +76,7 @@ def _chatml_opening() -> Iterator[Piece]:
 @dataclass(frozen=True, slots=True)
 class Layout:
     turns: Callable[[Sequence[Message]], Iterator[Piece]]
+    any_order: bool  # of roles; otherwise only what `merge_turns` returns
     opening: Callable[[], Iterator[Piece]]  # precedes the model's answer
     controls: tuple[str, ...]  # required in the tokenizer
     end_of_turn: tuple[str, ...]  # stop tokens, those that the tokenizer has
@@ -84,9 +85,10 @@ class Layout:
 
 
 LAYOUTS: dict[ChatFormatName, Layout] = {
-    "llama-2": Layout(_llama_2, lambda: iter(()), ("<s>", "</s>"), ("</s>",), "<s>", ("</s>",)),
+    "llama-2": Layout(_llama_2, False, lambda: iter(()), ("<s>", "</s>"), ("</s>",), "<s>", ("</s>",)),
     "llama-3": Layout(
         _llama_3,
+        True,
         lambda: _llama_3_header("assistant"),
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
@@ -95,6 +97,7 @@ LAYOUTS: dict[ChatFormatName, Layout] = {
     ),
     "chatml": Layout(
         _chatml,
+        True,
         _chatml_opening,
         ("<|im_start|>", "<|im_end|>"),
         ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>"),

@@ -3,6 +3,7 @@
 At most a few hundred rows are in memory at a time.
 """
 
+import bisect
 import itertools
 import json
 import re
@@ -129,7 +130,7 @@ class StoreBuilder:
         length = max(len(one.input_ids) for one in rendered)
         messages = _dialog_of(example)
         truncate = isinstance(example, Dialog) and self._config.on_too_long == "truncate"
-        if length > self._max_length and truncate and (prefix := self._truncated(messages, rendered[0])):
+        if length > self._max_length and truncate and (prefix := self._truncated(messages)):
             reason = f"{length} tokens: the last {len(messages) - len(prefix[0])} messages are dropped"
             self.facts.num_truncated += 1
             self.facts.note(self.facts.truncated, RowNote(source=raw.location, reason=reason, excerpt=raw.excerpt))
@@ -184,18 +185,17 @@ class StoreBuilder:
                 num_trained=sum(trained),
             )
 
-    def _truncated(
-        self, messages: tuple[Message, ...], rendered: Rendered
-    ) -> tuple[tuple[Message, ...], Rendered] | None:
-        """The longest prefix that fits and ends with a trained answer; None if not even the first answer fits."""
-        answers = [at for at, message in enumerate(messages) if message.learned]  # one per span
-        ends = trained_spans(rendered.loss_mask)[1::2]
-        for num_answers in range(sum(end <= self._max_length for end in ends), 0, -1):
-            prefix = messages[: answers[num_answers - 1] + 1]
-            rendered_prefix = self._chat_format.render_training(prefix)
-            if len(rendered_prefix.input_ids) <= self._max_length:
-                return prefix, rendered_prefix
-        return None
+    def _truncated(self, messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], Rendered] | None:
+        """The longest prefix that fits and ends with a trained answer to a question; None if there is none."""
+        question = next(at for at, message in enumerate(messages) if message.role == "user")
+        followers = [*(message.role for message in messages[1:]), ""]
+        ends = [at for at, m in enumerate(messages) if at > question and m.learned and followers[at] != "assistant"]
+
+        def rendered_to(end: int) -> Rendered:
+            return self._chat_format.render_training(messages[: end + 1])
+
+        num_fit = bisect.bisect_right(ends, self._max_length, key=lambda end: len(rendered_to(end).input_ids))
+        return (messages[: ends[num_fit - 1] + 1], rendered_to(ends[num_fit - 1])) if num_fit else None
 
     def _count_messages(self, messages: Sequence[Message]) -> None:
         self._roles.update(message.role for message in messages)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
-from training.chat.messages import Message, Role, check_dialog
+from training.chat.messages import ROLE_ALIASES, Message, Role, check_dialog
 from training.config.data_config import DatasetFormat
 from training.data.examples import BadRow, Dialog, Example, PreferencePair, TextExample, UnpairedExample
 from training.errors import ChatFormatError
@@ -182,7 +182,7 @@ def _checked_prompt(fields: dict[str, Any], prompt: list[Message], answer: Messa
         prompt = [Message("system", system), *prompt]
     messages = (*prompt, answer) if answer else tuple(prompt)
     try:
-        check_dialog(messages, "assistant")
+        check_dialog(messages, answered=True)
     except ChatFormatError as error:
         raise BadRow(f"not a valid dialog for training: {error}") from error
     for index, message in enumerate(messages):
@@ -217,8 +217,8 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
         if item.get("tool_calls") or item.get("function_call"):
             raise BadRow(f"{where}: tool calls are not supported, only text")
         role, content = (item[name] for name in names)
-        if sharegpt and isinstance(role, str):
-            role = _SHAREGPT_ROLES.get(role.lower(), role)
+        if isinstance(role, str):
+            role = _SHAREGPT_ROLES.get(role.lower(), role) if sharegpt else ROLE_ALIASES.get(role, role)
         yield Message(role, _content(content, f"{where}.{names[1]}"), _is_trained(item, role, where))
 
 

@@ -172,7 +172,7 @@ def limited(**limits: int) -> Caller:
 def released_tokens(api: Api) -> list[int]:
     """Tokens of each release; each is of another request, and of one that was admitted."""
     releases = api.ledger.called("release")
-    admitted = [request_id for _, request_id, _, _ in api.ledger.called("admit")]
+    admitted = [request_id for _, request_id, *_ in api.ledger.called("admit")]
     assert len({request_id for _, request_id, _ in releases}) == len(releases)
     assert {request_id for _, request_id, _ in releases} <= set(admitted)
     return [num_tokens for _, _, num_tokens in releases]
@@ -329,13 +329,25 @@ def test_over_the_limit_is_429_in_openais_shape_before_any_header(run: Callable[
 
 
 @pytest.mark.promise("C2")
-def test_a_default_length_stays_within_the_tokens_of_a_minute(run: Callable[..., None]) -> None:
+def test_a_default_length_takes_what_is_left_of_the_tokens_of_a_minute(run: Callable[..., None]) -> None:
     async def scenario(api: Api) -> None:
-        api.caller = limited(tpm=100)
-        assert (await api.post(max_tokens=None, n=2)).status_code == 200
-        (request,) = api.replica.requests
-        assert request.max_total_tokens in (99, 100)
-        too_large = await api.post(max_tokens=99)
+        api.caller = limited(tpm=200)
+        left = 200
+        for number in range(3):  # each may use all that is left, and is counted with what it used
+            answer = await api.post(max_tokens=None, n=2)
+            assert answer.status_code == 200, answer.text
+            assert api.replica.requests[number].max_total_tokens in (left - 1, left)
+            left -= answer.json()["usage"]["total_tokens"]
+        num_prompt_tokens = answer.json()["usage"]["prompt_tokens"]
+        while left >= num_prompt_tokens + 1:
+            answer = await api.post(max_tokens=None)
+            assert answer.status_code == 200, answer.text
+            left -= answer.json()["usage"]["total_tokens"]
+            assert left >= 0
+        refused = await api.post(max_tokens=None)
+        assert refused.status_code == 429
+        assert f"this request may use {num_prompt_tokens + 1}" in refused.json()["error"]["message"]
+        too_large = await api.post(max_tokens=199)
         assert too_large.status_code == 429
         assert "lower max_tokens" in too_large.json()["error"]["message"]
         assert too_large.headers["x-should-retry"] == "false"

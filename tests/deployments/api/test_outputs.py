@@ -13,6 +13,7 @@ from deployments.api.openai_responses import ChatFormatter, CompletionFormatter,
 from deployments.api.outputs import PromptOutput, TextDelta, interleaved
 from deployments.engine.request import Delta, SamplingParams, TokenLogprob
 from deployments.errors import EngineFault
+from deployments.protocol.generation import StreamOptions
 from deployments.replica.request import GenerationRequest
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseCheckpoint
@@ -58,11 +59,11 @@ def stream(
     formatter: ResponseFormatter,
     answers: PromptOutput,
     batches: Sequence[list[Delta] | Exception],
-    include_usage: bool = False,
+    options: StreamOptions | None = None,
 ) -> list[str]:
     async def collect() -> list[str]:
         return [
-            text async for text in sse_events(formatter, [answers], grow(answers, batches), include_usage=include_usage)
+            text async for text in sse_events(formatter, [answers], grow(answers, batches), options or StreamOptions())
         ]
 
     return asyncio.run(collect())
@@ -109,7 +110,9 @@ def test_a_stream_of_two_answers_has_one_role_and_one_finish_reason_each(
         [delta([], 0, finish_reason="stop")],
     ]
     formatter = ChatFormatter("chatcmpl-1", "m", vocabulary, with_logprobs=False)
-    events = stream(formatter, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, include_usage=True)
+    events = stream(
+        formatter, PromptOutput(generation([1, 2, 3, 4], n=2), vocabulary), batches, StreamOptions(include_usage=True)
+    )
     assert len(events) == len(batches)  # what is ready together is one write
     chunks = parsed(events)
     assert {(chunk["id"], chunk["object"], chunk["model"]) for chunk in chunks} == {
@@ -244,7 +247,7 @@ def test_a_closed_stream_closes_what_feeds_it(tokenizer: Tokenizer, vocabulary: 
     async def leave() -> None:
         answers = PromptOutput(generation([1]), vocabulary)
         formatter = ChatFormatter("x", "m", vocabulary, with_logprobs=False)
-        events = sse_events(formatter, [answers], endless(answers), include_usage=False)
+        events = sse_events(formatter, [answers], endless(answers), StreamOptions())
         await anext(events)
         await events.aclose()
 
@@ -300,7 +303,7 @@ def test_prompts_that_end_together_lose_no_last_piece(tokenizer: Tokenizer, voca
         prompts = [PromptOutput(generation([1]), vocabulary, first_index=i, continues_prompt=True) for i in range(3)]
         formatter = CompletionFormatter("x", "m", vocabulary, with_logprobs=False)
         together = interleaved([grow(prompt, batches) for prompt in prompts])  # all have grown when one is seen
-        return [text async for text in sse_events(formatter, prompts, together, include_usage=False)]
+        return [text async for text in sse_events(formatter, prompts, together, StreamOptions())]
 
     chunks = parsed(asyncio.run(collect()))
     texts = {choice["index"]: choice["text"] for chunk in chunks for choice in chunk["choices"]}

@@ -162,7 +162,8 @@ def test_token_strs_are_the_vocabularys_names(renderers: dict[str, RequestRender
         ({"prompt": "a", "messages": DIALOGS[0]}, "either prompt or messages"),
         ({"messages": DIALOGS[0], "add_special_tokens": True}, "leave it out"),
         ({"prompt": [1, 2]}, "string"),
-        ({"prompt": "a", "chat_template": "x"}, "not permitted"),
+        ({"prompt": "a", "chat_template": "x"}, "follows from the model"),
+        ({"prompt": "a", "add_special_token": True}, "did you mean 'add_special_tokens'"),
     ],
 )
 def test_bodies_that_are_refused(fields: dict[str, Any], words: str) -> None:

@@ -102,9 +102,9 @@ class ScriptedBackend:
         return self.answers[-1]
 
 
-def adapter(version: int, *aliases: str) -> Model:
+def adapter(version: int, *aliases: str, id: str = "") -> Model:
     return Model(
-        id=f"base:tuned@{version}",
+        id=id or f"base:tuned@{version}",
         parent="base",
         root="tuned",
         version=version,
@@ -360,6 +360,21 @@ def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_ba
     assert real.elsewhere == []
 
 
+@needs_browser
+def test_what_looks_like_a_tag_is_shown_and_asked_as_typed(scripted: ChatPage, backend: ScriptedBackend) -> None:
+    text = "Use std::vector<int>, <div> &lt; `map<K, V>` here."
+    shown = text.replace("`", "")
+    backend.script = [text]
+    scripted.send(text)
+    scripted.wait(lambda: "here" in "".join(scripted.messages("bot")) and scripted.idle(), "the answer")
+    for role in ("user", "bot"):
+        assert [message.replace("\u2060", "") for message in scripted.messages(role)] == [shown]
+        assert scripted.page.locator(f"#chat .message.{role} code").all_inner_texts() == ["map<K, V>"]
+    scripted.edit(text + " Again.")
+    scripted.wait(lambda: len(backend.requests) == 2 and scripted.idle(), "the second answer")
+    assert [request.messages[-1].content for request in backend.requests] == [text, text + " Again."]
+
+
 @pytest.mark.promise("C7")
 @needs_browser
 def test_hostile_text_runs_nothing_and_loads_nothing_from_outside(
@@ -371,7 +386,7 @@ def test_hostile_text_runs_nothing_and_loads_nothing_from_outside(
     scripted.wait(lambda: "shown" in "".join(scripted.messages("bot")), "the answer")
     scripted.edit(hostile + " again")
     scripted.wait(lambda: "again" in "".join(scripted.messages("user")), "the edited message")
-    for link in scripted.page.locator("#chat .message a").all():
+    for link in scripted.page.locator("#chat .message a:not([href^=http])").all():
         link.click(force=True, no_wait_after=True)
     scripted.page.wait_for_timeout(300)
     assert scripted.page.evaluate("window.pwned") is None
@@ -474,7 +489,7 @@ def test_examples_refresh_and_undo(scripted: ChatPage, backend: ScriptedBackend)
     scripted.wait(lambda: scripted.messages("user") == [], "the empty conversation")
     assert scripted.box.input_value().endswith("\na draft")
 
-    backend.adapters = [adapter(2), adapter(1, "champion")]
+    backend.adapters = [adapter(1, "champion", id="base:tuned"), adapter(2), adapter(1, "champion")]
     scripted.page.click("#refresh")
     scripted.page.wait_for_timeout(500)
     assert scripted.choices() == [
@@ -565,8 +580,9 @@ def test_log_in_chat_and_log_out(
 def test_picker_names_what_each_adapter_resolves_to() -> None:
     base = Model(id="base", root="base", max_model_len=100)
     assert model_choices([base]) == [("base (base)", "base")]
-    assert model_choices([base, adapter(2), adapter(1)])[1] == ("tuned → version 2, newest", "base:tuned")
-    assert model_choices([base, adapter(2), adapter(1, "champion")])[1:] == [
+    assert model_choices([base, adapter(2, id="base:tuned")])[1] == ("tuned → version 2, newest", "base:tuned")
+    served = [base, adapter(1, "champion", id="base:tuned"), adapter(2), adapter(1, "champion")]
+    assert model_choices(served)[1:] == [
         ("tuned → version 1, champion", "base:tuned"),
         ("tuned, version 2", "base:tuned@2"),
         ("tuned, version 1 (champion)", "base:tuned@1"),

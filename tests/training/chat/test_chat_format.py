@@ -21,7 +21,7 @@ from training.base_models.resolve import BaseCheckpoint, resolve_base_model
 from training.base_models.tokenizer import load_tokenizer
 from training.chat.chat_format import ChatFormat
 from training.chat.detect import detect_chat_format, load_chat_format
-from training.chat.messages import Message
+from training.chat.messages import ROLES, Message, Role
 from training.chat.templates import ChatFormatName
 from training.errors import ChatFormatError
 
@@ -183,28 +183,32 @@ def test_a_tokenizer_that_parses_special_tokens_in_text_is_refused() -> None:
         ChatFormat("llama-2", tokenizer)
 
 
+UNKNOWN_TO_ALL: list[tuple[list[tuple[str, str]], int | None, str]] = [
+    ([], None, "empty: expected at least one user message"),
+    ([("user", "u"), ("tool", "t")], 1, "role 'tool'"),
+    ([("user", "u"), ("function", "t")], 1, "role 'function'"),
+    ([("user", " \n")], 0, "is empty"),
+    ([("user", "u\ud83d")], 0, "surrogate"),
+    ([("system", "\udc00"), ("user", "u")], 0, "surrogate"),
+]
+UNKNOWN_TO_LLAMA_2: list[tuple[list[tuple[str, str]], int | None, str]] = [
+    ([("system", "s")], 0, "in llama-2 the user has the last turn"),
+    ([("assistant", "a")], 0, "first message, but from the assistant: in llama-2, expected system or user"),
+    ([("user", "u"), ("assistant", "a"), ("assistant", "a")], 2, "in llama-2 the user has the last turn"),
+    ([("system", "s"), ("system", "s"), ("assistant", "a")], 2, "expected user"),
+    ([("user", "u"), ("assistant", "a"), ("system", "s"), ("user", "u")], 2, "system message after the start"),
+    ([("user", "u"), ("system", "s")], 1, "system message after the start"),
+]
+
+
+@pytest.mark.promise("B4")
 @pytest.mark.parametrize(
-    ("messages", "index", "says"),
+    ("name", "messages", "index", "says"),
     [
-        ([], None, "empty: expected at least one user message"),
-        ([("system", "s")], 0, "expected a last message from the user"),
-        ([("assistant", "a")], 0, "first message, but from the assistant: expected system or user"),
-        ([("user", "u"), ("assistant", "a")], 1, "expected a last message from the user"),
-        ([("user", "u"), ("user", "u")], 1, "from the user and follows one from the user: expected assistant"),
-        ([("user", "u"), ("assistant", "a"), ("assistant", "a")], 2, "expected user"),
-        ([("system", "s"), ("assistant", "a")], 1, "expected user"),
-        ([("system", "s"), ("system", "s"), ("user", "u")], 1, "second system message"),
-        ([("user", "u"), ("assistant", "a"), ("system", "s"), ("user", "u")], 2, "system message after the start"),
-        ([("user", "u"), ("tool", "t")], 1, "role 'tool'"),
-        ([("user", "u"), ("function", "t")], 1, "role 'function'"),
-        ([("developer", "d"), ("user", "u")], 0, "role 'developer'"),
-        ([("user", " \n")], 0, "is empty"),
-        ([("user", "u\ud83d")], 0, "surrogate"),
-        ([("system", "\udc00"), ("user", "u")], 0, "surrogate"),
+        *((name, *case) for name in get_args(ChatFormatName) for case in UNKNOWN_TO_ALL),
+        *(("llama-2", *case) for case in UNKNOWN_TO_LLAMA_2),
     ],
 )
-@pytest.mark.promise("B4")
-@pytest.mark.parametrize("name", get_args(ChatFormatName))
 def test_dialogs_without_a_rendering_are_refused(
     formats: dict[str, ChatFormat], name: str, messages: list[tuple[str, str]], index: int | None, says: str
 ) -> None:
@@ -215,6 +219,64 @@ def test_dialogs_without_a_rendering_are_refused(
     assert says in str(exc_info.value)
     assert f"messages[{index}]" in str(exc_info.value) or index is None
     str(exc_info.value).encode()
+
+
+roles: st.SearchStrategy[Role] = st.sampled_from(ROLES)
+dialogs = st.lists(st.builds(Message, roles, texts.filter(str.strip)), min_size=1, max_size=6)
+
+
+@pytest.mark.promise("E1")
+@settings(max_examples=150)
+@given(name=st.sampled_from(["llama-3", "chatml"]), prompt=dialogs, answer=texts)
+def test_any_order_of_roles_is_rendered_turn_by_turn(
+    formats: dict[str, ChatFormat], name: str, prompt: list[Message], answer: str
+) -> None:
+    """P E1: a turn has the same ids wherever it stands; only a training row has to ask something."""
+    opening = {"llama-3": 1, "chatml": 0}[name]  # begin of text
+    alone = [formats[name].render_prompt([message])[opening:] for message in prompt]
+    header = formats[name].render_prompt([Message("user", "u")])
+    header = header[_end_of_turn(formats[name], header) :]  # of the answer
+    turns = [ids[: len(ids) - len(header)] for ids in alone]
+    prompt_ids = formats[name].render_prompt(prompt)
+    assert prompt_ids[opening:] == [token_id for turn in turns for token_id in turn] + header
+    answered = [*prompt, Message("assistant", answer)]
+    if any(message.role == "user" for message in prompt):
+        assert formats[name].render_training(answered).input_ids[: len(prompt_ids)] == prompt_ids
+    else:
+        with pytest.raises(ChatFormatError, match="answers nothing"):
+            formats[name].render_training(answered)
+
+
+def _end_of_turn(chat_format: ChatFormat, ids: list[int]) -> int:
+    """Where the turn after the first one begins: what two prompts share at their ends is the opening of an answer."""
+    other = chat_format.render_prompt([Message("user", "another")])
+    shared = next(n for n, pair in enumerate(zip(reversed(ids), reversed(other), strict=False)) if pair[0] != pair[1])
+    stop = chat_format.stop_token_ids[0]
+    end = len(ids) - shared + ids[len(ids) - shared :].index(stop) + 1
+    return end + (chat_format.name == "chatml")  # the line break after it
+
+
+@pytest.mark.promise("E1")
+@settings(max_examples=150)
+@given(turns=st.lists(st.lists(texts.filter(str.strip), min_size=1, max_size=3), min_size=1, max_size=5))
+def test_llama_2_writes_adjacent_messages_of_a_role_as_one_turn(
+    formats: dict[str, ChatFormat], turns: list[list[str]]
+) -> None:
+    """P E1: nothing is lost, and a prompt remains a prefix of the training row."""
+    by_turn: list[Role] = ["user", "assistant"] if len(turns) % 2 else ["system", "user", "assistant"]
+    by_turn += ["user", "assistant"] * len(turns)
+    messages = [Message(role, text) for role, contents in zip(by_turn, turns, strict=False) for text in contents]
+    joined = [Message(role, "\n\n".join(contents)) for role, contents in zip(by_turn, turns, strict=False)]
+    if messages[-1].role == "user":
+        prompt_ids = formats["llama-2"].render_prompt(messages)
+        assert prompt_ids == formats["llama-2"].render_prompt(joined)
+        messages, joined = ([*dialog, Message("assistant", "yes")] for dialog in (messages, joined))
+        assert formats["llama-2"].render_training(messages).input_ids[: len(prompt_ids)] == prompt_ids
+    if messages[-1].role == "assistant":
+        assert formats["llama-2"].render_training(messages) == formats["llama-2"].render_training(joined)
+        half = [*messages, Message("assistant", "context", trained=False)]
+        with pytest.raises(ChatFormatError, match="mark both or neither"):
+            formats["llama-2"].render_training(half)
 
 
 @pytest.mark.promise("B8")
