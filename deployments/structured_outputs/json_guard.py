@@ -148,7 +148,7 @@ class JsonTokens:
             rest = spelling.lstrip(bytes(_NUMBER_BYTES))
             if len(rest) < len(spelling):
                 self.numeric.setdefault(spelling[: len(spelling) - len(rest)], []).append(token_id)
-        self.longest_number = max(map(len, self.numeric), default=0)
+        self.most_digits = max((sum(byte in _DIGITS for byte in start) for start in self.numeric), default=0)
 
 
 class JsonGuard:
@@ -209,7 +209,7 @@ class JsonGuard:
         return ids
 
     def _is_nearly_full(self, number: _Number) -> bool:
-        return number.has_exponent or number.digits + self._tokens.longest_number > MAX_DIGITS
+        return number.has_exponent or number.digits + self._tokens.most_digits >= MAX_DIGITS
 
     def _fits(self, token_id: int) -> bool:
         return _fits(self._text, self._tokens.spelling(token_id))
