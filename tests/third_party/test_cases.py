@@ -1,4 +1,4 @@
-"""Requests as other people's programs send them, a file of `cases/` for each kind: the status and the place of an error.
+"""Requests as other programs send them, a file of `cases/` for each kind: the status, and the place of an error.
 
 An answer that had to follow a schema is parsed, and every chunk of a stream is.
 """
