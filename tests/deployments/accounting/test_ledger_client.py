@@ -139,7 +139,10 @@ def run(tiny_base: BaseCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             api = await build(tiny_base, replica or Replica())
             context = SimpleNamespace(servable_object=api.ingress)  # where the routes find their `self`
             monkeypatch.setattr(serve, "get_replica_context", lambda: context)
-            await asyncio.wait_for(scenario(api), 300)
+            try:
+                await asyncio.wait_for(scenario(api), 300)
+            finally:
+                api.app.dependency_overrides.clear()  # the application is that of every ingress in this process
 
         asyncio.run(main())
 
