@@ -62,7 +62,7 @@ def test_elastic_run_goes_on_with_fewer_workers_when_a_node_leaves(
     )  # fmt: skip
     changes = {"num_workers": num_workers, "fsdp": fsdp, "max_failures": 2, "run_name": "elastic"}
     fewest, most = num_workers
-    # Ray takes a silent node for dead after 2 s, and Ray Train a place on it for lost
+    # Ray takes a silent node for dead after 2 s; Ray Train waits 25 s for workers, which a busy machine needs
     silence = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
     head = {"num_cpus": fewest, "include_dashboard": False, "_system_config": silence}

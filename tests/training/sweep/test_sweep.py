@@ -210,6 +210,7 @@ def test_sweep_outlives_a_trial_that_diverges_registers_only_the_best_and_is_tak
         run_sweep(load(content | {"search": {"lora.r": {"grid": [4]}}}, tmp_path))
 
 
+@pytest.mark.slow
 def test_asha_stops_a_trial_that_lags(ray_cluster: None, content: dict[str, Any], tmp_path: Path) -> None:
     content["search"] = {"learning_rate": {"grid": [2e-2, 1e-7]}}
     content["max_steps"] = 40
