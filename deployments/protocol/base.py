@@ -37,14 +37,14 @@ class StrictModel(BaseModel):
         if not isinstance(body, dict):
             return body
         is_required = _is_required_by_name(cls)
-        given = {}
+        fields_given: dict[str, Any] = {}
         for name, value in body.items():
             if name in is_required:
                 if value is not None or is_required[name]:
-                    given[name] = value
+                    fields_given[name] = value
             elif value is not None:
                 cls._check_extra(name, value)
-        return given
+        return fields_given
 
     @classmethod
     def _check_extra(cls, name: Any, value: Any) -> None:

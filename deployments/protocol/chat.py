@@ -55,7 +55,10 @@ class ChatMessage(StrictModel):
 
 def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
     """Messages for a chat format, which checks their roles."""
-    return [Message(ROLE_ALIASES.get(message.role, message.role), message.text()) for message in messages]  # type: ignore[arg-type]
+    return [
+        Message(ROLE_ALIASES.get(message.role, message.role), message.text())  # type: ignore[arg-type]  # any str so far
+        for message in messages
+    ]
 
 
 class JsonSchemaFormat(StrictModel):

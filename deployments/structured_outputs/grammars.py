@@ -44,8 +44,8 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
         return None
     schema: dict[str, Any] = {"type": "object"}
     if response_format.json_schema is not None:
-        given = response_format.json_schema
-        schema = supported_schema(given.schema_, SCHEMA_PATH, strict=bool(given.strict))
+        json_schema = response_format.json_schema
+        schema = supported_schema(json_schema.schema_, SCHEMA_PATH, strict=bool(json_schema.strict))
     elif response_format.schema_ is not None:
         schema = supported_schema(response_format.schema_, "response_format.schema")
     return f"json: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"

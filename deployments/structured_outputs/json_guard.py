@@ -14,7 +14,7 @@ from deployments.engine.constraint import PackedMask
 from deployments.text.vocabulary import Vocabulary
 
 MAX_INTEGER_DIGITS = 18  # every such integer is an int64
-MAX_DIGITS = 17  # of a number with a fraction or exponent: what float64 can tell apart
+MAX_DIGITS = 17  # of a number with a fraction: what float64 can tell apart
 MAX_EXPONENT_DIGITS = 2  # every such number is finite in float64
 
 _QUOTE, _BACKSLASH, _POINT = b'"'[0], b"\\"[0], b"."[0]

@@ -79,36 +79,38 @@ def bounded(schema: Schema) -> Schema:
     Args:
         schema: from `without_no_ops`; it is changed.
     """
-    for part in list(subschemas(schema)):
-        _merge_all_of(part, schema)
-    parts = list(subschemas(schema))
+    targets = dict(_subschemas(schema))
+    for part in targets.values():
+        _merge_all_of(part, targets)
+    targets = dict(_subschemas(schema))
     left_open: set[int] = set()
-    for part in parts:
+    for part in targets.values():
         if _is_joined(part):
             left_open.add(id(part))
-            for member in _members(part, schema):
-                _leave_open(member, schema, left_open)
-    for part in parts:
+            for member in _members(part, targets):
+                _leave_open(member, targets, left_open)
+    for part in targets.values():
         if part.get("properties") and "additionalProperties" not in part and id(part) not in left_open:
             part["additionalProperties"] = False
         _bound_numbers(part)
     return schema
 
 
-def subschemas(schema: Any) -> Iterator[Schema]:
-    """A schema and all schemas inside it that are objects."""
+def _subschemas(schema: Any, pointer: str = "#") -> Iterator[tuple[str, Schema]]:
+    """A schema and all schemas inside it that are objects, each with the `$ref` that points to it."""
     if not isinstance(schema, dict):
         return
-    yield schema
+    yield pointer, schema
     for keyword, value in schema.items():
+        path = f"{pointer}/{keyword}"
         if keyword in ONE_SCHEMA:
-            yield from subschemas(value)
+            yield from _subschemas(value, path)
         elif keyword in SCHEMA_LISTS:
-            for inner in value:
-                yield from subschemas(inner)
+            for i, inner in enumerate(value):
+                yield from _subschemas(inner, f"{path}/{i}")
         elif keyword in NAMED_SCHEMAS:
-            for inner in value.values():
-                yield from subschemas(inner)
+            for name, inner in value.items():
+                yield from _subschemas(inner, f"{path}/{name.replace('~', '~0').replace('/', '~1')}")
 
 
 def _is_any(schema: Any) -> bool:
@@ -240,12 +242,12 @@ def _unevaluated(schema: Schema) -> None:
 _PLAIN = {"type", "properties", "required"}
 
 
-def _merge_all_of(schema: Schema, root: Schema) -> None:
+def _merge_all_of(schema: Schema, targets: dict[str, Schema]) -> None:
     """Objects joined by `allOf` become one, where they name different properties and constrain nothing else."""
     if "allOf" not in schema or schema.keys() - _PLAIN - {"allOf", "$defs", "definitions"}:
         return
     objects = [{keyword: schema[keyword] for keyword in _PLAIN & schema.keys()}]
-    objects += [_resolved(member, root) for member in schema["allOf"]]
+    objects += [_resolved(member, targets) for member in schema["allOf"]]
     if not all(isinstance(one, dict) and one.keys() <= _PLAIN for one in objects):
         return
     if not all(isinstance(one.get("required", []), list) for one in objects):
@@ -282,34 +284,30 @@ def _is_joined(schema: Schema) -> bool:
     return bool(schema.get("properties")) and names_elsewhere
 
 
-def _members(schema: Schema, root: Schema) -> Iterator[Any]:
+def _members(schema: Schema, targets: dict[str, Schema]) -> Iterator[Any]:
     """The schemas that hold for the same value."""
     for keyword in ("allOf", "anyOf", "oneOf"):
         yield from schema.get(keyword, ())
     if "$ref" in schema:
-        yield _resolved({"$ref": schema["$ref"]}, root)
+        yield _resolved({"$ref": schema["$ref"]}, targets)
 
 
-def _leave_open(schema: Any, root: Schema, left_open: set[int]) -> None:
+def _leave_open(schema: Any, targets: dict[str, Schema], left_open: set[int]) -> None:
     pending = [schema]
     while pending:
         part = pending.pop()
         if isinstance(part, dict) and id(part) not in left_open:
             left_open.add(id(part))
-            pending += _members(part, root)
+            pending += _members(part, targets)
 
 
-def _resolved(schema: Any, root: Schema) -> Any:
-    """What a schema that is only a `$ref` points to; itself otherwise."""
+def _resolved(schema: Any, targets: dict[str, Schema]) -> Any:
+    """What a schema that is only a `$ref` points to; itself otherwise. Only schemas count: what stands in a `const` was
+    never checked."""
     for _ in range(64):  # a circle of references ends here
         if not (isinstance(schema, dict) and schema.keys() == {"$ref"}):
             break
-        target: Any = root
-        for step in str(schema["$ref"]).removeprefix("#").strip("/").split("/"):
-            name = step.replace("~1", "/").replace("~0", "~")
-            if name:
-                target = target.get(name) if isinstance(target, dict) else None
-        schema = target
+        schema = targets.get(schema["$ref"].rstrip("/"))
     return schema
 
 

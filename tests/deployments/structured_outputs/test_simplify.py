@@ -119,6 +119,25 @@ def test_references_in_a_circle_end() -> None:
     assert supported_schema({"$defs": links, "$ref": "#/$defs/a0"}, "schema")
 
 
+@pytest.mark.promise("B9")
+@pytest.mark.parametrize(
+    "value", [{"allOf": 5}, {"anyOf": 3}, {"properties": 5}, {"properties": {}, "required": 7}, {"$ref": 1}, [1]]
+)
+def test_a_reference_to_what_is_no_schema_is_left_to_the_library(value: Any) -> None:
+    """It stands in a `const`, where anything may."""
+    for reference in ("#/const", "#/$defs/a/const"):
+        schema = {"$defs": {"a": {"const": value}}, "const": value, "allOf": [{"$ref": reference}, {}]}
+        assert supported_schema(schema, "schema")["allOf"] == schema["allOf"]
+        beside = {"const": value, "properties": {"a": {}}, "$ref": reference}
+        assert supported_schema(beside, "schema") == beside
+
+
+@pytest.mark.promise("A1")
+def test_references_find_names_with_slashes_and_tildes() -> None:
+    schema = {"$defs": {"a/b~c": B}, "allOf": [A, {"$ref": "#/$defs/a~1b~0c"}]}
+    assert supported_schema(schema, "schema")["properties"] == {"a": TEXT, "b": TEXT}
+
+
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize(
     ("schema", "bounds"),
