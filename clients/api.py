@@ -96,7 +96,7 @@ class CorralClient:
         with _ServerErrors(self.base_url):
             response = self._http.post("/v1/chat/completions", content=body, headers=_JSON)
             _raise_for_status(response)
-            return ChatCompletion.model_validate_json(response.content).choices[0].message.content
+            return ChatCompletion.model_validate_json(response.content).choices[0].message.content or ""
 
     def stream(
         self, messages: str | Sequence[Message], *, model: str, **sampling: Unpack[Sampling]

@@ -394,7 +394,7 @@ class InProcessApi:
 def tiny_api(
     tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[InProcessApi]:
-    """The API over the tiny model with an adapter and 128 tokens of context, on HTTP in this process."""
+    """The API over the tiny model with an adapter and 512 tokens of context, on HTTP in this process."""
     import torch
 
     from deployments.config import EngineArgs, ServeArgs
@@ -403,7 +403,7 @@ def tiny_api(
 
     root = tmp_path_factory.mktemp("tiny-api") / "registry"
     import_adapter(AdapterRegistry(root), tiny_adapter, "tuned", tiny_base, chat_format="chatml", force=True)
-    engine = EngineArgs(max_model_len=128, kv_cache_gib=0.02, num_threads=1, chunks_per_s=10_000)
+    engine = EngineArgs(max_model_len=512, kv_cache_gib=0.02, num_threads=1, chunks_per_s=10_000)
     args = ServeArgs(base_model=str(tiny_base.path), registry=str(root), engine=engine)
     num_threads = torch.get_num_threads()
     model = behind(LlamaModel, args)

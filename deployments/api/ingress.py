@@ -57,7 +57,7 @@ from deployments.protocol.completions import Completion, CompletionRequest
 from deployments.protocol.generation import StreamOptions
 from deployments.protocol.models import Model, ModelList
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
-from deployments.structured_outputs.grammars import GrammarCompiler
+from deployments.structured_outputs.compiler import GrammarCompiler
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import resolve_base_model
 from training.base_models.tokenizer import load_tokenizer
@@ -135,12 +135,14 @@ class ChatIngress:
         manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
         trace.model = self._catalog.model_id(manifest)
         output = await self._chat_output(body, manifest, completion_id)
+        grammar = output.generation.grammar
         formatter = ChatFormatter(
             completion_id,
             trace.model,
             self._vocabulary,
             with_logprobs=body.logprobs,
             service_tier=body.service_tier,
+            calls=None if grammar is None else grammar.calls,
         )
         return await self._respond(formatter, [output], body, caller, trace)
 

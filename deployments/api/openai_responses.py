@@ -6,6 +6,7 @@ Only the `ResponseFormatter` differs between the two formats. Knows nothing of p
 import asyncio
 import logging
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 
 from deployments.api.outputs import PromptOutput, ScoredToken, TextDelta, merge_deltas
 from deployments.errors import error_response
-from deployments.protocol.base import PromptTokensDetails, Usage
+from deployments.protocol.base import ChatFinishReason, FinishReason, PromptTokensDetails, Usage
 from deployments.protocol.chat import (
     AssistantMessage,
     ChatCompletion,
@@ -28,6 +29,8 @@ from deployments.protocol.chat import (
 )
 from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 from deployments.protocol.generation import StreamOptions
+from deployments.protocol.tools import AnswerToolCall, FunctionCall, FunctionCallDelta, ToolCallDelta
+from deployments.text.tool_calls import AnswerPart, CallFormat, CallScanner, CallStart
 from deployments.text.vocabulary import Vocabulary
 
 _MIN_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
@@ -82,19 +85,34 @@ class ResponseFormatter(ABC):
 
 
 class ChatFormatter(ResponseFormatter):
-    """`chat.completion` and `chat.completion.chunk`."""
+    """`chat.completion` and `chat.completion.chunk`. `calls` is how answers may call tools, None if they may not."""
+
+    def __init__(
+        self,
+        completion_id: str,
+        model: str,
+        vocabulary: Vocabulary,
+        *,
+        with_logprobs: bool,
+        service_tier: str | None = None,
+        calls: CallFormat | None = None,
+    ) -> None:
+        super().__init__(completion_id, model, vocabulary, with_logprobs=with_logprobs, service_tier=service_tier)
+        self._calls = calls
+        self._scanners: dict[int, CallScanner] = {}  # by index of the completion
 
     def complete(self, completions: Sequence[TextDelta], usage: Usage) -> ChatCompletion:
         """A response with one choice for each completion."""
         choices = []
         for completion in completions:
             assert completion.finish_reason is not None
+            message = self._message(completion)
             choices.append(
                 Choice(
                     index=completion.index,
-                    message=AssistantMessage(content=completion.text),
+                    message=message,
                     logprobs=self._logprobs(completion.tokens) if self._with_logprobs else None,
-                    finish_reason=completion.finish_reason,
+                    finish_reason=_finish_reason(completion.finish_reason, bool(message.tool_calls)),
                 )
             )
         return ChatCompletion(
@@ -107,17 +125,46 @@ class ChatFormatter(ResponseFormatter):
         return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_completions)]
 
     def chunks(self, delta: TextDelta) -> list[ChatCompletionChunk]:
-        """Content with its log-probabilities, then an empty delta with the finish_reason."""
-        chunks: list[ChatCompletionChunk] = []
-        if delta.text or delta.tokens:
-            content = ChunkChoice(index=delta.index, delta=ChoiceDelta(content=delta.text), finish_reason=None)
-            if self._with_logprobs:
-                content.logprobs = self._logprobs(delta.tokens)
-            chunks.append(self._chunk([content]))
+        """Content and calls with their log-probabilities, then an empty delta with the finish_reason."""
+        deltas = self._deltas(delta)
+        if delta.tokens and not deltas:
+            deltas = [ChoiceDelta(content="")]
+        choices = [ChunkChoice(index=delta.index, delta=each, finish_reason=None) for each in deltas]
+        if choices and self._with_logprobs:
+            choices[0].logprobs = self._logprobs(delta.tokens)
         if delta.finish_reason is not None:
-            end = ChunkChoice(index=delta.index, delta=ChoiceDelta(), finish_reason=delta.finish_reason)
-            chunks.append(self._chunk([end]))
-        return chunks
+            scanner = self._scanners.get(delta.index)
+            finish_reason = _finish_reason(delta.finish_reason, scanner is not None and scanner.num_calls > 0)
+            choices.append(ChunkChoice(index=delta.index, delta=ChoiceDelta(), finish_reason=finish_reason))
+        return [self._chunk([choice]) for choice in choices]
+
+    def _deltas(self, delta: TextDelta) -> list[ChoiceDelta]:
+        """What a delta adds to its message."""
+        if self._calls is None:
+            return [ChoiceDelta(content=delta.text)] if delta.text else []
+        scanner = self._scanners.setdefault(delta.index, CallScanner(self._calls))
+        parts = [*scanner.push(delta.text)]
+        if delta.finish_reason is not None:
+            parts += filter(None, [scanner.flush()])
+        num_started = scanner.num_calls - sum(isinstance(part, CallStart) for part in parts)
+        deltas = []
+        for part in parts:
+            num_started += isinstance(part, CallStart)
+            deltas.append(_delta_of(part, num_started - 1))
+        return deltas
+
+    def _message(self, completion: TextDelta) -> AssistantMessage:
+        content = ""
+        calls: list[AnswerToolCall] = []
+        for delta in self._deltas(completion):
+            content += delta.content or ""
+            for call in delta.tool_calls or ():
+                if call.id is not None:
+                    calls.append(
+                        AnswerToolCall(id=call.id, function=FunctionCall(name=call.function.name or "", arguments=""))
+                    )
+                calls[-1].function.arguments += call.function.arguments or ""
+        return AssistantMessage(content=content if content or not calls else None, tool_calls=calls or None)
 
     def usage(self, usage: Usage) -> ChatCompletionChunk:
         """A chunk with only `usage`."""
@@ -147,6 +194,22 @@ class ChatFormatter(ResponseFormatter):
     def _top_logprob(self, token_id: int, logprob: float) -> TopLogprob:
         spelling = list(self._vocabulary.spelling(token_id))
         return TopLogprob(token=self._token_text(token_id), logprob=max(logprob, _MIN_LOGPROB), bytes=spelling)
+
+
+def _delta_of(part: AnswerPart, call_index: int) -> ChoiceDelta:
+    """A chunk's delta for text, or for the beginning or the arguments of a call."""
+    if isinstance(part, str):
+        return ChoiceDelta(content=part)
+    if isinstance(part, CallStart):
+        start = FunctionCallDelta(name=part.name, arguments="")
+        call_id = f"call_{uuid.uuid4().hex[:24]}"
+        return ChoiceDelta(tool_calls=[ToolCallDelta(index=call_index, id=call_id, type="function", function=start)])
+    more = FunctionCallDelta(arguments=part.text)
+    return ChoiceDelta(tool_calls=[ToolCallDelta(index=call_index, function=more)])
+
+
+def _finish_reason(reason: FinishReason, has_calls: bool) -> ChatFinishReason:
+    return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 class CompletionFormatter(ResponseFormatter):

@@ -12,7 +12,7 @@ from deployments.protocol.chat import AnyCompletionRequest, ChatCompletionReques
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from deployments.replica.request import GenerationRequest
-from deployments.structured_outputs.grammars import grammar_of
+from deployments.structured_outputs.grammar import grammar_of
 from deployments.text.text_encoder import TextEncoder
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseCheckpoint
@@ -46,10 +46,10 @@ class RequestRenderer:
 
         Raises:
             ChatFormatError: the chat format does not accept the messages.
-            ResponseFormatRefused: the schema is not supported.
+            ResponseFormatRefused: a schema is not supported.
         """
-        grammar = grammar_of(body.response_format)
         chat_format = self._chat_format(adapter)
+        grammar = grammar_of(body.response_format, body, chat_format.call_syntax, chat_format.tag_ids)
         prompt_token_ids = chat_format.render_prompt(body.dialog())
         num_tokens = len(prompt_token_ids)
         max_tokens = self._max_tokens(body, num_tokens, "messages", f"the messages take {num_tokens}")
@@ -79,7 +79,7 @@ class RequestRenderer:
             ChatFormatError: the chat format does not accept the messages.
         """
         if body.messages is not None:
-            token_ids = self._chat_format(adapter).render_prompt(dialog(body.messages))
+            token_ids = self._chat_format(adapter).render_prompt(dialog(body.messages, body.tool_definitions()))
         else:
             token_ids = self._token_ids("prompt", body.prompt or "")
             if body.add_special_tokens is False:

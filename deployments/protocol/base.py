@@ -75,6 +75,7 @@ def field_error(model: type[BaseModel], name: Any, message: str, value: Any) -> 
 
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True)]
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 class PromptTokensDetails(BaseModel):

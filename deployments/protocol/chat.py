@@ -5,11 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from deployments.protocol.base import FinishReason, StrictModel, Usage, field_error
+from deployments.protocol.base import ChatFinishReason, StrictModel, Usage, field_error
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.extra_fields import CHAT, MESSAGE, TEXT_PART
 from deployments.protocol.generation import MAX_LOGPROBS, GenerationFields
+from deployments.protocol.tools import AnswerToolCall, MessageToolCall, ToolCallDelta, ToolCallFields, to_calls
 from training.chat.messages import ROLE_ALIASES, Message
+from training.chat.tools import with_tools
 
 
 class TextPart(StrictModel):
@@ -33,7 +35,7 @@ class TextPart(StrictModel):
 class ChatMessage(StrictModel):
     """One message of a conversation. Which orders of roles can be rendered depends on the chat format.
 
-    Only an assistant's message may lack content.
+    The messages of an assistant and of a tool may lack content.
     """
 
     extra_fields = MESSAGE
@@ -41,11 +43,17 @@ class ChatMessage(StrictModel):
     role: str
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = Field(None, description="accepted but not used")
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] = Field([], description="of an assistant")
+    tool_call_id: str | None = Field(None, description="of a tool's message: the call that it is the result of")
 
     @model_validator(mode="after")
-    def _content_unless_assistant(self) -> "ChatMessage":
-        if self.content in (None, []) and self.role != "assistant":
+    def _fields_of_its_role(self) -> "ChatMessage":
+        if self.content in (None, []) and self.role not in ("assistant", "tool"):
             raise field_error(type(self), "content", f"a message from the {self.role:.40} needs text", self.content)
+        if self.tool_calls and self.role != "assistant":
+            raise field_error(type(self), "tool_calls", f"only an assistant calls tools, not the {self.role:.40}", "")
+        if self.tool_call_id and self.role != "tool":
+            raise field_error(type(self), "tool_call_id", f"only a tool's message has one, not the {self.role:.40}", "")
         return self
 
     def text(self) -> str:
@@ -53,12 +61,18 @@ class ChatMessage(StrictModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
 
 
-def dialog(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages for a chat format, which checks their roles."""
-    return [
-        Message(ROLE_ALIASES.get(message.role, message.role), message.text())  # type: ignore[arg-type]  # any str so far
+def dialog(messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> list[Message]:
+    """Messages and tools for a chat format, which checks the roles."""
+    turns = [
+        Message(
+            ROLE_ALIASES.get(message.role, message.role),  # type: ignore[arg-type]  # any str so far
+            message.text(),
+            tool_calls=to_calls(message.tool_calls),
+            tool_call_id=message.tool_call_id or "",
+        )
         for message in messages
     ]
+    return with_tools(turns, tools)
 
 
 class JsonSchemaFormat(StrictModel):
@@ -92,7 +106,7 @@ class ResponseFormat(StrictModel):
         return self
 
 
-class ChatCompletionRequest(GenerationFields):
+class ChatCompletionRequest(GenerationFields, ToolCallFields):
     """Body of `POST /v1/chat/completions`."""
 
     extra_fields = CHAT
@@ -138,7 +152,7 @@ class ChatCompletionRequest(GenerationFields):
 
     def dialog(self) -> list[Message]:
         """The messages for a chat format."""
-        return dialog(self.messages)
+        return dialog(self.messages, self.tool_definitions())
 
 
 AnyCompletionRequest = ChatCompletionRequest | CompletionRequest
@@ -171,7 +185,8 @@ class AssistantMessage(BaseModel):
     """The generated message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null if the answer has calls and no text")
+    tool_calls: list[AnswerToolCall] | None = Field(None, exclude_if=lambda calls: calls is None)
 
 
 class Choice(BaseModel):
@@ -180,7 +195,7 @@ class Choice(BaseModel):
     index: int = 0
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(BaseModel):
@@ -200,6 +215,7 @@ class ChoiceDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -208,7 +224,7 @@ class ChunkChoice(BaseModel):
     index: int = 0
     delta: ChoiceDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
 
 
 class ChatCompletionChunk(BaseModel):

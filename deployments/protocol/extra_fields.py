@@ -104,11 +104,8 @@ GENERATION: Mapping[str, ExtraField] = {
 CHAT: Mapping[str, ExtraField] = {
     **GENERATION,
     # OpenAI
-    "parallel_tool_calls": _ANY,
-    "tools": _only(instead="tool calls are not supported: send response_format with the schema of the arguments"),
-    "tool_choice": _only("none", "auto", instead="tool calls are not supported: send response_format"),
-    "functions": _only(instead="tool calls are not supported: send response_format with the schema of the arguments"),
-    "function_call": _only("none", "auto", instead="tool calls are not supported: send response_format"),
+    "functions": _only(instead="it is the old name of tools: send tools"),
+    "function_call": _only("none", "auto", instead="it is the old name of tool_choice: send tool_choice"),
     "verbosity": _ANY,
     "prediction": _ANY,  # its effect is on speed only
     "modalities": _only(["text"], instead="the models here write text only"),
@@ -135,7 +132,7 @@ TOKENIZE: Mapping[str, ExtraField] = {
     name: CHAT[name]
     for name in (
         *("add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs"),
-        *("tools", "mm_processor_kwargs"),
+        "mm_processor_kwargs",
     )
 }
 
@@ -144,9 +141,7 @@ MESSAGE: Mapping[str, ExtraField] = {
     "refusal": _only(instead="send it as content"),
     "annotations": _ANY,
     "audio": _TEXT_ONLY,
-    "function_call": _only(instead="tool calls are not supported: send what it says as content"),
-    "tool_calls": _only(instead="tool calls are not supported: send what they say as content"),
-    "tool_call_id": _only(instead="tool calls are not supported: send the result as a user message"),
+    "function_call": _only(instead="it is the old form of tool_calls: send tool_calls"),
     "parsed": _ANY,  # the content as an object
     "reasoning_content": _ANY,  # earlier reasoning is not part of a prompt
     "reasoning": _ANY,
@@ -162,6 +157,29 @@ TEXT_PART: Mapping[str, ExtraField] = {
     "annotations": _ANY,
     "prompt_cache_breakpoint": _ANY,
     **dict.fromkeys(("image_url", "input_audio", "audio_url", "video_url", "file", "file_data", "image"), _TEXT_ONLY),
+}
+
+TOOL: Mapping[str, ExtraField] = {
+    "custom": _only(instead="send type function, and run it yourself"),
+    "cache_control": _ANY,
+    "eager_input_streaming": _ANY,
+    "defer_loading": _only(False, instead="every tool stands in the prompt: leave it out"),
+}
+
+TOOL_FUNCTION: Mapping[str, ExtraField] = {
+    "cache_control": _ANY,
+    "annotations": _ANY,  # of the Model Context Protocol, for the program that runs the tool
+    "title": _ANY,
+    "outputSchema": _ANY,
+    "returns": _ANY,  # what transformers' get_json_schema reads from a docstring
+    "return": _ANY,
+}
+
+TOOL_CALL: Mapping[str, ExtraField] = {
+    "index": _ANY,  # of the stream that the message was put together from
+    "provider_specific_fields": _ANY,
+    "extra_content": _ANY,
+    "cache_control": _ANY,
 }
 
 STREAM_OPTIONS: Mapping[str, ExtraField] = {

@@ -4,12 +4,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
-from deployments.protocol.base import StrictModel, TokenIds
+from deployments.protocol.base import StrictModel, TokenIds, field_error
 from deployments.protocol.chat import ChatMessage
 from deployments.protocol.extra_fields import TOKENIZE
+from deployments.protocol.tools import ToolFields
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(ToolFields):
     """Body of `POST /tokenize`: a text as `/v1/completions` takes it, or messages as `/v1/chat/completions` does."""
 
     extra_fields = TOKENIZE
@@ -30,6 +31,8 @@ class TokenizeRequest(StrictModel):
             raise ValueError("give either prompt or messages")
         if self.messages is not None and self.add_special_tokens:
             raise ValueError("add_special_tokens: the chat format of the messages adds its own, leave it out")
+        if self.messages is None and self.tools:
+            raise field_error(type(self), "tools", "a prompt is encoded as it is: send messages with tools", "")
         return self
 
 

@@ -22,7 +22,7 @@ from deployments.engine.stats import EngineStats
 from deployments.errors import EngineFault, NotReady
 from deployments.replica.delta_buffer import DeltaBuffer
 from deployments.replica.request import GenerationRequest
-from deployments.structured_outputs.grammars import GrammarCompiler
+from deployments.structured_outputs.compiler import GrammarCompiler
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.nf4 import load_quantized
 from training.base_models.resolve import resolve_base_model

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from deployments.engine.request import SamplingParams
+from deployments.structured_outputs.grammar import Grammar
 from training.registry.manifest import AdapterManifest
 
 
@@ -10,7 +11,7 @@ from training.registry.manifest import AdapterManifest
 class GenerationRequest:
     """A prompt to continue `n` times with an exact adapter version, or with the base if `adapter` is None.
 
-    Answers are constrained to `grammar`, as `structured_outputs.grammars.grammar_of` returns it; None leaves them free.
+    Answers are constrained to `grammar`; None leaves them free.
     `may_shorten` says that no length was requested, so that `sampling.max_tokens` is only the default.
     """
 
@@ -19,7 +20,7 @@ class GenerationRequest:
     sampling: SamplingParams
     adapter: AdapterManifest | None
     n: int = 1
-    grammar: str | None = None
+    grammar: Grammar | None = None
     may_shorten: bool = False
 
     @property

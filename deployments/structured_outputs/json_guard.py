@@ -1,7 +1,7 @@
 """What a grammar cannot say of a JSON text: no key twice in an object, and no number without end.
 
-A `JsonGuard` follows one answer and takes tokens out of the mask that the grammar allows. It reads bytes as they come
-and needs no well-formed text, since the grammar sees to that.
+A `JsonGuard` follows one JSON text and takes tokens out of the mask that the grammar allows. It reads bytes as they
+come and needs no well-formed text, since the grammar sees to that.
 """
 
 import json
@@ -152,7 +152,7 @@ class JsonTokens:
 
 
 class JsonGuard:
-    """Follows one answer and takes out of a mask what would repeat a key or lengthen a number too far."""
+    """Follows one JSON text and takes out of a mask what would repeat a key or lengthen a number too far."""
 
     def __init__(self, tokens: JsonTokens, text: _JsonText | None = None) -> None:
         self._tokens = tokens
@@ -161,9 +161,9 @@ class JsonGuard:
     def copy(self) -> "JsonGuard":
         return JsonGuard(self._tokens, self._text.copy())
 
-    def accept(self, token_id: int) -> None:
-        """The answer goes on with this token."""
-        self._text.append(self._tokens.spelling(token_id))
+    def append(self, text: bytes) -> None:
+        """The text goes on with these bytes."""
+        self._text.append(text)
 
     def restrict(self, mask: PackedMask) -> PackedMask:
         """The mask without tokens that repeat a key or make a number too long.

@@ -34,6 +34,7 @@ MAX_MULTIPLE = 10_000
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _SIZES = {"minItems", "maxItems", "minLength", "maxLength"}
 _OTHERS = {"type", "enum", "const", "required", "pattern", "format", "$ref"}
+_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _SUPPORTED = ONE_SCHEMA | SCHEMA_LISTS | NAMED_SCHEMAS | _BOUNDS | _SIZES | _OTHERS
 
 
@@ -133,6 +134,10 @@ def _check_keywords(part: _Part, strict: bool) -> None:
             raise part.refusal(
                 "it must point into this schema, such as '#/$defs/name': no other schema is fetched", keyword
             )
+    types = schema.get("type", [])
+    unknown = [name for name in (types if isinstance(types, list) else [types]) if name not in _TYPES]
+    if unknown:
+        raise part.refusal(f"{unknown[0]!r:.40} is no type: use some of {', '.join(_TYPES)}", "type")
     if schema.get("multipleOf", 1) <= 0:
         raise part.refusal("it must be greater than 0", "multipleOf")
     if "pattern" in schema:

@@ -96,6 +96,14 @@ def bounded(schema: Schema) -> Schema:
     return schema
 
 
+def moved_to(schema: Schema, pointer: str) -> Schema:
+    """The schema, changed in place, with references that hold where it stands at `pointer` of another one."""
+    for _, part in _subschemas(schema):
+        if isinstance(part.get("$ref"), str):
+            part["$ref"] = pointer + part["$ref"].removeprefix("#")
+    return schema
+
+
 def _subschemas(schema: Any, pointer: str = "#") -> Iterator[tuple[str, Schema]]:
     """A schema and all schemas inside it that are objects, each with the `$ref` that points to it."""
     if not isinstance(schema, dict):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from training.chat.tools import TOOL_TAGS
+
 
 class Vocabulary:
     """The bytes that each token of a Llama tokenizer adds to a text.
@@ -33,9 +35,13 @@ class Vocabulary:
         return spelling
 
     def text_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token adds to a text, perhaps only part of a character; none for a control token."""
+        """The bytes that the token adds to a text, perhaps only part of a character; none for a control token.
+
+        The tags of tool calls add theirs.
+        """
         added = self._added.get(token_id)
-        return b"" if added is not None and added.special else self.spelling(token_id)
+        is_control = added is not None and added.special and added.content not in TOOL_TAGS
+        return b"" if is_control else self.spelling(token_id)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Token ids as one text, with control tokens spelled out and invalid UTF-8 as U+FFFD."""

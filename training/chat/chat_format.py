@@ -6,13 +6,20 @@ dropped or truncated: a dialog that a format cannot represent raises ChatFormatE
 model is never run.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from training.base_models.tokenizer import encode_text
-from training.chat.messages import Message, check_dialog, has_lone_surrogate, merge_turns
+from training.chat.messages import (
+    Message,
+    check_dialog,
+    has_lone_surrogate,
+    merge_turns,
+    results_in_call_order,
+)
 from training.chat.templates import CHAT_FORMATS, LAYOUTS, ChatFormatName, Piece, control
+from training.chat.tools import TOOL_TAGS, CallSyntax, with_calls_as_text
 from training.errors import ChatFormatError
 
 if TYPE_CHECKING:
@@ -37,11 +44,15 @@ class ChatFormat:
 
     Attributes:
         name: the format, as adapter manifests record it.
+        call_syntax: how answers write calls of tools.
+        tag_ids: the tags of calls and results that are tokens of the vocabulary.
         stop_token_ids: every token that ends an assistant turn or the text.
         bos_token: prepended to a chatml dialog if the base requires it; the other formats include their own.
     """
 
     name: ChatFormatName
+    call_syntax: CallSyntax
+    tag_ids: dict[str, int]
     stop_token_ids: tuple[int, ...]
     bos_token: str | None
 
@@ -59,8 +70,10 @@ class ChatFormat:
         self.name = name
         self._tokenizer = tokenizer
         self._layout = LAYOUTS[name]
+        self.call_syntax = self._layout.call_syntax
         self.bos_token = bos_token if name == "chatml" else None
         self._control_ids = control_ids(tokenizer)
+        self.tag_ids = {tag: self._control_ids[tag] for tag in TOOL_TAGS if tag in self._control_ids}
         required = self._layout.controls + ((self.bos_token,) if self.bos_token else ())
         missing = [token for token in required if token not in self._control_ids]
         if missing:
@@ -70,7 +83,7 @@ class ChatFormat:
             )
         stop_tokens = [token for token in self._layout.end_of_turn if token in self._control_ids]
         self.stop_token_ids = tuple(self._control_ids[token] for token in stop_tokens)
-        _mark_special(tokenizer, {*required, *stop_tokens})
+        _mark_special(tokenizer, {*required, *stop_tokens, *TOOL_TAGS})
         self._check_text_stays_text()
         if name == "llama-2":
             self._check_known_ids()
@@ -122,10 +135,31 @@ class ChatFormat:
     def _dialog_pieces(self, messages: Sequence[Message], *, answered: bool) -> list[Piece]:
         check_dialog(messages, answered=answered)
         self._check_encodable(messages)
-        turns = messages if self._layout.any_order else merge_turns(messages, "assistant" if answered else "user")
+        messages = results_in_call_order(messages)
+        if not self._layout.any_order:
+            messages = merge_turns([*with_calls_as_text(messages)], "assistant" if answered else "user")
+        messages = _with_system_message(messages)
         bos = [control(self.bos_token)] if self.bos_token else []
         opening = () if answered else self._layout.opening()
-        return [*bos, *self._layout.turns(turns), *opening]
+        return [*bos, *self._with_tags(self._layout.turns(messages)), *opening]
+
+    def _with_tags(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """The pieces with every tag as a control token, or joined to the text before and after it."""
+        resolved: list[Piece] = []
+        after_tag = False  # the last piece ends with a tag, which a text continues
+        for piece in pieces:
+            if piece.tag and piece.text in self.tag_ids:
+                resolved.append(control(piece.text, piece.trained))
+                after_tag = False
+                continue
+            last = resolved[-1] if resolved else None
+            is_joined = piece.tag or (after_tag and not piece.control)
+            if is_joined and last is not None and not last.control and last.trained == piece.trained:
+                resolved[-1] = replace(last, text=last.text + piece.text)
+            else:
+                resolved.append(piece)
+            after_tag = piece.tag
+        return resolved
 
     def _text_pieces(self, text: str) -> list[Piece]:
         if has_lone_surrogate(text):
@@ -148,9 +182,10 @@ class ChatFormat:
 
     def _check_encodable(self, messages: Sequence[Message]) -> None:
         for index, message in enumerate(messages):
-            text = message.content.encode()
+            content = "".join(message.texts)
+            text = content.encode()
             if len(text.translate(None, self._lost_lead_bytes)) < len(text):
-                lost = next(char for char in message.content if char.encode()[0] in self._lost_lead_bytes)
+                lost = next(char for char in content if char.encode()[0] in self._lost_lead_bytes)
                 raise ChatFormatError(
                     f"messages[{index}] contains the character U+{ord(lost):04X}, for which this model has no token: "
                     "remove it",
@@ -178,6 +213,14 @@ class ChatFormat:
                 f"this Llama-2 tokenizer encodes '[INST] hi [/INST]' as {ids}, but Llama 2 was trained on "
                 f"{_LLAMA_2_KNOWN_IDS}: use the tokenizer.json of the original model"
             )
+
+
+def _with_system_message(messages: Sequence[Message]) -> Sequence[Message]:
+    """The dialog with the tools in a system message; one without content is added if there is none."""
+    first = messages[0]
+    if first.role == "system" or not first.tools:
+        return messages
+    return [Message("system", "", tools=first.tools), replace(first, tools=()), *messages[1:]]
 
 
 def control_ids(tokenizer: "Tokenizer") -> dict[str, int]:

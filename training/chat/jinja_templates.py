@@ -6,36 +6,12 @@ template cannot express: other software parses control tokens inside a message, 
 chatml answer with the line break before it.
 """
 
-from training.chat.templates import ChatFormatName
+from pathlib import Path
 
-CHAT_TEMPLATES: dict[ChatFormatName, str] = {
-    "llama-2": (
-        "{% if messages[0]['role'] == 'system' %}"
-        "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% set turns = messages[1:] %}"
-        "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
-        "{% for message in turns %}"
-        "{% if message['role'] == 'user' %}"
-        "{{ bos_token + '[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
-        "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}"
-        "{% endfor %}"
-    ),
-    "llama-3": (
-        "{{ '<|begin_of_text|>' }}"
-        "{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-        "{{ message['content'] | trim + '<|eot_id|>' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-}
+from training.chat.templates import ChatFormatName
 
 
 def chat_template(name: ChatFormatName, bos_token: str | None = None) -> str:
     """The template of a format; `bos_token` is prepended to chatml if the base requires it."""
-    return (bos_token or "") + CHAT_TEMPLATES[name] if name == "chatml" else CHAT_TEMPLATES[name]
+    template = (Path(__file__).parent / "jinja" / f"{name}.jinja").read_text(encoding="utf-8")
+    return (bos_token or "") + template if name == "chatml" else template

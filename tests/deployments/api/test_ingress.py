@@ -319,7 +319,7 @@ REFUSED: list[tuple[str, dict[str, Any] | str, int, str | None, str]] = [
     ("B9 enum", json_schema({"enum": list(range(100_000))}), 400, SCHEMA, "65536"),
     ("B4 empty", {"messages": []}, 400, "messages", "empty"),
     ("B4 no text", {"messages": [{"role": "user"}]}, 400, "messages.0.content", "needs text"),
-    ("B4 tool", {"messages": [USER, {"role": "tool", "content": "a"}]}, 400, "messages.1", "tool"),
+    ("B4 tool", {"messages": [USER, {"role": "tool", "content": "a"}]}, 400, "messages.1", "no call stands"),
     ("B6 base", {"model": "smolm2-135m"}, 404, "model", "did you mean 'smollm2-135m'"),
     ("B6 adapter", {"model": "smollm2-135m:ranch-hnad"}, 404, "model", "ranch-hand"),
     ("B6 version", {"model": "smollm2-135m:ranch-hand@99"}, 404, "model", "99"),

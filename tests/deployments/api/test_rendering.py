@@ -221,7 +221,7 @@ def test_a_response_format_becomes_a_grammar_of_chats_only(renderer: RequestRend
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "é"}, "strict": True}}
     request = renderer.chat(chat(response_format=schema), None, "r")
     assert request.grammar is not None
-    assert json.dumps({"const": "é"})[:-1] in request.grammar
+    assert json.dumps({"const": "é"})[:-1] in request.grammar.rules
     assert renderer.chat(chat(response_format={"type": "text"}), None, "r").grammar is None
     assert renderer.chat(chat(response_format=None), None, "r").grammar is None
     with pytest.raises(ValidationError, match="response_format"):

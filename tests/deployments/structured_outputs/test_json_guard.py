@@ -10,9 +10,10 @@ import pytest
 
 from deployments.engine.constraint import Constraint
 from deployments.protocol.chat import ResponseFormat
-from deployments.structured_outputs.grammars import GrammarCompiler, grammar_of
+from deployments.structured_outputs.compiler import GrammarCompiler
+from deployments.structured_outputs.grammar import grammar_of
 from deployments.text.vocabulary import Vocabulary
-from tests.deployments.structured_outputs.test_grammars import ids_in
+from tests.deployments.structured_outputs.test_compiler import ids_in
 from training.base_models.resolve import BaseCheckpoint
 from training.base_models.tokenizer import load_tokenizer
 

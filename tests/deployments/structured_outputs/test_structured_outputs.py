@@ -19,7 +19,8 @@ from deployments.engine.engine import Engine
 from deployments.engine.request import Delta, EngineRequest, SamplingParams
 from deployments.engine.sampling import forbid, token_logprobs
 from deployments.protocol.chat import ResponseFormat
-from deployments.structured_outputs.grammars import GrammarCompiler, grammar_of
+from deployments.structured_outputs.compiler import GrammarCompiler
+from deployments.structured_outputs.grammar import grammar_of
 from deployments.text.detokenizer import Detokenizer
 from deployments.text.vocabulary import Vocabulary
 from tests.deployments.engine.test_engine import PROMPTS, Answers, drain

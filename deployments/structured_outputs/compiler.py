@@ -1,54 +1,33 @@
-"""Converts a `response_format` to a grammar and compiles it, with llguidance, to the constraint of an answer.
+"""Compiles grammars, with llguidance, to the constraints of answers.
 
 Compilation runs off the event loop, on one thread with a time limit. Knows nothing of HTTP or sampling.
 """
 
 import asyncio
-import json
+import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from deployments.engine.constraint import Constraint, ConstraintFault
 from deployments.errors import NotReady, ResponseFormatRefused
-from deployments.protocol.chat import ResponseFormat
-from deployments.structured_outputs.json_guard import JsonGuard, JsonTokens
-from deployments.structured_outputs.json_schema import supported_schema
+from deployments.structured_outputs.answer_guard import AnswerGuard
+from deployments.structured_outputs.grammar import Grammar
+from deployments.structured_outputs.json_guard import JsonTokens
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseCheckpoint
 
-SCHEMA_PATH = "response_format.json_schema.schema"
 _COMPILE_TIMEOUT_S = 1.5
 _CACHE_SIZE = 128
 _STACK_BYTES = 256 * 2**20  # the library recurses along `$ref`; untouched pages cost nothing
 _END_OF_TEXT = "<|end of grammar|>"
-# At most one space after a comma or colon, none elsewhere: given free whitespace, small models write little else.
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _LIMITS = LLParserLimits(
     max_lexer_states=50_000,  # about 2 kB each
     verbose_errors=False,  # verbose errors quote the schema and the answer
 )
-
-
-def grammar_of(response_format: ResponseFormat | None) -> str | None:
-    """The grammar of a response format, as the rule `json` of llguidance's Lark dialect; None for free text.
-
-    Raises:
-        ResponseFormatRefused: the schema is not supported.
-    """
-    if response_format is None or response_format.type == "text":
-        return None
-    schema: dict[str, Any] = {"type": "object"}
-    if response_format.json_schema is not None:
-        json_schema = response_format.json_schema
-        schema = supported_schema(json_schema.schema_, SCHEMA_PATH, strict=bool(json_schema.strict))
-    elif response_format.schema_ is not None:
-        schema = supported_schema(response_format.schema_, "response_format.schema")
-    return f"json: %json {json.dumps(schema | {'x-guidance': _JSON_OPTIONS})}"
 
 
 class GrammarCompiler:
@@ -77,13 +56,13 @@ class GrammarCompiler:
         num_tokens = max(int(base.llama_config()["vocab_size"]), self._end_token_id + 1)
         self._tokenizer = LLTokenizer(extended.to_str(), n_vocab=num_tokens, eos_token=self._end_token_id)
         self._json_tokens = JsonTokens(vocabulary, num_tokens)
-        self._start = 'start: " "? json\n' if vocabulary.strips_first_space else "start: json\n"
+        self._start = 'start: " "? answer\n' if vocabulary.strips_first_space else "start: answer\n"
         self._cache_size = cache_size
         self._timeout_s = timeout_s
-        self._compiled: OrderedDict[str, asyncio.Task[Constraint]] = OrderedDict()  # most recently used last
+        self._compiled: OrderedDict[Grammar, asyncio.Task[Constraint]] = OrderedDict()  # most recently used last
         self._thread = _thread_with_large_stack()
 
-    async def compile(self, grammar: str) -> Constraint:
+    async def compile(self, grammar: Grammar) -> Constraint:
         """A constraint at the start of a grammar from `grammar_of`; concurrent calls share one compilation.
 
         Raises:
@@ -98,7 +77,7 @@ class GrammarCompiler:
             self._compiled.popitem(last=False)
         return (await asyncio.shield(compiled)).copy()  # a cancelled caller does not cancel the others
 
-    async def _compile_in_time(self, grammar: str) -> Constraint:
+    async def _compile_in_time(self, grammar: Grammar) -> Constraint:
         future = self._thread.submit(self._compile, grammar)
         try:
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), self._timeout_s)
@@ -107,28 +86,28 @@ class GrammarCompiler:
             if future.cancel():
                 raise NotReady("schemas of other requests are still being compiled: send the request again") from None
             raise ResponseFormatRefused(
-                f"{SCHEMA_PATH}: it does not compile within {self._timeout_s} s: make it smaller", SCHEMA_PATH
+                f"{grammar.param}: it does not compile within {self._timeout_s} s: make it smaller", grammar.param
             ) from None
 
-    def _compile(self, grammar: str) -> Constraint:
-        lark = LLMatcher.grammar_from_lark(self._start + grammar)
+    def _compile(self, grammar: Grammar) -> Constraint:
+        lark = LLMatcher.grammar_from_lark(self._start + grammar.rules)
         matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             reason = _reason(matcher.get_error())
             if "coerce_one_of" in reason:
                 reason = "the options of oneOf must differ in a const property: use anyOf"
-            raise ResponseFormatRefused(f"{SCHEMA_PATH}: {reason}", SCHEMA_PATH)
-        constraint = Constraint(matcher, self._end_token_id, JsonGuard(self._json_tokens))
+            raise ResponseFormatRefused(f"{grammar.param}: {reason}", grammar.param)
+        constraint = Constraint(matcher, self._end_token_id, AnswerGuard(self._json_tokens, grammar))
         try:
             constraint.copy().allowed()
         except ConstraintFault as fault:
-            raise ResponseFormatRefused(f"{SCHEMA_PATH}: no JSON can match it: correct it", SCHEMA_PATH) from fault
+            raise ResponseFormatRefused(f"{grammar.param}: no JSON can match it: correct it", grammar.param) from fault
         return constraint
 
 
 def _reason(error: str) -> str:
     """The library's error message in one line, without the grammar that it quotes."""
-    first, _, _ = error.partition("\n   1 | ")
+    first = re.split(r"\s\d+ \| ", error, maxsplit=1)[0]
     _, _, message = first.rpartition("failed to compile JSON schema: ")
     return " ".join(message.removesuffix("<non-verbose/>").split())[:300]
 
