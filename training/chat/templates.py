@@ -77,8 +77,7 @@ def _llama_3(messages: Sequence[Message]) -> Iterator[Piece]:
             instructions = llama_3_instructions(message.tools)
             content = f"Environment: ipython\n{content}"
         elif message.tool_calls:
-            calls = map(LLAMA_3_JSON.body, message.tool_calls)
-            content = "\n".join([*([content] if content else []), LLAMA_3_JSON.separator.join(calls)])
+            content = LLAMA_3_JSON.answer(content, message.tool_calls)
         elif role == "user":
             content, instructions = instructions + content, ""
         elif role == "tool":

@@ -46,6 +46,11 @@ class CallSyntax:
         """A call without its tags."""
         return f"{self.begin}{call.name}{self.middle}{arguments_json(call.arguments)}{self.end}"
 
+    def answer(self, content: str, calls: Sequence[ToolCall]) -> str:
+        """An answer as the model writes it."""
+        written = self.separator.join(f"{self.begin_tag}{self.body(call)}{self.end_tag}" for call in calls)
+        return f"{content}\n{written}" if content and written else content + written
+
 
 HERMES = CallSyntax(TOOL_CALL_TAGS[0], '\n{"name": "', '", "arguments": ', "}\n", TOOL_CALL_TAGS[1], "\n")
 LLAMA_3_JSON = CallSyntax("", '{"name": "', '", "parameters": ', "}", "", "; ")
@@ -127,10 +132,7 @@ def with_calls_as_text(messages: Sequence[Message]) -> Iterator[Message]:
     """The dialog in the roles system, user and assistant only: calls and their results are part of the texts."""
     for message in messages:
         if message.tool_calls:
-            begin, end = TOOL_CALL_TAGS
-            calls = [f"{begin}{HERMES.body(call)}{end}" for call in message.tool_calls]
-            texts = [message.content, *calls] if message.content else calls
-            yield replace(message, content=HERMES.separator.join(texts), tool_calls=())
+            yield replace(message, content=HERMES.answer(message.content, message.tool_calls), tool_calls=())
         elif message.role == "tool":
             begin, end = TOOL_RESPONSE_TAGS
             yield replace(message, role="user", content=f"{begin}\n{message.content}\n{end}")

@@ -144,11 +144,11 @@ class StoreBuilder:
         if isinstance(example, Dialog):
             spans = tokens["spans"]
             self.facts.short_answers += sum(e - b <= 2 for b, e in zip(spans[::2], spans[1::2], strict=True))
-        content = [text for message in messages for text in (message.role, message.content)]
+        content = [text for message in messages for text in (message.role, *message.texts)]
         # dialogs that differ only in which answers are trained are not duplicates
         content += [f"untrained {at}" for at, m in enumerate(messages) if m.role == "assistant" and not m.trained]
         if isinstance(example, PreferencePair):
-            content.append(example.rejected.content)
+            content += example.rejected.texts
         if isinstance(example, UnpairedExample):
             content.append(str(example.label))
         yield StoredRow(

@@ -12,6 +12,7 @@ from training.config.data_config import DatasetFormat, DataSource, RowKind
 from training.data.examples import BadRow, ParsedRow
 from training.data.parsers import PARSERS, TRAINED_KEYS, keys_of, parse_label
 from training.data.sources import RawRow
+from training.data.tools import TOOL_COLUMNS
 
 # Listed in the error for a row that is not accepted.
 ACCEPTED: dict[RowKind, str] = {
@@ -147,16 +148,19 @@ _KEYS: dict[DatasetFormat, tuple[str, ...]] = {
     "unpaired_preference": ("completion", "label"),
 }
 
+_TOOL_COLUMNS = frozenset(TOOL_COLUMNS)
 # The keys that each format reads; the prompt of the two preference formats is one of _PROMPT_KEYS.
 _READ: dict[DatasetFormat, frozenset[str]] = {
-    "messages": frozenset({"messages", "system"}),
-    "sharegpt": frozenset({"conversations", "system"}),
-    "alpaca": frozenset({"instruction", "input", "output", "history", "system"}),
-    "prompt_completion": frozenset({"prompt", "completion", "system"}),
+    "messages": frozenset({"messages", "system"}) | _TOOL_COLUMNS,
+    "sharegpt": frozenset({"conversations", "system"}) | _TOOL_COLUMNS,
+    "alpaca": frozenset({"instruction", "input", "output", "history", "system"}) | _TOOL_COLUMNS,
+    "prompt_completion": frozenset({"prompt", "completion", "system"}) | _TOOL_COLUMNS,
     "guanaco": frozenset({"text", "system"}),
     "text": frozenset({"text"}),
-    "preference": frozenset({"chosen", "rejected", "system"}),
-    "unpaired_preference": frozenset({"completion", "label", "system"}),
+    "preference": frozenset({"chosen", "rejected", "system"}) | _TOOL_COLUMNS,
+    "unpaired_preference": frozenset({"completion", "label", "system"}) | _TOOL_COLUMNS,
 }
 _MESSAGE_LISTS = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected"})
-_MESSAGE_KEYS = frozenset({"role", "content", "from", "value", *TRAINED_KEYS})
+_MESSAGE_KEYS = frozenset(
+    {"role", "content", "from", "value", "tool_calls", "tool_call_id", "function_call", *TRAINED_KEYS}
+)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from training.chat.messages import ROLE_ALIASES, Message, Role, check_dialog
+from training.chat.tools import with_tools
 from training.config.data_config import DatasetFormat
 from training.data.examples import BadRow, Dialog, Example, PreferencePair, TextExample, UnpairedExample
+from training.data.tools import check_calls, openai_calls, row_tools, sharegpt_calls
 from training.errors import ChatFormatError
 
 _EXCERPT_CHARS = 80
@@ -18,8 +20,10 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _SHAREGPT_ROLES: dict[str, Role] = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "chatbot"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "chatbot", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function", "ipython"), "tool"),
 }
+_OPENAI_ROLES: dict[str, Role] = {**ROLE_ALIASES, **dict.fromkeys(("function", "ipython"), "tool")}
 
 
 def keys_of(fields: dict[str, Any]) -> str:
@@ -185,14 +189,16 @@ def _checked_prompt(fields: dict[str, Any], prompt: list[Message], answer: Messa
         check_dialog(messages, answered=True)
     except ChatFormatError as error:
         raise BadRow(f"not a valid dialog for training: {error}") from error
+    tools = row_tools(fields)
     for index, message in enumerate(messages):
         if message.role == "assistant":
             _check_not_empty(message, f"messages[{index}]")
-    return tuple(prompt)
+            check_calls(message.tool_calls, tools, f"messages[{index}]")
+    return tuple(with_tools(prompt, tools))
 
 
 def _check_not_empty(answer: Message, where: str) -> None:
-    if not answer.content.strip():
+    if not answer.content.strip() and not answer.tool_calls:
         raise BadRow(f"{where}: the answer is empty")
 
 
@@ -211,15 +217,29 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
             _raise_unexpected(where, f"an object with {' and '.join(names)}", item)
         if sharegpt and "from" not in item and "role" in item:
             names = ("role", "content")
-        missing = [name for name in names if name not in item]
+        calls = openai_calls(item, where)
+        missing = [name for name in names if name not in item and not (calls and name == "content")]
         if missing:
             raise BadRow(f"{where}: {' and '.join(missing)} missing, the message has the keys {keys_of(item)}")
-        if item.get("tool_calls") or item.get("function_call"):
-            raise BadRow(f"{where}: tool calls are not supported, only text")
-        role, content = (item[name] for name in names)
+        role, content = item[names[0]], item.get(names[1])
+        if role == "function_call" and sharegpt:
+            calls, content = sharegpt_calls(content, f"{where}.value"), ""
         if isinstance(role, str):
-            role = _SHAREGPT_ROLES.get(role.lower(), role) if sharegpt else ROLE_ALIASES.get(role, role)
-        yield Message(role, _content(content, f"{where}.{names[1]}"), _is_trained(item, role, where))
+            role = _SHAREGPT_ROLES.get(role.lower(), role) if sharegpt else _OPENAI_ROLES.get(role, role)
+        if calls and role != "assistant":
+            raise BadRow(f"{where}: only the assistant calls tools, but the message is from the {role!r:.40}")
+        if calls and content is None:
+            content = ""
+        if role == "tool" and isinstance(content, dict):
+            content = json.dumps(content, ensure_ascii=False)
+        call_id = item.get("tool_call_id")
+        yield Message(
+            role,
+            _content(content, f"{where}.{names[1]}"),
+            _is_trained(item, role, where),
+            calls,
+            call_id if isinstance(call_id, str) else "",
+        )
 
 
 def _is_trained(item: dict[str, Any], role: Any, where: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from training.chat.messages import Message
+from training.chat.messages import Message, Role, ToolCall
 
 IGNORED_LABEL = -100  # `ignore_index` of torch's cross entropy
 _BATCH_ROWS = 256  # row i is in batch i // _BATCH_ROWS
@@ -181,7 +181,7 @@ class RowStore:
         text = self._value(row, "messages")
         if text is None:
             return None
-        return Conversation(tuple(Message(*fields) for fields in json.loads(text)), self.location(row))
+        return Conversation(_from_json(text), self.location(row))
 
     def _value(self, row: int, name: str) -> Any:
         return self._batch(row)[name][row % _BATCH_ROWS].as_py()
@@ -270,4 +270,27 @@ def _labels(input_ids: list[int], spans: list[int]) -> list[int]:
 def _to_json(messages: Sequence[Message] | None) -> str | None:
     if messages is None:
         return None
-    return json.dumps([[m.role, m.content, m.trained] for m in messages], ensure_ascii=False)
+    return json.dumps([_fields(message) for message in messages], ensure_ascii=False)
+
+
+def _fields(message: Message) -> list[Any]:
+    fields = [message.role, message.content, message.trained]
+    if message.tool_calls or message.tool_call_id or message.tools:
+        calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+        fields += [calls, message.tool_call_id, message.tools]
+    return fields
+
+
+def _from_json(text: str) -> tuple[Message, ...]:
+    return tuple(_message(*fields) for fields in json.loads(text))
+
+
+def _message(
+    role: Role,
+    content: str,
+    trained: bool,
+    calls: Sequence[Sequence[str]] = (),
+    tool_call_id: str = "",
+    tools: Sequence[str] = (),
+) -> Message:
+    return Message(role, content, trained, tuple(ToolCall(*call) for call in calls), tool_call_id, tuple(tools))

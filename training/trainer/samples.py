@@ -33,7 +33,9 @@ def sample_answers(
     return [
         SampleAnswer(
             prompt=conversation.messages[first - 1].content,
-            reference=conversation.messages[first].content,
+            reference=inputs.chat_format.call_syntax.answer(
+                conversation.messages[first].content, conversation.messages[first].tool_calls
+            ),
             base=base_answer,
             adapter=adapter_answer,
         )
@@ -72,5 +74,5 @@ def generate_answers(
     answers = []
     for ids in generated[:, width:].tolist():
         end = next((i for i, token_id in enumerate(ids) if token_id in stop_ids), len(ids))
-        answers.append(inputs.tokenizer.decode(ids[:end]).strip())
+        answers.append(inputs.tokenizer.decode(ids[:end], skip_special_tokens=False).strip())
     return answers

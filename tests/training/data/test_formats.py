@@ -250,11 +250,11 @@ def test_the_prompt_that_columns_name_is_the_prompt() -> None:
                     {"role": "user", "content": "q", "name": "Ann"},
                     {"role": "assistant", "content": "a", "weight": 1, "refusal": None, "tool_calls": []},
                 ],
-                "tools": [{"type": "function"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
             },
             "sft",
             {},
-            {"tools", "messages[].name"},
+            {"messages[].name"},
         ),
         (
             {"question": "q", "answer": "a", "prompt": "not this", "instruction": "nor this", "tone": "S", "id": 1},

@@ -100,7 +100,7 @@ BAD_ROWS: list[tuple[str, bytes, str]] = [
     (
         "tool call",
         b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}',
-        "messages[0]: tool calls are not supported",
+        "messages[0].tool_calls[0]: expected a call",
     ),
     (
         "empty answer",

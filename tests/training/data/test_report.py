@@ -91,10 +91,10 @@ def test_warnings(prepare: Prepare, tmp_path: Path, rows: list[Any], options: An
 
 
 def test_keys_that_are_not_used_are_counted_in_one_line(prepare: Prepare, tmp_path: Path) -> None:
-    rows: list[Any] = [*(row(f"q{n}", "an answer", id=n + 1) for n in range(5)), row("t", "a", tools=["x"])]
+    rows: list[Any] = [*(row(f"q{n}", "an answer", id=n + 1) for n in range(5)), row("t", "a", topics=["x"])]
     report = prepare(write(tmp_path / "d.jsonl", *rows)).report
-    assert report.unused_keys == {"id": 5, "tools": 1}
-    assert "data: unused keys: id (5 rows), tools (1 rows)" in report.summary().splitlines()
+    assert report.unused_keys == {"id": 5, "topics": 1}
+    assert "data: unused keys: id (5 rows), topics (1 rows)" in report.summary().splitlines()
     used = prepare(write(tmp_path / "u.jsonl", *MANY)).report
     assert "unused" not in used.summary()
     wild = [row(f"q{n}", "an answer", **{f"key {n}": 1}) for n in range(1100)]
