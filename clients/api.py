@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from deployments.auth.origin import is_loopback as is_loopback_host
 from deployments.protocol.adapters import Adapter, AdapterChange, AdapterList, DeletedVersion
 from deployments.protocol.base import ErrorResponse
-from deployments.protocol.chat import ChatCompletion, ChatCompletionChunk
+from deployments.protocol.chat import ChatCompletion, ChatCompletionChunk, ChoiceDelta
 from deployments.protocol.models import Model, ModelList
 from training.chat.messages import Message
 from training.errors import CorralError
@@ -102,7 +102,20 @@ class CorralClient:
         self, messages: str | Sequence[Message], *, model: str, **sampling: Unpack[Sampling]
     ) -> Generator[str, None, None]:
         """Yield the answer as it is generated; closing the iterator cancels the request on the server."""
-        body = _body(messages, model, sampling, stream=True)
+        for delta in self.stream_deltas(messages, model=model, **sampling):
+            if delta.content:
+                yield delta.content
+
+    def stream_deltas(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        model: str,
+        tools: Sequence[dict[str, Any]] = (),
+        **sampling: Unpack[Sampling],
+    ) -> Generator[ChoiceDelta, None, None]:
+        """Yield what is added to the answer, text and calls of `tools`, which are in OpenAI's form."""
+        body = _body(messages, model, sampling, stream=True, tools=tools)
         with (
             _ServerErrors(self.base_url),
             self._http.stream("POST", "/v1/chat/completions", content=body, headers=_JSON) as response,
@@ -120,8 +133,7 @@ class CorralClient:
                     raise error
                 chunk = ChatCompletionChunk.model_validate_json(data)
                 for choice in chunk.choices:
-                    if choice.delta.content:
-                        yield choice.delta.content
+                    yield choice.delta
         raise ServerError(f"the answer from {self.base_url} ended early: send the request again")
 
     def models(self) -> list[Model]:
@@ -224,15 +236,31 @@ def is_loopback(url: str) -> bool:
     return is_loopback_host(httpx.URL(url).host)
 
 
-def _body(messages: str | Sequence[Message], model: str, sampling: Sampling, *, stream: bool = False) -> bytes:
+def _body(
+    messages: str | Sequence[Message],
+    model: str,
+    sampling: Sampling,
+    *,
+    stream: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+) -> bytes:
     dialog = [Message("user", messages)] if isinstance(messages, str) else messages
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": message.role, "content": message.content} for message in dialog],
-        "stream": stream,
-        **sampling,
-    }
+    body: dict[str, Any] = {"model": model, "messages": [*map(_turn, dialog)], "stream": stream, **sampling}
+    if tools:
+        body["tools"] = tools
     return json.dumps(body).encode()  # escaped to ASCII: invalid Unicode is left for the server to refuse
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
 
 
 def _raise_for_status(response: httpx.Response) -> None:

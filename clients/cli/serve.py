@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,6 +65,10 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="default: as many as fit")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampling reproducible")] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON list of tools as OpenAI's API takes them; you type their results"),
+    ] = None,
 ) -> None:
     """Chat with a server: one question, or a conversation with /clear and /quit. CORRAL_API_KEY is sent as its key."""
     from clients.api import CorralClient, Sampling
@@ -78,11 +82,27 @@ def chat(
     if seed is not None:
         sampling["seed"] = seed
     with CorralClient(url, os.environ.get("CORRAL_API_KEY"), ca=ca) as client:
-        conversation = TerminalChat(client, model or client.models()[0].id, system, sampling)
+        conversation = TerminalChat(client, model or client.models()[0].id, system, sampling, _read_tools(tools))
         if prompt is None and sys.stdin.isatty():
             conversation.loop()
         else:
             conversation.ask(sys.stdin.read() if prompt is None else prompt)
+
+
+def _read_tools(path: Path | None) -> list[dict[str, Any]]:
+    import json
+
+    from training.errors import ConfigError
+
+    if path is None:
+        return []
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--tools {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(tools, list):
+        raise ConfigError(f'--tools {str(path)!r}: expected a list such as [{{"type": "function", "function": ...}}]')
+    return tools
 
 
 @contextlib.contextmanager

@@ -1,19 +1,32 @@
 """`corral chat`: a streamed dialog in a terminal."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
 from clients.api import CorralClient, Sampling, ServerError
-from training.chat.messages import Message
+from training.chat.messages import Message, ToolCall
 from training.errors import ConfigError
+
+_CALL_MARK = "→ "
 
 
 class TerminalChat:
-    """One dialog with one model."""
+    """One dialog with one model, which may call tools: their results are typed."""
 
-    def __init__(self, client: CorralClient, model: str, system: str | None, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        client: CorralClient,
+        model: str,
+        system: str | None,
+        sampling: Sampling,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self._client = client
         self._model = model
+        self._tools = tools
         self._sampling = sampling
         self._system = [Message("system", system)] if system else []
         self._dialog = list(self._system)
@@ -27,16 +40,30 @@ class TerminalChat:
         """
         if not text.strip():
             raise ConfigError("the prompt is empty: give one as an argument or on standard input")
-        dialog = [*self._dialog, Message("user", text)]
-        answer = ""
-        with closing(self._client.stream(dialog, model=self._model, **self._sampling)) as pieces:
+        self._continue(Message("user", text))
+
+    def _continue(self, *turns: Message) -> None:
+        """Print the answer after these turns; calls are shown as calls."""
+        dialog = [*self._dialog, *turns]
+        text = ""
+        calls: list[ToolCall] = []
+        deltas = self._client.stream_deltas(dialog, model=self._model, tools=self._tools, **self._sampling)
+        with closing(deltas):
             try:
-                for piece in pieces:
-                    answer += piece
-                    print(piece, end="", flush=True)
+                for delta in deltas:
+                    text += delta.content or ""
+                    _print(delta.content or "")
+                    for part in delta.tool_calls or ():
+                        function = part.function
+                        if part.id is not None:
+                            calls.append(ToolCall(function.name or "", "", part.id))
+                            line_break = "\n" if text or len(calls) > 1 else ""
+                            _print(f"{line_break}{_CALL_MARK}{function.name} ")
+                        calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + (function.arguments or ""))
+                        _print(function.arguments or "")
             finally:
-                if answer:
-                    self._dialog = [*dialog, Message("assistant", answer)]
+                if text or calls:
+                    self._dialog = [*dialog, Message("assistant", text, tool_calls=tuple(calls))]
                     print(flush=True)
 
     def loop(self) -> None:
@@ -61,7 +88,19 @@ class TerminalChat:
     def _ask_or_print_error(self, text: str) -> None:
         try:
             self.ask(text)
+            while self._dialog[-1].tool_calls:
+                self._continue(*[self._result_of(call) for call in self._dialog[-1].tool_calls])
         except ServerError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print("(stopped)")
+        except EOFError:  # no result: the next prompt ends the conversation
+            print()
+
+    def _result_of(self, call: ToolCall) -> Message:
+        """What the user types as the result of a call; an empty line is an empty result."""
+        return Message("tool", input(f"result of {call.name}: "), tool_call_id=call.id)
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)

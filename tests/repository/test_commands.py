@@ -30,6 +30,9 @@ RUN_BY = {
     r"corral train \S+workshop.yaml$": (
         "repository/test_readme.py::test_the_chapter_goes_from_a_csv_to_an_adapter_that_answers"
     ),
+    r"corral train \S+ranch_tools.yaml$": (
+        "end_to_end/test_ranch_tools.py::test_the_adapter_calls_the_right_tool_where_the_base_does_not"
+    ),
     r"corral train \S+ --dry-run$": "clients/cli/test_cli.py::test_dry_run_prints_the_resolved_configuration",
     r"corral train \S+quickstart_(dpo|kto).yaml$": "end_to_end/test_documented_commands.py::test_recipe_trains",
     r"corral train .* --submit ": (
