@@ -57,6 +57,7 @@ from deployments.protocol.completions import Completion, CompletionRequest
 from deployments.protocol.generation import StreamOptions
 from deployments.protocol.models import Model, ModelList
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from deployments.protocol.tools import ToolCallDelta
 from deployments.structured_outputs.compiler import GrammarCompiler
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import resolve_base_model
@@ -135,15 +136,7 @@ class ChatIngress:
         manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
         trace.model = self._catalog.model_id(manifest)
         output = await self._chat_output(body, manifest, completion_id)
-        grammar = output.generation.grammar
-        formatter = ChatFormatter(
-            completion_id,
-            trace.model,
-            self._vocabulary,
-            with_logprobs=body.logprobs,
-            service_tier=body.service_tier,
-            calls=None if grammar is None else grammar.calls,
-        )
+        formatter = self._chat_formatter(body, completion_id, trace.model, output)
         return await self._respond(formatter, [output], body, caller, trace)
 
     @api.post("/v1/completions", response_model=Completion, responses=_COMPLETION_RESPONSES)
@@ -241,8 +234,8 @@ class ChatIngress:
         requests, engines = await asyncio.gather(self.ledger.metrics(), self._engine_metrics())
         return Response(requests + engines, media_type=CONTENT_TYPE)
 
-    async def chat(self, body: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[str, None]:
-        """Stream the text of one completion (`n` is 1), for callers inside the cluster.
+    async def chat(self, body: ChatCompletionRequest, caller: Caller) -> AsyncGenerator[str | ToolCallDelta, None]:
+        """Stream the text and calls of one completion (`n` is 1), for callers inside the cluster.
 
         Raises:
             CorralError: the same errors as those of `POST /v1/chat/completions`.
@@ -252,9 +245,14 @@ class ChatIngress:
             trace.model = self._catalog.model_id(manifest)
             completion_id = f"chatcmpl-{uuid.uuid4().hex}"
             output = await self._chat_output(body, manifest, completion_id)
+            formatter = self._chat_formatter(body, completion_id, trace.model, output)
             async with aclosing(self._admit_and_generate([output], caller, trace)) as batches:
                 async for deltas in batches:
-                    yield "".join(delta.text for delta in deltas)
+                    for part in (part for delta in deltas for part in formatter.deltas(delta)):
+                        if part.content:
+                            yield part.content
+                        for call in part.tool_calls or ():
+                            yield call
             trace.status = 200
 
     async def models(self) -> list[Model]:
@@ -272,6 +270,19 @@ class ChatIngress:
         if generation.grammar is not None:
             await self._grammars.compile(generation.grammar)  # only to refuse it here; the replica compiles its own
         return PromptOutput(generation, self._vocabulary, body.stop_strings)
+
+    def _chat_formatter(
+        self, body: ChatCompletionRequest, completion_id: str, model: str, output: PromptOutput
+    ) -> ChatFormatter:
+        grammar = output.generation.grammar
+        return ChatFormatter(
+            completion_id,
+            model,
+            self._vocabulary,
+            with_logprobs=body.logprobs,
+            service_tier=body.service_tier,
+            calls=None if grammar is None else grammar.calls,
+        )
 
     def _text_outputs(
         self, body: CompletionRequest, manifest: AdapterManifest | None, completion_id: str

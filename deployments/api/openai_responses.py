@@ -126,7 +126,7 @@ class ChatFormatter(ResponseFormatter):
 
     def chunks(self, delta: TextDelta) -> list[ChatCompletionChunk]:
         """Content and calls with their log-probabilities, then an empty delta with the finish_reason."""
-        deltas = self._deltas(delta)
+        deltas = self.deltas(delta)
         if delta.tokens and not deltas:
             deltas = [ChoiceDelta(content="")]
         choices = [ChunkChoice(index=delta.index, delta=each, finish_reason=None) for each in deltas]
@@ -138,8 +138,8 @@ class ChatFormatter(ResponseFormatter):
             choices.append(ChunkChoice(index=delta.index, delta=ChoiceDelta(), finish_reason=finish_reason))
         return [self._chunk([choice]) for choice in choices]
 
-    def _deltas(self, delta: TextDelta) -> list[ChoiceDelta]:
-        """What a delta adds to its message."""
+    def deltas(self, delta: TextDelta) -> list[ChoiceDelta]:
+        """What a delta adds to its message: text, the beginning of a call, or arguments."""
         if self._calls is None:
             return [ChoiceDelta(content=delta.text)] if delta.text else []
         scanner = self._scanners.setdefault(delta.index, CallScanner(self._calls))
@@ -156,7 +156,7 @@ class ChatFormatter(ResponseFormatter):
     def _message(self, completion: TextDelta) -> AssistantMessage:
         content = ""
         calls: list[AnswerToolCall] = []
-        for delta in self._deltas(completion):
+        for delta in self.deltas(completion):
             content += delta.content or ""
             for call in delta.tool_calls or ():
                 if call.id is not None:

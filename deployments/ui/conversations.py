@@ -20,22 +20,24 @@ from starlette.requests import HTTPConnection
 from deployments.auth.caller import Caller
 from deployments.protocol.chat import ChatCompletionRequest, ChatMessage
 from deployments.protocol.models import Model
-from deployments.ui.plain_text import shown, typed
+from deployments.protocol.tools import ToolCallDelta
+from deployments.ui.plain_text import typed
 from deployments.ui.sessions import Sessions
+from deployments.ui.turns import Reply, Turn, call_without_result, read_tools, text_of, to_messages, turn
 from training.errors import CorralError
 
+PLACEHOLDER = "Write a message; Shift+Enter for a new line"
 _REDRAW_INTERVAL_S = 0.05  # minimum time between two updates of the page
 _MODELS_TIMEOUT_S = 15.0
 _ACCOUNT = '<form method="post" action="logout"><span>{}</span> <button>Log out</button></form>'
 
 logger = logging.getLogger("ray.serve")
 
-Turn = dict[str, Any]  # a message of gr.Chatbot: {"role": ..., "content": [{"type": "text", "text": ...}]}
 Update = tuple[Any, Any]  # for the conversation and the input box
 
 
-class TextStream(AsyncIterable[str], Protocol):
-    """The text of a completion while it is generated."""
+class AnswerStream(AsyncIterable[str | ToolCallDelta], Protocol):
+    """The text and calls of a completion while it is generated."""
 
     def cancel(self) -> None:
         """Stop the generation: iterating further raises `TaskCancelledError`."""
@@ -49,21 +51,21 @@ class Backend(Protocol):
     async def models(self) -> list[Model]:
         """The base model first, then each adapter: itself, and its versions, newest first."""
 
-    def chat(self, request: ChatCompletionRequest, caller: Caller) -> TextStream:
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> AnswerStream:
         """Start a completion on behalf of `caller`; errors are raised while iterating over the stream."""
 
 
 class Conversations:
     """Handlers of the page's events.
 
-    `settings` is always the model, the system prompt, then the five sliders from top to bottom. Gradio passes `event`
-    and `request` by their types.
+    `settings` is always the model, the system prompt, the tools, then the five sliders from top to bottom. Gradio
+    passes `event` and `request` by their types.
     """
 
     def __init__(self, backend: Backend, sessions: Sessions) -> None:
         self._backend = backend
         self._sessions = sessions
-        self._running: dict[str, TextStream] = {}  # browser session -> its running completion
+        self._running: dict[str, AnswerStream] = {}  # browser session -> its running completion
 
     async def send(
         self, request: gr.Request, message: str, history: list[Turn], *settings: Any
@@ -96,7 +98,7 @@ class Conversations:
     ) -> AsyncIterator[Update]:
         """Send an edited message; the turns after it are dropped once there is a reply."""
         edited = _index(event.index)
-        previous = [*history[:edited], _turn("user", typed(event.previous_value)), *history[edited + 1 :]]
+        previous = [*history[:edited], turn("user", typed(event.previous_value)), *history[edited + 1 :]]
         async for update in self._ask(history[:edited], typed(event.value), previous, draft, settings, request):
             yield update
 
@@ -109,7 +111,7 @@ class Conversations:
         """Move the last question back to the input box."""
         self._cancel_running(request)
         question = _last_question(history, event.index)
-        return history[:question], _idle_box(_with_draft(text_of(history[question]), draft))
+        return history[:question], _idle_box(_with_draft(text_of(history[question]), draft), history[:question])
 
     async def clear(self, request: gr.Request) -> Update:
         """Empty the conversation, but not the input box."""
@@ -151,19 +153,22 @@ class Conversations:
         """Send `text` after the turns `context`; without a reply, show `previous` again and put `text` in the box."""
         session = _session(request)
         self._cancel_running(request)
-        turns = [*context, _turn("user", text)]
+        turns = [*context, turn("user", text)]
+        if call_without_result(turns) is not None:  # each call needs one before the model goes on
+            yield turns, _idle_box(draft, turns)
+            return
         yield turns, gr.Textbox(value=draft, submit_btn=False, stop_btn=True)
-        reply, drawn_at = "", 0.0
-        stream: TextStream | None = None
+        reply, drawn_at = Reply(), 0.0
+        stream: AnswerStream | None = None
         try:
             caller = await self._sessions.caller(_http(request))
             stream = self._running[session] = self._backend.chat(_completion_request(session, turns, *settings), caller)
             async for delta in stream:
-                reply += delta
-                if reply.strip() and time.monotonic() - drawn_at >= _REDRAW_INTERVAL_S:
+                reply.add(delta)
+                if not reply.is_empty and time.monotonic() - drawn_at >= _REDRAW_INTERVAL_S:
                     drawn_at = time.monotonic()
-                    yield [*turns, _turn("assistant", reply)], gr.skip()
-            if not reply.strip():
+                    yield [*turns, *reply.turns()], gr.skip()
+            if reply.is_empty:
                 gr.Info("The model returned an empty reply: send again or change the message.")
         except TaskCancelledError:
             pass
@@ -177,10 +182,11 @@ class Conversations:
                 self._running.pop(session, None)
         if superseded:
             yield gr.skip(), gr.skip()  # a later event has updated the page
-        elif reply.strip():
-            yield [*turns, _turn("assistant", reply)], _idle_box()
+        elif not reply.is_empty:
+            turns = [*turns, *reply.turns()]
+            yield turns, _idle_box(turns=turns)
         else:
-            yield previous, _idle_box(_with_draft(text, draft))
+            yield previous, _idle_box(_with_draft(text, draft), previous)
 
     def _cancel_running(self, request: gr.Request) -> None:
         """Cancel the session's running completion, whose handler then leaves the page alone."""
@@ -219,19 +225,12 @@ def model_choices(models: list[Model]) -> list[tuple[str, str]]:
     return choices
 
 
-def text_of(turn: Turn) -> str:
-    """The text of a turn, in either of the forms that Gradio uses."""
-    content = turn["content"]
-    if isinstance(content, str):
-        return typed(content)
-    return typed("".join(part["text"] for part in content if part.get("type") == "text"))
-
-
 def _completion_request(
     session: str,
     turns: list[Turn],
     model: str | None,
     system: str,
+    tools: str,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -239,12 +238,13 @@ def _completion_request(
     repetition_penalty: float,
 ) -> ChatCompletionRequest:
     messages = [ChatMessage(role="system", content=system)] if system.strip() else []
-    messages += [ChatMessage(role=turn["role"], content=text_of(turn)) for turn in turns]
+    messages += to_messages(turns)
     if not model:
         raise CorralError("No model is selected: press the refresh button beside the list, then select one.")
     return ChatCompletionRequest(
         model=model,
         messages=messages,
+        tools=read_tools(tools),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -255,15 +255,13 @@ def _completion_request(
     )
 
 
-def _turn(role: str, text: str) -> Turn:
-    """A turn in the only form that Gradio displays unchanged: it rewrites the whitespace of plain strings."""
-    return {"role": role, "content": [{"type": "text", "text": shown(text)}]}
-
-
-def _idle_box(text: str | None = None) -> gr.Textbox:
+def _idle_box(text: str | None = None, turns: Sequence[Turn] = ()) -> gr.Textbox:
+    """The input box after these turns; `text` replaces what is in it."""
+    tool = call_without_result([*turns])
+    placeholder = PLACEHOLDER if tool is None else f"Type the result of {tool}"
     if text is None:
-        return gr.Textbox(submit_btn=True, stop_btn=False)
-    return gr.Textbox(value=text, submit_btn=True, stop_btn=False)
+        return gr.Textbox(placeholder=placeholder, submit_btn=True, stop_btn=False)
+    return gr.Textbox(value=text, placeholder=placeholder, submit_btn=True, stop_btn=False)
 
 
 def _with_draft(text: str, draft: str) -> str:

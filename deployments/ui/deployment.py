@@ -21,7 +21,7 @@ from deployments.auth.keys import KeyStore
 from deployments.config import UIArgs
 from deployments.protocol.chat import ChatCompletionRequest
 from deployments.protocol.models import Model
-from deployments.ui.conversations import Backend, TextStream
+from deployments.ui.conversations import AnswerStream, Backend
 from deployments.ui.login import login_routes
 from deployments.ui.page import CSS, HEAD, build_page, theme
 from deployments.ui.security_headers import SameOriginMiddleware, SecurityHeadersMiddleware
@@ -38,9 +38,9 @@ class ServeBackend:
         """The base and every adapter version."""
         return await cast(Awaitable[list[Model]], self._handle().models.remote())
 
-    def chat(self, request: ChatCompletionRequest, caller: Caller) -> TextStream:
+    def chat(self, request: ChatCompletionRequest, caller: Caller) -> AnswerStream:
         """Stream a completion; `cancel()` on the stream stops the generation on the replica."""
-        return cast(TextStream, self._handle().options(stream=True).chat.remote(request, caller))
+        return cast(AnswerStream, self._handle().options(stream=True).chat.remote(request, caller))
 
     def _handle(self) -> DeploymentHandle[Any]:
         return serve.get_app_handle(self.api_app)

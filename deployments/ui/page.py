@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from deployments.ui.conversations import Backend, Conversations
+from deployments.ui.conversations import PLACEHOLDER, Backend, Conversations
 from deployments.ui.sessions import Sessions
 
 _EXAMPLES = [
@@ -95,7 +95,7 @@ def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
                     label="Message",
                     show_label=False,
                     container=False,
-                    placeholder="Write a message; Shift+Enter for a new line",
+                    placeholder=PLACEHOLDER,
                     lines=1,
                     max_lines=10,
                     autofocus=True,
@@ -105,6 +105,14 @@ def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
                 model = gr.Dropdown([], label="Model", elem_id="model")
                 refresh = gr.Button("↻ Refresh models", size="sm", elem_id="refresh")
                 system = gr.Textbox(label="System prompt", placeholder="None", lines=3, max_lines=8, elem_id="system")
+                with gr.Accordion("Tools", open=False, elem_id="tools-panel"):
+                    tools = gr.Textbox(
+                        label="JSON list, as OpenAI's API takes them; you type what they return",
+                        placeholder='[{"type": "function", "function": {"name": "get_weather"}}]',
+                        lines=4,
+                        max_lines=12,
+                        elem_id="tools",
+                    )
                 sliders = [
                     gr.Slider(1, 2048, 1024, step=1, label="Max new tokens", elem_id="max-tokens"),
                     # OpenAI's maximum is 2
@@ -114,7 +122,7 @@ def build_page(backend: Backend, sessions: Sessions, title: str) -> gr.Blocks:
                     gr.Slider(1.0, 2.0, 1.2, step=0.05, label="Repetition penalty", elem_id="repetition-penalty"),
                 ]
 
-        settings = [model, system, *sliders]
+        settings = [model, system, tools, *sliders]
         generation: dict[str, Any] = {
             "outputs": [chat, message],
             "concurrency_limit": _MAX_CONCURRENT_COMPLETIONS,

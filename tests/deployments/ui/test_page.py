@@ -27,6 +27,7 @@ from deployments.auth.keys import KeyStore
 from deployments.errors import EngineFault
 from deployments.protocol.chat import ChatCompletionRequest
 from deployments.protocol.models import Model
+from deployments.protocol.tools import ToolCallDelta
 from deployments.ui.conversations import model_choices
 from deployments.ui.deployment import build_asgi_app
 from tests.conftest import RunningServer, free_port
@@ -56,17 +57,20 @@ HOSTILE = (
 )
 
 
+Piece = str | ToolCallDelta | Exception
+
+
 @dataclass
 class ScriptedAnswer:
     """Yields the pieces in order; an error among them is raised."""
 
-    pieces: list[str | Exception]
+    pieces: list[Piece]
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __aiter__(self) -> "ScriptedAnswer":
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> str | ToolCallDelta:
         await asyncio.sleep(0.06)
         if self.cancelled.is_set():
             raise TaskCancelledError
@@ -86,7 +90,7 @@ class ScriptedBackend:
     """Answers each question from `script`, and records the requests."""
 
     api_app: str = "scripted"
-    script: list[str | Exception] = field(default_factory=list)
+    script: list[Piece] = field(default_factory=list)
     requests: list[ChatCompletionRequest] = field(default_factory=list)
     callers: list[Caller] = field(default_factory=list)
     answers: list[ScriptedAnswer] = field(default_factory=list)
@@ -420,6 +424,41 @@ def test_request_carries_system_prompt_sliders_and_text_unchanged(scripted: Chat
     ]
     assert [m.role for m in third.messages] == ["user", "assistant", "user", "assistant", "user"]
     assert first.user == second.user == third.user is not None  # a canary keeps a page
+
+
+@needs_browser
+@pytest.mark.promise("F2")
+def test_calls_are_shown_as_calls_and_their_results_are_typed(scripted: ChatPage, backend: ScriptedBackend) -> None:
+    def call(index: int, name: str, *arguments: str) -> list[Piece]:
+        start = {"index": index, "id": f"id{index}", "type": "function", "function": {"name": name, "arguments": ""}}
+        parts = [{"index": index, "function": {"arguments": text}} for text in arguments]
+        return [ToolCallDelta.model_validate(delta) for delta in (start, *parts)]
+
+    tools = scripted.page.locator("#tools textarea")
+    if not tools.is_visible():
+        scripted.page.locator("#tools-panel button").first.click()
+    tools.fill("[{")
+    scripted.send("How warm is it?")
+    assert "Tools: not valid JSON" in scripted.toast()
+    tools.fill('[{"type": "function", "function": {"name": "get_weather"}}]')
+    backend.script = ["Let me see.", *call(0, "get_weather", '{"city": ', '"<Rome>"}'), *call(1, "get_weather", "{}")]
+    scripted.send("How warm is it?")
+    assert [tool.function.name for tool in backend.requests[-1].tools] == ["get_weather"]
+    scripted.wait(lambda: scripted.page.get_by_text("Calls get_weather").count() == 2, "the two calls")
+    assert '{"city": "<Rome>"}' in scripted.page.inner_text("#chat")
+    assert scripted.box.get_attribute("placeholder") == "Type the result of get_weather"
+    backend.script = ["It is warm."]
+    scripted.send("22")
+    assert len(backend.requests) == 1  # the second call has no result yet
+    scripted.send("19")
+    scripted.wait(lambda: "It is warm." in scripted.page.inner_text("#chat"), "the answer to the results")
+    question, answer, *results = backend.requests[-1].messages
+    assert (question.content, answer.content) == ("How warm is it?", "Let me see.")
+    assert [called.function.arguments for called in answer.tool_calls] == ['{"city": "<Rome>"}', "{}"]
+    ids = [called.id for called in answer.tool_calls]
+    assert [(m.role, m.content, m.tool_call_id) for m in results] == [("tool", "22", ids[0]), ("tool", "19", ids[1])]
+    assert "Write a message" in str(scripted.box.get_attribute("placeholder"))
+    tools.fill("")
 
 
 @needs_browser
