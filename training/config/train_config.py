@@ -26,7 +26,7 @@ class LoraSettings(_Section):
     """The adapter's shape (arXiv:2106.09685); `use_rslora` scales by 1/sqrt(r) (arXiv:2312.03732)."""
 
     r: int = Field(default=16, ge=1, le=1024)
-    lora_alpha: int = Field(default=32, ge=1)
+    lora_alpha: int | float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[LlamaLinear] = "all-linear"
     use_rslora: bool = False

@@ -8,25 +8,23 @@ every tensor present and finite. Knows nothing of versions, aliases or storage.
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from training.base_models.embedded import EMBEDDED_MODEL
 from training.base_models.llama_shape import LLAMA_LINEARS, LlamaDims, LlamaLinear, module_path
-from training.base_models.resolve import BaseCheckpoint, base_name
+from training.base_models.resolve import BaseCheckpoint
 from training.errors import AdapterRefused
-from training.registry.safetensors_header import read_json, read_safetensors_header, refuse, shortened, zero_tensors
+from training.registry.adapter_config import AdapterConfig, read_adapter_config
+from training.registry.safetensors_header import read_safetensors_header, refuse, shortened, zero_tensors
+from training.registry.target_modules import Targets, resolve_targets
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 
-_TARGET = re.compile(r"(?:(?:model\.)?layers\.\d+\.)?(?:(?:self_attn|mlp)\.)?(\w+_proj)")
-
-_MAX_CONFIG_BYTES = 1 << 20
 _UNSAFE_SUFFIXES = {".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".py"}
 
 
@@ -36,7 +34,7 @@ class LoraParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     r: int = Field(ge=1)
-    lora_alpha: int = Field(ge=1)
+    lora_alpha: int | float = Field(gt=0, allow_inf_nan=False)
     target_modules: list[LlamaLinear]
     use_rslora: bool = False
 
@@ -72,27 +70,6 @@ class AdapterFiles:
     changes: bool
 
 
-class _AdapterConfig(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM"]
-    r: Annotated[StrictInt, Field(ge=1, le=1024)]
-    lora_alpha: Annotated[StrictInt, Field(ge=1)]
-    target_modules: list[str] | str
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    bias: Literal["none"] = "none"
-    use_rslora: StrictBool = False
-    init_lora_weights: StrictBool | Literal["gaussian"] = True  # other initializations may change the base's weights
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    inference_mode: StrictBool = True
-    # Ignored here, but set in the files that PEFT writes.
-    peft_version: str | None = None
-    megatron_core: str | None = None
-    qalora_group_size: int | None = None
-
-
 def read_adapter(directory: Path, base: BaseCheckpoint) -> AdapterFiles:
     """Check the adapter in `directory` against `base`; files other than the two are ignored.
 
@@ -102,8 +79,10 @@ def read_adapter(directory: Path, base: BaseCheckpoint) -> AdapterFiles:
     config_file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     try:
         _check_present(directory)
-        config, lora = _read_config(config_file)
+        config = read_adapter_config(config_file)
         _check_base_name(config_file, config.base_model_name_or_path, base)
+        _check_bias(config_file, config, base)
+        lora = _lora_params(config, resolve_targets(config_file, config, LlamaDims.of(base.llama_config()).num_layers))
         with weights.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         zero_names = _check_tensors(weights, lora_shapes(base, lora))
@@ -142,41 +121,19 @@ def _check_present(directory: Path) -> None:
         raise AdapterRefused(f"{directory} has no {name}: pass a folder written by PEFT's save_pretrained")
 
 
-def _read_config(path: Path) -> tuple[_AdapterConfig, LoraParams]:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        refuse(path, f"has {path.stat().st_size} bytes, the limit is {_MAX_CONFIG_BYTES}")
-    fields = read_json(path, path.read_bytes())
-    try:
-        config = _AdapterConfig.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        value = f", got {shortened(fields[key])}" if key in fields else ""
-        refuse(path, f"key {key!r}: {first['msg'][:1].lower()}{first['msg'][1:]}{value}: only plain LoRA is supported")
-    for key, value in (config.model_extra or {}).items():
-        if not (value is None or value is False or value in ("", [], {})):
-            refuse(path, f"key {key!r:.60} is {shortened(value)}: only plain LoRA is supported, train without it")
-    names = config.target_modules
-    if names == "all-linear":
-        names = sorted(LLAMA_LINEARS)
-    accepted = ", ".join(sorted(LLAMA_LINEARS))
-    if isinstance(names, str):
-        refuse(path, f"target_modules is the pattern {shortened(names)}: give a list of {accepted}")
-    # PEFT may expand "all-linear" to the full name of every layer; the tensor check then finds any that is missing.
-    linears = [match[1] if (match := _TARGET.fullmatch(name)) else name for name in names]
-    unknown = [name for name in linears if name not in LLAMA_LINEARS]
-    if unknown or not names:
-        value = shortened(unknown[0] if unknown else names)
-        refuse(path, f"target_modules has {value}: only {accepted} can be adapted")
-    lora = LoraParams(r=config.r, lora_alpha=config.lora_alpha, target_modules=linears, use_rslora=config.use_rslora)
-    return config, lora
+def _lora_params(config: AdapterConfig, targets: Targets) -> LoraParams:
+    alpha = int(targets.lora_alpha) if float(targets.lora_alpha).is_integer() else targets.lora_alpha
+    return LoraParams(r=targets.r, lora_alpha=alpha, target_modules=targets.linears, use_rslora=config.use_rslora)
+
+
+def _check_bias(path: Path, config: AdapterConfig, base: BaseCheckpoint) -> None:
+    has_biases = any(base.llama_config().get(key) for key in ("attention_bias", "mlp_bias"))
+    if config.bias != "none" and has_biases:
+        refuse(path, f"key 'bias' is {config.bias!r}: it replaces biases of the base; only plain LoRA is supported")
 
 
 def _check_base_name(path: Path, name_or_path: str | None, base: BaseCheckpoint) -> None:
-    if not name_or_path or name_or_path in (base.source, str(base.path)):
-        return
-    # A folder on another machine has the same last component.
-    if base_name(name_or_path) not in (base.name, base_name(base.path.name)):
+    if name_or_path and not base.is_named(name_or_path):
         refuse(
             path,
             f"names the base {shortened(name_or_path)}, but the given base is {base.source!r}: "
@@ -184,7 +141,7 @@ def _check_base_name(path: Path, name_or_path: str | None, base: BaseCheckpoint)
         )
 
 
-def _published_config(config: _AdapterConfig, lora: LoraParams, base: BaseCheckpoint) -> bytes:
+def _published_config(config: AdapterConfig, lora: LoraParams, base: BaseCheckpoint) -> bytes:
     from_hub = base.revision is not None and base.source != EMBEDDED_MODEL
     fields = {
         "peft_type": "LORA",

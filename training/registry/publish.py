@@ -190,8 +190,8 @@ def import_adapter(
     """Register an adapter that was trained elsewhere (PEFT, TRL, Axolotl) for `base`.
 
     The base that its `adapter_config.json` names must match `base` by source, path, or the last component of either, so
-    that a folder of the same model on another machine passes; if it names none, `base` is assumed. Another base is
-    refused even with `force`. Without `metrics`, `force` is required.
+    that a folder of the same model on another machine passes, and so does a snapshot in a hub cache; if it names none,
+    `base` is assumed. Another base is refused even with `force`. Without `metrics`, `force` is required.
 
     Raises:
         AdapterRefused: as `AdapterPublisher.register` does.

@@ -39,6 +39,45 @@ def test_a_directory_is_named_after_itself(copy: Path) -> None:
     assert base_name("meta-llama/Llama-2-13b-chat-hf") == "llama-2-13b-chat-hf"
 
 
+_SHA = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
+
+
+@pytest.mark.promise("C4")
+@pytest.mark.parametrize(
+    ("name", "is_it"),
+    [
+        ("smollm2-135m", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        (f"/root/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/{_SHA}", True),
+        (f"models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/{_SHA}/", True),
+        ("/home/somebody/SmolLM2-135M-Instruct/", True),
+        ("/home/somebody/.corral/models/smollm2-135m-b179c9523d0e", True),
+        ("HuggingFaceTB/SmolLM2-135M", False),
+        ("/home/somebody/SmolLM2-135M", False),
+        (f"/root/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/{_SHA}", False),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", False),
+        ("", False),
+    ],
+)
+def test_the_embedded_model_goes_by_the_names_of_its_weights(
+    embedded_base: BaseCheckpoint, name: str, is_it: bool
+) -> None:
+    assert embedded_base.is_named(name) is is_it
+
+
+@pytest.mark.promise("C4")
+def test_a_snapshot_in_a_hub_cache_goes_by_the_name_of_its_model() -> None:
+    snapshot = f"/cache/models--meta-llama--Llama-2-7b-hf/snapshots/{_SHA}"
+    by_id = BaseCheckpoint("llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", Path(snapshot), _SHA)
+    by_path = BaseCheckpoint(_SHA, snapshot, Path(snapshot), None)
+    for base in (by_id, by_path):
+        assert base.is_named("meta-llama/Llama-2-7b-hf")
+        assert base.is_named("/data/models--meta-llama--Llama-2-7b-hf/snapshots/main")
+        assert base.is_named("/data/Llama-2-7b-hf")
+        assert not base.is_named("/data/models--meta-llama--Llama-2-13b-hf/snapshots/main")
+        assert not base.is_named("/data/models--meta-llama--Llama-2-7b-hf/blobs")
+
+
 @pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_directory_that_lacks_a_file_is_refused(copy: Path, gone: str) -> None:
     (copy / gone).unlink()
