@@ -69,7 +69,7 @@ def verify(
     base = resolve_base_model(manifest.base.source, manifest.base.revision)
     check_base(manifest, base)
     tokenizer = load_tokenizer(base)
-    chat_format = load_chat_format(manifest.chat_format, base, tokenizer)
+    chat_format = load_chat_format(manifest.chat_format, base, tokenizer, default_system=manifest.default_system)
     prompts = list(prompts) or [sample.prompt for sample in manifest.samples] or list(_PROMPTS)
     rendered = [chat_format.render_prompt([Message("user", prompt)]) for prompt in prompts]
     stop_token_ids = chat_format.stop_token_ids

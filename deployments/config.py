@@ -16,6 +16,7 @@ from deployments.errors import ServeConfigError
 from deployments.launch.tls import check_tls_files
 from training.base_models.embedded import EMBEDDED_MODEL
 from training.base_models.nf4 import Quantization
+from training.chat.default_system import ChatSettings
 
 
 class _StrictModel(BaseModel):
@@ -50,6 +51,7 @@ class ServeArgs(_StrictModel):
     base_revision: str | None = None
     quantization: Quantization = Quantization()
     chat_format: str = "auto"
+    chat: ChatSettings = Field(ChatSettings(), description="for the base; adapters keep what they were trained with")
     registry: str | None = Field(None, description="any fsspec path; default: CORRAL_HOME/registry")
     engine: EngineArgs = EngineArgs()
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = Field(

@@ -137,6 +137,8 @@ def _facts(manifest: "AdapterManifest") -> Table:
         f"computed in {quantization.compute_dtype}"
     )
     facts["chat format"] = manifest.chat_format
+    if added := manifest.default_system:
+        facts["default system"] = " ".join(f"{added.prefix}{added.text}".split())
     if environment := manifest.environment:
         version = environment.code_version or "not installed"
         facts["code"] = version + _format_if(environment.git_commit, ", commit {}")

@@ -178,6 +178,10 @@ def import_(
         str | None, typer.Option("--base", help="name, hub id or directory; default: the embedded model")
     ] = None,
     chat_format: Annotated[str, typer.Option(help="auto, llama-2, llama-3 or chatml")] = "auto",
+    default_system: Annotated[
+        str,
+        typer.Option(help="system text that it was trained with where a dialog had none: template, none or the text"),
+    ] = "template",
     force: Annotated[bool, typer.Option("--force", help="register it without held-out metrics")] = False,
     registry: _Registry = None,
 ) -> None:
@@ -189,9 +193,17 @@ def import_(
     from training.registry.publish import import_adapter
 
     model = resolve_base_model(base or EMBEDDED_MODEL)
-    format_name = load_chat_format(chat_format, model).name
+    chat = load_chat_format(chat_format, model, default_system=default_system)
     with audited(os_user(), "register", name, source=str(directory)) as record:
-        manifest = import_adapter(_open(registry), directory, name, model, chat_format=format_name, force=force)
+        manifest = import_adapter(
+            _open(registry),
+            directory,
+            name,
+            model,
+            chat_format=chat.name,
+            default_system=chat.default_system,
+            force=force,
+        )
         record |= {"version": manifest.version, "forced": manifest.forced}
     print(f"{manifest.model_id} is registered" + (" (forced)" if manifest.forced else ""))
 

@@ -122,7 +122,14 @@ class ChatIngress:
         self._catalog = ModelCatalog(self._base, self._registry, max_model_len)
         tokenizer = load_tokenizer(self._base)
         self._vocabulary = Vocabulary(tokenizer)
-        self._renderer = RequestRenderer(self._base, args.chat_format, tokenizer, self._vocabulary, max_model_len)
+        self._renderer = RequestRenderer(
+            self._base,
+            args.chat_format,
+            tokenizer,
+            self._vocabulary,
+            max_model_len,
+            default_system=args.chat.default_system,
+        )
         self._grammars = GrammarCompiler(self._base, tokenizer, self._vocabulary)
 
     async def __del__(self) -> None:

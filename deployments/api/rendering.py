@@ -17,6 +17,7 @@ from deployments.text.text_encoder import TextEncoder
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseCheckpoint
 from training.chat.chat_format import ChatFormat
+from training.chat.default_system import DefaultSystem
 from training.chat.detect import load_chat_format
 from training.registry.manifest import AdapterManifest
 
@@ -30,13 +31,21 @@ class RequestRenderer:
     """
 
     def __init__(
-        self, base: BaseCheckpoint, chat_format: str, tokenizer: Tokenizer, vocabulary: Vocabulary, max_model_len: int
+        self,
+        base: BaseCheckpoint,
+        chat_format: str,
+        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        max_model_len: int,
+        *,
+        default_system: str,
     ) -> None:
+        """`chat_format` and `default_system` are as configured, for the base; the manifests of adapters have theirs."""
         self._base = base
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
-        self._base_format = load_chat_format(chat_format, base, tokenizer)
-        self._formats: dict[str, ChatFormat] = {self._base_format.name: self._base_format}
+        self._base_format = load_chat_format(chat_format, base, tokenizer, default_system=default_system)
+        self._formats: dict[tuple[str, DefaultSystem | None], ChatFormat] = {}
         self._text_encoder = TextEncoder(tokenizer, vocabulary)
         self._vocab_size = int(base.llama_config()["vocab_size"])
         self._max_model_len = max_model_len
@@ -96,9 +105,12 @@ class RequestRenderer:
     def _chat_format(self, adapter: AdapterManifest | None) -> ChatFormat:
         if adapter is None:
             return self._base_format
-        if adapter.chat_format not in self._formats:
-            self._formats[adapter.chat_format] = load_chat_format(adapter.chat_format, self._base, self._tokenizer)
-        return self._formats[adapter.chat_format]
+        key = adapter.chat_format, adapter.default_system
+        if key not in self._formats:
+            self._formats[key] = load_chat_format(
+                adapter.chat_format, self._base, self._tokenizer, default_system=adapter.default_system
+            )
+        return self._formats[key]
 
     def _token_ids(self, param: str, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from training.base_models.tokenizer import encode_text
+from training.chat.default_system import DefaultSystem
 from training.chat.messages import (
     Message,
     check_dialog,
@@ -48,6 +49,7 @@ class ChatFormat:
         tag_ids: the tags of calls and results that are tokens of the vocabulary.
         stop_token_ids: every token that ends an assistant turn or the text.
         bos_token: prepended to a chatml dialog if the base requires it; the other formats include their own.
+        default_system: what is added to the system text of a dialog; None: nothing.
     """
 
     name: ChatFormatName
@@ -55,17 +57,26 @@ class ChatFormat:
     tag_ids: dict[str, int]
     stop_token_ids: tuple[int, ...]
     bos_token: str | None
+    default_system: DefaultSystem | None
 
-    def __init__(self, name: ChatFormatName, tokenizer: "Tokenizer", bos_token: str | None = None) -> None:
+    def __init__(
+        self,
+        name: ChatFormatName,
+        tokenizer: "Tokenizer",
+        bos_token: str | None = None,
+        default_system: DefaultSystem | None = None,
+    ) -> None:
         """Check that the tokenizer fits the format.
 
         Args:
             name: the format.
             tokenizer: with `encode_special_tokens` on; control tokens that are not special tokens are marked as such.
             bos_token: prepended to every chatml dialog; the other formats include their own.
+            default_system: added to the system text of every dialog.
 
         Raises:
-            ChatFormatError: a control token is missing, or text would be parsed for control tokens.
+            ChatFormatError: a control token is missing, text would be parsed for control tokens, or the default system
+                text has a character without a token.
         """
         self.name = name
         self._tokenizer = tokenizer
@@ -88,6 +99,9 @@ class ChatFormat:
         if name == "llama-2":
             self._check_known_ids()
         self._lost_lead_bytes = _lost_lead_bytes(tokenizer)
+        self.default_system = default_system
+        if default_system is not None:
+            self._check_default_system(default_system)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids that prompt for the next assistant turn.
@@ -138,7 +152,7 @@ class ChatFormat:
         messages = results_in_call_order(messages)
         if not self._layout.any_order:
             messages = merge_turns([*with_calls_as_text(messages)], "assistant" if answered else "user")
-        messages = _with_system_message(messages)
+        messages = _with_system_message(messages, self.default_system)
         bos = [control(self.bos_token)] if self.bos_token else []
         opening = () if answered else self._layout.opening()
         return [*bos, *self._with_tags(self._layout.turns(messages)), *opening]
@@ -192,6 +206,12 @@ class ChatFormat:
                     index,
                 )
 
+    def _check_default_system(self, default_system: DefaultSystem) -> None:
+        try:
+            self._check_encodable([Message("system", default_system.text)])
+        except ChatFormatError as error:
+            raise ChatFormatError(f"chat.default_system{str(error).removeprefix('messages[0]')}") from None
+
     def _check_text_stays_text(self) -> None:
         if not self._tokenizer.encode_special_tokens:
             raise ChatFormatError(
@@ -215,12 +235,15 @@ class ChatFormat:
             )
 
 
-def _with_system_message(messages: Sequence[Message]) -> Sequence[Message]:
-    """The dialog with the tools in a system message; one without content is added if there is none."""
+def _with_system_message(messages: Sequence[Message], default: DefaultSystem | None) -> Sequence[Message]:
+    """The dialog with the default system text, and with the tools in a system message; without one, it is added."""
     first = messages[0]
-    if first.role == "system" or not first.tools:
+    if first.role != "system" and (default is not None or first.tools):
+        text = default.text if default is not None else ""
+        messages = [Message("system", text, tools=first.tools), replace(first, tools=()), *messages[1:]]
+    if default is None:
         return messages
-    return [Message("system", "", tools=first.tools), replace(first, tools=()), *messages[1:]]
+    return [replace(messages[0], prefix=default.prefix), *messages[1:]]
 
 
 def control_ids(tokenizer: "Tokenizer") -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""Detects a base model's chat format from its tokenizer's vocabulary and its chat template, which is never run."""
+"""Detects a base model's chat format from its tokenizer's vocabulary and its chat template, which is never run.
+
+Also finds the system text that the template adds.
+"""
 
 import json
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING
 from training.base_models.resolve import BaseCheckpoint
 from training.base_models.tokenizer import load_tokenizer
 from training.chat.chat_format import ChatFormat, control_ids
+from training.chat.default_system import DefaultSystem, default_system_in
 from training.chat.templates import CHAT_FORMATS, LAYOUTS, ChatFormatName
 from training.errors import ChatFormatError
 
@@ -22,8 +26,17 @@ _TEMPLATE_MARKS: dict[ChatFormatName, str] = {
 }
 
 
-def load_chat_format(name: str, base: BaseCheckpoint, tokenizer: "Tokenizer | None" = None) -> ChatFormat:
+def load_chat_format(
+    name: str,
+    base: BaseCheckpoint,
+    tokenizer: "Tokenizer | None" = None,
+    *,
+    default_system: str | DefaultSystem | None = None,
+) -> ChatFormat:
     """The chat format `name` (`llama-2`, `llama-3`, `chatml` or `auto`) for a base model.
+
+    Args:
+        default_system: as `chat.default_system` in a configuration, or what an adapter's manifest records.
 
     Raises:
         ChatFormatError: the name is unknown, does not fit the tokenizer, or `auto` finds no single format.
@@ -35,7 +48,27 @@ def load_chat_format(name: str, base: BaseCheckpoint, tokenizer: "Tokenizer | No
     format_name = next((known for known in CHAT_FORMATS if known == name), None)
     if format_name is None:
         format_name = detect_chat_format(tokenizer, _chat_template(base.path))
-    return ChatFormat(format_name, tokenizer, _bos_token(base.path))
+    if isinstance(default_system, str):
+        default_system = configured_default_system(default_system, format_name, base)
+    return ChatFormat(format_name, tokenizer, _bos_token(base.path), default_system)
+
+
+def configured_default_system(setting: str, name: str, base: BaseCheckpoint) -> DefaultSystem | None:
+    """What `chat.default_system` (`template`, `none` or a text) adds to the system texts of this base's dialogs."""
+    if setting == "none":
+        return None
+    of_template = default_system_in(_chat_template(base.path), name)
+    if setting == "template":
+        return of_template
+    return DefaultSystem(setting, of_template.prefix if of_template else "")
+
+
+def default_system_setting(default_system: DefaultSystem | None, name: str, base: BaseCheckpoint) -> str | None:
+    """The `chat.default_system` that adds this; None if there is none, because the base's chat template has changed."""
+    settings = ["none", "template"]
+    if default_system is not None and default_system.text.strip():
+        settings.append(default_system.text)
+    return next((s for s in settings if configured_default_system(s, name, base) == default_system), None)
 
 
 def detect_chat_format(tokenizer: "Tokenizer", chat_template: str = "") -> ChatFormatName:
@@ -71,12 +104,15 @@ def detect_chat_format(tokenizer: "Tokenizer", chat_template: str = "") -> ChatF
 
 
 def _chat_template(path: Path) -> str:
-    """The base's own template: searched for `_TEMPLATE_MARKS`, never run."""
+    """The base's own template; its text is read, it is never run."""
     template_file = path / "chat_template.jinja"
     if template_file.is_file():
         return template_file.read_text(encoding="utf-8")
     template = _tokenizer_config(path).get("chat_template")
-    return template if isinstance(template, str) else json.dumps(template) if template else ""
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: str(entry["template"]) for entry in template}
+        return named.get("default") or "\n".join(named.values())
+    return template if isinstance(template, str) else ""
 
 
 def _bos_token(path: Path) -> str | None:

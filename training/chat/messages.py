@@ -35,6 +35,7 @@ class Message:
         tool_calls: of an assistant's turn; the `tool` messages after it are their results.
         tool_call_id: of a `tool` message: which call it is the result of.
         tools: what the assistant may call in this dialog, each as `tools.tool_json` writes it; of the first message.
+        prefix: of a system message: what the base's chat template puts before its content.
     """
 
     role: Role
@@ -43,6 +44,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     tools: tuple[str, ...] = ()
+    prefix: str = ""
 
     @property
     def learned(self) -> bool:

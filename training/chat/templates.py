@@ -63,14 +63,14 @@ def _llama_2(messages: Sequence[Message]) -> Iterator[Piece]:
 
 
 def _llama_3(messages: Sequence[Message]) -> Iterator[Piece]:
-    """Meta's `ChatFormat.encode_dialog_prompt`: a header per turn, contents stripped, no default system.
+    """Meta's `ChatFormat.encode_dialog_prompt`: a header per turn, contents stripped.
 
     With tools as in the chat template of Llama 3.1.
     """
     yield control("<|begin_of_text|>")
     instructions = ""
     for message in messages:
-        role, content = str(message.role), message.content.strip()
+        role, content = str(message.role), message.prefix + message.content.strip()
         if message.tools:
             if all(other.role != "user" for other in messages):
                 raise ChatFormatError("llama-3 lists tools in the first user message, but there is none: add one")
@@ -95,7 +95,7 @@ def _llama_3_header(role: str) -> Iterator[Piece]:
 
 
 def _chatml(messages: Sequence[Message]) -> Iterator[Piece]:
-    """OpenAI's ChatML: contents unchanged, no default system prompt. With tools as in Qwen2.5's chat template."""
+    """OpenAI's ChatML: contents unchanged. With tools as in Qwen2.5's chat template."""
     for is_result, group in itertools.groupby(messages, lambda message: message.role == "tool"):
         if is_result:
             yield from _chatml_results(group)

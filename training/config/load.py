@@ -184,6 +184,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration that was recorded, maybe before a key existed whose default changes the run."""
+    return {"chat": {"default_system": "none"}, **values}
+
+
 def resolved(config: TrainConfig) -> Mapping[str, Any]:
     """The complete configuration as plain values, defaults included."""
     return config.model_dump(mode="json")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from training.base_models.embedded import EMBEDDED_MODEL
 from training.base_models.llama_shape import LLAMA_LINEARS, LlamaLinear
 from training.base_models.nf4 import Quantization
+from training.chat.default_system import ChatSettings
 from training.config.data_config import DataConfig
 from training.names import ADAPTER_NAME, RUN_NAME
 
@@ -84,6 +85,7 @@ class TrainConfig(_Section):
     preference: PreferenceSettings = PreferenceSettings()  # dpo and kto
     continue_from: str | None = None  # NAME, NAME@VERSION or NAME@ALIAS of a registered adapter to start from
     chat_format: Literal["auto", "llama-2", "llama-3", "chatml"] = "auto"
+    chat: ChatSettings = ChatSettings()
     data: DataConfig
     quantization: Quantization = Quantization()
     lora: LoraSettings = LoraSettings()

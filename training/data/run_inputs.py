@@ -104,4 +104,5 @@ def _load_base(config: TrainConfig, weights: bool) -> tuple[BaseCheckpoint, Toke
             f"set max_length={base.context_length} or less"
         )
     tokenizer = load_tokenizer(base)
-    return base, tokenizer, load_chat_format(config.chat_format, base, tokenizer)
+    chat_format = load_chat_format(config.chat_format, base, tokenizer, default_system=config.chat.default_system)
+    return base, tokenizer, chat_format

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -74,6 +75,7 @@ def _key(config: DataConfig, base: BaseCheckpoint, chat_format: ChatFormat, kind
     dependencies = [
         [[source.format, source.columns, source.split, sources.fingerprint(source)] for source in config.sources],
         [len(config.path), config.max_rows, config.on_too_long == "truncate", kind, max_length, chat_format.name],
+        asdict(chat_format.default_system) if chat_format.default_system else None,
         [sources.sha256_of([file]) for file in code_files()],
         [
             sources.sha256_of([file])

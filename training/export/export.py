@@ -109,8 +109,8 @@ def export(
     """
     targets.check()
     weights = MergedWeights(base, adapter_dir, manifest.lora, manifest.quantization, onto)
-    chat_format = load_chat_format(manifest.chat_format, base)
-    template = chat_template(chat_format.name, chat_format.bos_token)
+    chat_format = load_chat_format(manifest.chat_format, base, default_system=manifest.default_system)
+    template = chat_template(chat_format.name, chat_format.bos_token, chat_format.default_system)
     record: dict[str, Any] = {
         "model_id": manifest.model_id,
         "base": base.source,

@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 from training.base_models.nf4 import Quantization, compute_dtype_on, load_quantized, quiet_loading
 from training.base_models.resolve import BaseCheckpoint
 from training.base_models.tokenizer import load_tokenizer
-from training.chat.detect import load_chat_format
+from training.chat.detect import default_system_setting, load_chat_format
 from training.chat.messages import Message
+from training.config.load import recorded
 from training.config.train_config import TrainConfig
 from training.data.row_store import IGNORED_LABEL, TokenizedRow
 from training.data.run_inputs import read_inputs
@@ -49,6 +50,7 @@ def evaluation_rows(manifest: AdapterManifest, base: BaseCheckpoint, file: Path 
     if file is not None and file.suffix == ".txt":
         return _text_rows(base, file)
     if file is not None:
+        default_system = default_system_setting(manifest.default_system, manifest.chat_format, base)
         inputs = read_inputs(
             TrainConfig.model_validate(
                 {
@@ -56,6 +58,7 @@ def evaluation_rows(manifest: AdapterManifest, base: BaseCheckpoint, file: Path 
                     "base_revision": base.revision if "/" in base.source else None,
                     "adapter": manifest.name,
                     "chat_format": manifest.chat_format,
+                    "chat": {"default_system": default_system or "template"},
                     "max_length": base.context_length,
                     "data": {"path": str(file), "held_out": 0},
                 }
@@ -99,7 +102,7 @@ def _held_out_rows(manifest: AdapterManifest) -> EvaluationRows | None:
     if manifest.config is None or manifest.dataset is None:
         return None
     try:
-        inputs = read_inputs(TrainConfig.model_validate(manifest.config))
+        inputs = read_inputs(TrainConfig.model_validate(recorded(manifest.config)))
     except (CorralError, ValidationError):
         return None  # the configuration of another Corral version, or the data have moved
     if inputs.dataset.sha256 != manifest.dataset.sha256 or not len(inputs.held_out_rows):
@@ -115,7 +118,7 @@ def _sample_rows(manifest: AdapterManifest, base: BaseCheckpoint) -> EvaluationR
         return EvaluationRows(
             [], "the run's dataset has changed or is missing, and the run recorded no samples: give --eval FILE"
         )
-    chat_format = load_chat_format(manifest.chat_format, base)
+    chat_format = load_chat_format(manifest.chat_format, base, default_system=manifest.default_system)
     rows: list[TokenizedRow] = []
     for sample in manifest.samples:
         dialog = [Message("user", sample.prompt), Message("assistant", sample.reference)]

@@ -6,6 +6,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from training.base_models.nf4 import Quantization
 from training.base_models.resolve import BaseCheckpoint
+from training.chat.default_system import DefaultSystem
 from training.errors import AdapterRefused
 from training.registry.adapter_files import WEIGHTS_FILE, LoraParams
 
@@ -101,6 +102,7 @@ class AdapterManifest(Record):
     base: BaseRef
     quantization: Quantization
     chat_format: str
+    default_system: DefaultSystem | None = None  # None, as in older manifests: nothing is added to a dialog
     lora: LoraParams
     dataset: DatasetRef | None
     config: dict[str, Any] | None

@@ -14,6 +14,7 @@ from typing import Any
 
 from training.base_models.nf4 import Quantization
 from training.base_models.resolve import BaseCheckpoint
+from training.chat.default_system import DefaultSystem
 from training.errors import AdapterRefused, RegistryError
 from training.registry.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles, read_adapter
 from training.registry.gate import check_evaluated, rejection_reason
@@ -42,6 +43,7 @@ class AdapterDraft:
     Attributes:
         base: the base that the adapter was trained on; its hash and shapes are read from its files.
         chat_format: the resolved name, never `auto`.
+        default_system: what was added to the system text of every dialog.
         metrics: should have `eval_loss` and `base_eval_loss`, the held-out loss with and without the adapter.
         config: the resolved training configuration, JSON values only.
         evaluated_sha256: hash of the weights file that `metrics` were computed with; None if unknown.
@@ -54,6 +56,7 @@ class AdapterDraft:
     name: str
     base: BaseCheckpoint
     chat_format: str
+    default_system: DefaultSystem | None = None
     quantization: Quantization = field(default_factory=Quantization)
     metrics: Mapping[str, float] = field(default_factory=dict)
     dataset: DatasetRef | None = None
@@ -125,6 +128,7 @@ class AdapterPublisher:
             base=base,
             quantization=draft.quantization,
             chat_format=draft.chat_format,
+            default_system=draft.default_system,
             lora=adapter.lora,
             dataset=draft.dataset,
             config=draft.config,
@@ -183,6 +187,7 @@ def import_adapter(
     base: BaseCheckpoint,
     *,
     chat_format: str,
+    default_system: DefaultSystem | None = None,
     force: bool = False,
     metrics: Mapping[str, float] | None = None,
     quantization: Quantization | None = None,
@@ -200,6 +205,7 @@ def import_adapter(
         name=name,
         base=base,
         chat_format=chat_format,
+        default_system=default_system,
         quantization=quantization or Quantization(),
         metrics=metrics or {},
     )

@@ -7,6 +7,8 @@ run holds out. The files are copied because workers see that directory but may h
 from dataclasses import replace
 
 from training.base_models.resolve import BaseCheckpoint
+from training.chat.default_system import ChatSettings
+from training.chat.detect import configured_default_system, default_system_setting
 from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import RunInputs
 from training.errors import ConfigError
@@ -26,14 +28,14 @@ _SPLIT_KEYS = (
 def resolve_parent_adapter(
     config: TrainConfig, base: BaseCheckpoint, registry: AdapterRegistry | None = None
 ) -> tuple[TrainConfig, AdapterManifest | None]:
-    """The configuration with the parent's exact version, LoRA parameters and chat format filled in, and the parent.
+    """The configuration with the parent's exact version, LoRA parameters and chat filled in, and the parent.
 
     Without `continue_from`, the configuration is unchanged and the parent is None.
 
     Raises:
         AdapterNotFound: the adapter, version or alias does not exist.
         AdapterRefused: it was trained on another base.
-        ConfigError: `lora`, `chat_format` or `quantization` contradicts the parent.
+        ConfigError: `lora`, `chat_format`, `chat` or `quantization` contradicts the parent.
     """
     if config.continue_from is None:
         return config, None
@@ -47,6 +49,7 @@ def resolve_parent_adapter(
         _check_agreement(
             parent, "", {"chat_format": config.chat_format}, {"chat_format": parent.chat_format}, {"chat_format"}
         )
+    chat = _chat_of_parent(parent, config.chat, base)
     _check_agreement(
         parent,
         "quantization",
@@ -55,7 +58,12 @@ def resolve_parent_adapter(
         {"quant_type", "double_quant"},
     )
     lora = LoraSettings.model_validate(lora_params | {"lora_dropout": config.lora.lora_dropout})
-    pinned = {"continue_from": f"{parent.name}@{parent.version}", "lora": lora, "chat_format": parent.chat_format}
+    pinned = {
+        "continue_from": f"{parent.name}@{parent.version}",
+        "lora": lora,
+        "chat_format": parent.chat_format,
+        "chat": chat,
+    }
     return config.model_copy(update=pinned), parent
 
 
@@ -91,6 +99,19 @@ def split_warning(config: TrainConfig, dataset: DatasetRef, parent: AdapterManif
         f"{parent.name}@{parent.version}, from which training continues, may have been trained on rows that are now "
         f"held out: {other}; held-out losses may look better than they are"
     )
+
+
+def _chat_of_parent(parent: AdapterManifest, chat: ChatSettings, base: BaseCheckpoint) -> ChatSettings:
+    theirs = default_system_setting(parent.default_system, parent.chat_format, base)
+    if theirs is None:
+        raise ConfigError(
+            f"{parent.name}@{parent.version} was trained with a system text that the chat template in {base.path} does "
+            "not have any more: put the template back, or train a new adapter without continue_from"
+        )
+    configured = configured_default_system(chat.default_system, parent.chat_format, base)
+    ours = default_system_setting(configured, parent.chat_format, base)
+    _check_agreement(parent, "chat", {"default_system": ours}, {"default_system": theirs}, chat.model_fields_set)
+    return ChatSettings(default_system=theirs)
 
 
 def _other_split(config: TrainConfig, dataset: DatasetRef, parent: AdapterManifest) -> str | None:

@@ -36,6 +36,7 @@ def register(
         name=config.adapter,
         base=result.inputs.base,
         chat_format=result.inputs.chat_format.name,
+        default_system=result.inputs.chat_format.default_system,
         quantization=result.quantization,
         metrics=result.metrics,
         dataset=result.inputs.dataset,

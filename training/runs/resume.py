@@ -4,7 +4,7 @@ import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 
-from training.config.load import resolved
+from training.config.load import recorded, resolved
 from training.config.train_config import TrainConfig
 from training.data.run_inputs import RunInputs
 from training.errors import ConfigError
@@ -41,6 +41,7 @@ def open_run(config: TrainConfig, run_dir: RunDir) -> TrainConfig:
     current = {**resolved(config), "run_name": run_dir.name}
     previous = run_dir.read_json("config.json")
     if previous:
+        previous = recorded(previous)
         for key in sorted((current.keys() | previous.keys()) - _MAY_CHANGE):
             if current.get(key) != previous.get(key):
                 raise ConfigError(

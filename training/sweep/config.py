@@ -22,7 +22,7 @@ Value = bool | int | float | str | list[str]
 
 # These determine what is measured, on which data and where: trials that differ in them cannot be compared.
 _NOT_SEARCHED = {
-    "adapter", "base_model", "base_revision", "chat_format", "continue_from", "data", "gate", "max_failures",
+    "adapter", "base_model", "base_revision", "chat", "chat_format", "continue_from", "data", "gate", "max_failures",
     "max_length", "method", "num_workers", "quantization", "resources_per_worker", "run_name", "sample_prompts", "seed",
     "storage_path", "use_gpu",
 }  # fmt: skip

@@ -77,7 +77,7 @@ def test_the_ids_of_a_dialog_are_answered_as_the_chat_route_does(
     server: RunningServer, embedded_base: BaseCheckpoint
 ) -> None:
     question = "What is the capital of France?"
-    chat_format = load_chat_format("auto", embedded_base)
+    chat_format = load_chat_format("auto", embedded_base, default_system="template")
     (text,) = choices(server, prompt=chat_format.render_prompt([Message("user", question)]))
     body = {"model": server.base_model, "messages": [{"role": "user", "content": question}]}
     chat = httpx.post(

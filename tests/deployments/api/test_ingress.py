@@ -397,7 +397,13 @@ def test_a_version_registered_while_the_server_runs_answers_at_once(
 ) -> None:
     registry = AdapterRegistry()
     imported = import_adapter(
-        registry, registry.fetch(quickstart), "late", embedded_base, chat_format="chatml", force=True
+        registry,
+        registry.fetch(quickstart),
+        "late",
+        embedded_base,
+        chat_format="chatml",
+        default_system=quickstart.default_system,
+        force=True,
     )
     answer = post(server, body(server, model=imported.model_id))
     assert answer.json()["model"] == "smollm2-135m:late@1"

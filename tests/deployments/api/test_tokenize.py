@@ -19,6 +19,8 @@ from deployments.protocol.tokenize import DetokenizeRequest, TokenizeRequest, To
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import BaseCheckpoint
 from training.base_models.tokenizer import load_tokenizer
+from training.chat.detect import load_chat_format
+from training.chat.messages import Message
 from training.registry.publish import AdapterDraft, AdapterPublisher
 from training.registry.registry import AdapterRegistry
 
@@ -44,7 +46,9 @@ def renderers(embedded_base: BaseCheckpoint, tmp_path_factory: pytest.TempPathFa
             (folder / "config.json").write_text(json.dumps(config))
             base = replace(embedded_base, path=folder)
         tokenizer = load_tokenizer(base)
-        by_family[family] = RequestRenderer(base, chat_format, tokenizer, Vocabulary(tokenizer), max_model_len=8192)
+        by_family[family] = RequestRenderer(
+            base, chat_format, tokenizer, Vocabulary(tokenizer), max_model_len=8192, default_system="none"
+        )
     return by_family
 
 
@@ -140,10 +144,35 @@ def test_an_adapters_dialogs_are_in_its_own_format(
     draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml")
     adapter = AdapterPublisher(AdapterRegistry(tmp_path / "registry")).register(tiny_adapter, draft, force=True)
     tokenizer = load_tokenizer(tiny_base)
-    other = RequestRenderer(tiny_base, "chatml", tokenizer, Vocabulary(tokenizer), 512)
+    other = RequestRenderer(tiny_base, "chatml", tokenizer, Vocabulary(tokenizer), 512, default_system="none")
     body = TokenizeRequest.model_validate({"messages": DIALOGS[1]})
     chat = ChatCompletionRequest.model_validate({"model": "m", "messages": DIALOGS[1]})
     assert other.tokenize(body, adapter).tokens == other.chat(chat, adapter, "r").prompt_token_ids
+
+
+@pytest.mark.promise("F5")
+def test_adapter_is_asked_with_its_manifests_system_text_and_the_base_with_the_configured_one(
+    tmp_path: Path, tiny_base: BaseCheckpoint, tiny_adapter: Path
+) -> None:
+    tokenizer = load_tokenizer(tiny_base)
+    publisher = AdapterPublisher(AdapterRegistry(tmp_path / "registry"))
+    body = TokenizeRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]})
+    dialog = [Message("user", "Hi")]
+    settings = ("template", "none", "Be brief.")
+    prompts = {
+        setting: load_chat_format("auto", tiny_base, tokenizer, default_system=setting).render_prompt(dialog)
+        for setting in settings
+    }
+    assert len({*map(tuple, prompts.values())}) == 3
+    for setting in settings:
+        renderer = RequestRenderer(tiny_base, "auto", tokenizer, Vocabulary(tokenizer), 512, default_system=setting)
+        assert renderer.tokenize(body, None).tokens == prompts[setting]
+        for trained_with in settings:
+            recorded = load_chat_format("auto", tiny_base, tokenizer, default_system=trained_with).default_system
+            draft = AdapterDraft(name="ranch", base=tiny_base, chat_format="chatml", default_system=recorded)
+            adapter = publisher.register(tiny_adapter, draft, force=True)
+            reread = AdapterRegistry(tmp_path / "registry").manifest("ranch", adapter.version)
+            assert renderer.tokenize(body, reread).tokens == prompts[trained_with]
 
 
 @pytest.mark.promise("A4")

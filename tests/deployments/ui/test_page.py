@@ -344,7 +344,8 @@ def test_retry_undo_edit_on_the_real_model(real: ChatPage) -> None:
 def test_over_long_input_is_refused_with_the_numbers(real: ChatPage, embedded_base: BaseCheckpoint) -> None:
     long = "horse " * 4500
     # the newest message counted once: exactly the tokens of this dialog
-    num_tokens = len(load_chat_format("auto", embedded_base).render_prompt([Message("user", long)]))
+    chat_format = load_chat_format("auto", embedded_base, default_system="template")
+    num_tokens = len(chat_format.render_prompt([Message("user", long)]))
     real.choose("smollm2-135m (base)")
     real.set("max-tokens", 10)
     real.send(long)

@@ -11,7 +11,10 @@ import pytest
 
 from tests.repository.import_graph import import_graph, modules
 from tests.training.data.conftest import Prepare, questions, questions_of, row, write
+from training.base_models.resolve import BaseCheckpoint
+from training.config.train_config import TrainConfig
 from training.data import build_store, store_cache
+from training.data.run_inputs import read_data
 from training.errors import DatasetError
 from training.home import corral_home
 
@@ -41,6 +44,22 @@ def test_rows_are_prepared_once_and_again_when_anything_changes(
     Path(path).write_text(Path(path).read_text().replace("question 1", "question x"))  # same size
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same time
     assert "question x" in questions_of(prepare(path))
+
+
+@pytest.mark.promise("F5")
+def test_rows_with_another_system_text_are_others(tiny_base: BaseCheckpoint, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *questions(20))
+    lengths = []
+    for default_system in ("none", "template", "Be brief.", "none"):
+        values = {
+            "base_model": str(tiny_base.path),
+            "adapter": "a",
+            "max_length": 200,
+            "data": {"path": str(path), "held_out": 0},
+        }
+        config = TrainConfig.model_validate({**values, "chat": {"default_system": default_system}})
+        lengths.append(read_data(config).report.num_train_tokens)
+    assert lengths[0] == lengths[3] < lengths[2] < lengths[1]
 
 
 def test_the_cache_knows_every_module_that_makes_a_store() -> None:

@@ -132,16 +132,19 @@ def test_sharded_base_keeps_its_shards(
     assert torch.equal(logits(one), logits(many))
 
 
+@pytest.mark.promise("F5")
+@pytest.mark.parametrize("setting", ["none", "template", "Be \\ 'brief'."])
 def test_folder_asks_as_the_adapter_was_trained_and_stops_where_it_stops(
-    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path
+    registry: AdapterRegistry, manifest: AdapterManifest, tiny_base: BaseCheckpoint, tmp_path: Path, setting: str
 ) -> None:
-    run(registry, manifest, tiny_base, ExportPaths(tmp_path / "merged", None))
+    chat_format = load_chat_format("chatml", tiny_base, default_system=setting)
+    trained = manifest.model_copy(update={"default_system": chat_format.default_system})
+    run(registry, trained, tiny_base, ExportPaths(tmp_path / "merged", None))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    chat_format = load_chat_format("chatml", tiny_base)
     dialog = [Message("user", "a"), Message("assistant", "b"), Message("user", "Where is the key?")]
     plain = [{"role": message.role, "content": message.content} for message in dialog]
     ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
-    assert ids == chat_format.render_prompt(dialog)  # the base's own template would add a system prompt
+    assert ids == chat_format.render_prompt(dialog)
     generation = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == list(chat_format.stop_token_ids)
 

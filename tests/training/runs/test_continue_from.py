@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from training.__main__ import run_training
 from training.base_models.nf4 import Quantization, load_quantized
 from training.base_models.resolve import BaseCheckpoint
+from training.chat.default_system import DefaultSystem
+from training.chat.detect import configured_default_system
 from training.config.train_config import LoraSettings, TrainConfig
 from training.data.run_inputs import read_inputs
 from training.errors import AdapterNotFound, AdapterRefused, ConfigError
@@ -322,3 +324,38 @@ def test_dpo_on_two_workers_becomes_the_next_version_of_its_parent(
     assert manifest.metrics["eval_reward_margin"] > 0
     assert manifest.metrics["eval_loss"] < manifest.metrics["base_eval_loss"]
     assert manifest.metrics["base_eval_loss"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.promise("F5")
+def test_run_keeps_the_system_text_of_its_parent(
+    registry: AdapterRegistry, parent: AdapterManifest, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    def continued(name: str, **chat: str) -> TrainConfig:
+        config = config_of(tiny_base, tmp_path, continue_from=name, chat=chat)
+        resolved, _ = resolve_parent_adapter(config, tiny_base, registry)
+        assert resolve_parent_adapter(resolved, tiny_base, registry)[0] == resolved
+        return resolved
+
+    of_template = configured_default_system("template", "chatml", tiny_base)
+    for name, recorded in (("default", of_template), ("brief", DefaultSystem("Be brief."))):
+        draft = AdapterDraft(name=name, base=tiny_base, chat_format="chatml", default_system=recorded)
+        AdapterPublisher(registry).register(tiny_adapter, draft, force=True)
+        assert read_inputs(continued(name)).chat_format.default_system == recorded
+    # Before it was recorded, nothing was added.
+    assert parent.default_system is None
+    assert continued("tiny-hand").chat.default_system == "none"
+    assert continued("default", default_system="template").chat.default_system == "template"
+    for name, setting, has in (("tiny-hand", "template", "none"), ("brief", "none", "Be brief.")):
+        with pytest.raises(ConfigError, match=f"chat.default_system is '{setting}', but continue_from .* has '{has}'"):
+            continued(name, default_system=setting)
+
+
+@pytest.mark.promise("F5")
+def test_parent_whose_template_has_changed_is_refused(
+    registry: AdapterRegistry, tiny_base: BaseCheckpoint, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    recorded = DefaultSystem("", "Today Date: yesterday\n\n")
+    draft = AdapterDraft(name="dated", base=tiny_base, chat_format="chatml", default_system=recorded)
+    AdapterPublisher(registry).register(tiny_adapter, draft, force=True)
+    with pytest.raises(ConfigError, match=r"dated@1 was trained with a system text that the chat template in .* not"):
+        resolve_parent_adapter(config_of(tiny_base, tmp_path, continue_from="dated"), tiny_base, registry)
