@@ -10,6 +10,11 @@ PYTEST = $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2)
 PIP_INSTALL := pip install -qq -c $(CONSTRAINTS)
 CLIENTS_VENV := .venv-clients
 CLIENTS_READY := $(CLIENTS_VENV)/.ready
+APART_VENV := .venv-clients-apart
+APART_READY := $(APART_VENV)/.ready
+APART := tests/third_party/apart/requirements.txt
+NODE := tests/third_party/node
+NODE_READY := $(NODE)/node_modules/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export GRADIO_ANALYTICS_ENABLED = False
@@ -26,8 +31,8 @@ test: setup
 test-all: setup
 	@$(PYTEST)
 
-# The API against other people's clients: openai, LangChain, litellm, lm-eval, schemathesis.
-test-clients: setup $(CLIENTS_READY)
+# The API against other people's clients, from Python and, where there is npm, from Node.
+test-clients: setup $(CLIENTS_READY) $(APART_READY) $(if $(shell command -v npm),$(NODE_READY))
 	@$(CLIENTS_VENV)/bin/python -m pytest tests/third_party $(ARGS)
 
 # The quickstart server over HTTP, and the bare engine without Ray and HTTP: the difference is the cost of serving.
@@ -69,6 +74,18 @@ $(CLIENTS_READY): $(READY)
 	@$(CLIENTS_VENV)/bin/$(PIP_INSTALL) -e ".[test-clients]"
 	@touch $@
 
+# Clients that want older packages than Corral: in an environment that sees nothing of the others.
+$(APART_READY): $(APART)
+	@test -x $(APART_VENV)/bin/python || $(PYTHON) -m venv $(APART_VENV)
+	@echo "setting up $(APART_VENV)"
+	@$(APART_VENV)/bin/pip install -qq -r $(APART)
+	@touch $@
+
+$(NODE_READY): $(NODE)/package.json $(NODE)/package-lock.json
+	@echo "setting up $(NODE)"
+	@cd $(NODE) && npm ci --no-audit --no-fund --loglevel=error >/dev/null
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) .schemathesis .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) $(APART_VENV) $(NODE)/node_modules .schemathesis .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

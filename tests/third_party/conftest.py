@@ -4,6 +4,7 @@ Its adapter has random weights: these tests check the format and the numbers of 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from training.base_models.resolve import BaseCheckpoint
 from training.registry.adapter_files import LoraParams, lora_shapes
 from training.registry.publish import import_adapter
 from training.registry.registry import AdapterRegistry
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # litellm and dspy otherwise ask GitHub for prices
 
 MAIN_PYTHON = Path(__file__).parents[2] / ".venv" / "bin" / "python"
 
