@@ -1,13 +1,15 @@
 """langchain-openai: invoke, batch and stream, on the base and on an adapter."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
 
 from tests.conftest import RunningServer
+from tests.third_party.plain import QUESTION, SECOND_QUESTION, TOOL_QUESTION, plain
 
 
 def chat(server: RunningServer, **fields: Any) -> ChatOpenAI:
@@ -66,11 +68,57 @@ class City(BaseModel):
     is_capital: bool
 
 
-@pytest.mark.promise("A1")
-def test_structured_output(server: RunningServer) -> None:
-    model = chat(server, max_tokens=64).with_structured_output(City, method="json_schema")
+@pytest.mark.promise("A1", "F7")
+@pytest.mark.parametrize("api", ["completions", "responses"])
+def test_structured_output_by_the_default_method(server: RunningServer, api: str) -> None:
+    model = chat(server, max_tokens=64, use_responses_api=api == "responses").with_structured_output(City)
     city = model.invoke("Is Paris a capital? Answer in JSON.")
     assert isinstance(city, City)
+
+
+@pytest.mark.promise("F7")
+def test_structured_output_by_a_function(server: RunningServer) -> None:
+    model = chat(server, max_tokens=64).with_structured_output(City, method="function_calling")
+    assert isinstance(model.invoke("Is Paris a capital?"), City)
+
+
+@tool
+def weather(city: Literal["Paris", "Rome"]) -> str:
+    """How warm it is in a city."""
+    return f"18 degrees in {city}"
+
+
+@pytest.mark.promise("F7")
+@pytest.mark.parametrize("api", ["completions", "responses"])
+def test_a_tool_is_called_and_its_result_goes_back(server: RunningServer, api: str) -> None:
+    model = chat(server, max_tokens=64, use_responses_api=api == "responses")
+    question = HumanMessage(TOOL_QUESTION)
+    called = model.bind_tools([weather], tool_choice="any").invoke([question])
+    (call,) = called.tool_calls
+    assert call["name"] == "weather"
+    assert not called.invalid_tool_calls
+    result = weather.invoke(call)
+    assert result.content in ("18 degrees in Paris", "18 degrees in Rome")
+    final = model.bind_tools([weather], tool_choice="none").invoke([question, called, result])
+    assert final.text
+    assert final.usage_metadata is not None
+    assert called.usage_metadata is not None
+    assert final.usage_metadata["input_tokens"] > called.usage_metadata["input_tokens"]
+
+    whole = AIMessageChunk("")
+    for chunk in model.bind_tools([weather], tool_choice="any").stream([question]):
+        whole += chunk  # type: ignore[assignment]
+    assert [(streamed["name"], streamed["args"]) for streamed in whole.tool_calls] == [(call["name"], call["args"])]
+
+
+@pytest.mark.promise("F7")
+@pytest.mark.parametrize("api", ["completions", "responses"])
+def test_a_second_turn_continues_the_first(server: RunningServer, api: str) -> None:
+    model = chat(server, max_tokens=16, use_responses_api=api == "responses")
+    first = model.invoke(QUESTION)
+    assert first.text == plain(server, QUESTION)["text"]
+    second = model.invoke([HumanMessage(QUESTION), first, HumanMessage(SECOND_QUESTION)])
+    assert second.text == plain(server, QUESTION, str(first.text), SECOND_QUESTION)["text"]
 
 
 def test_b_a_refusal_names_its_reason(server: RunningServer) -> None:
