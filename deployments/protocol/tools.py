@@ -132,6 +132,11 @@ class ToolCallFields(ToolFields):
             return self.tool_choice.allowed_tools.mode == "required"
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
+    @property
+    def several_calls(self) -> bool:
+        """Whether the answer may have more than one call; a function that is named is called exactly once."""
+        return self.parallel_tool_calls and not isinstance(self.tool_choice, NamedTool)
+
     def _chosen(self) -> list[str]:
         """Names to which `tool_choice` restricts the tools; empty for all."""
         if isinstance(self.tool_choice, NamedTool):

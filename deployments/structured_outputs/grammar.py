@@ -67,7 +67,7 @@ def grammar_of(
         content = None
     if content is not None and not syntax.begin_tag:
         return Grammar(f"answer: {_json_or_call(content, calls, schemas)}\n", "tools", is_json=True, calls=calls)
-    rules = _CallRules(calls, schemas, tag_ids or {}, parallel=tools.parallel_tool_calls)
+    rules = _CallRules(calls, schemas, tag_ids or {}, parallel=tools.several_calls)
     if tools.must_call:
         return Grammar(f"answer: {rules.calls()}\n{rules}", "tools", calls=calls)
     if content is not None:

@@ -94,6 +94,7 @@ def test_what_an_answer_with_tools_may_be(kind: Kind) -> None:
         (one, [auto, single, required, named]),
         (two, [auto, single, required]),
         (both, [auto, required]),
+        (kind.syntax.separator.join([one, one]), [auto, required]),  # a named function is called once
         (f"Let me see.\n{one}", [auto, single]),
         (f"Let me see.\n{both}", [auto]),
     ):
