@@ -182,6 +182,10 @@ TOOL_CALL: Mapping[str, ExtraField] = {
     "cache_control": _ANY,
 }
 
+CALLED_FUNCTION: Mapping[str, ExtraField] = {
+    "parsed_arguments": _ANY,  # the arguments as an object, which openai's `parse` adds
+}
+
 STREAM_OPTIONS: Mapping[str, ExtraField] = {
     "include_obfuscation": _only(False, instead="chunks are not padded: leave it out"),
 }

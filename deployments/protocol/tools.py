@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from deployments.protocol.base import StrictModel, field_error
-from deployments.protocol.extra_fields import TOOL, TOOL_CALL, TOOL_FUNCTION
+from deployments.protocol.extra_fields import CALLED_FUNCTION, TOOL, TOOL_CALL, TOOL_FUNCTION
 from training.chat.messages import ToolCall
 
 MAX_TOOLS = 128
@@ -148,6 +148,8 @@ class ToolCallFields(ToolFields):
 
 class CalledFunction(StrictModel):
     """The function of a call in the history."""
+
+    extra_fields = CALLED_FUNCTION
 
     name: str
     arguments: str | dict[str, Any] = Field("", description="JSON text of an object, or the object")
