@@ -68,7 +68,8 @@ WEATHER = {
 @pytest.mark.promise("F7")
 def test_a_tool_is_called_and_its_result_goes_back(server: RunningServer) -> None:
     asked = {"role": "user", "content": TOOL_QUESTION}
-    fields = arguments(server, messages=[asked], tools=[WEATHER], tool_choice="required", max_tokens=64)
+    fields = arguments(server, messages=[asked], tools=[WEATHER], max_tokens=64)
+    fields["tool_choice"] = {"type": "function", "function": {"name": "weather"}}
     completion: Any = litellm.completion(**fields)
     message = completion.choices[0].message
     (call,) = message.tool_calls

@@ -180,7 +180,7 @@ WEATHER = {
         "required": ["location"],
     },
 }
-ASK_WEATHER: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required"}
+ASK_WEATHER: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
 
 
 def said(role: str, content: Any) -> dict[str, Any]:

@@ -48,8 +48,11 @@ def with_client(server: RunningServer, main: Callable[[], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def agent(server: RunningServer, max_tokens: int = 16, tool_choice: Any = None, **fields: Any) -> Agent[Any]:
-    settings = ModelSettings(temperature=0, max_tokens=max_tokens, tool_choice=tool_choice)
+def agent(server: RunningServer, max_tokens: int = 16, tool_choice: str | None = None, **fields: Any) -> Agent[Any]:
+    one_call = False if tool_choice == "required" else None  # a small model would not end by itself
+    settings = ModelSettings(
+        temperature=0, max_tokens=max_tokens, tool_choice=tool_choice, parallel_tool_calls=one_call
+    )
     return Agent(name="Assistant", model=server.base_model, model_settings=settings, **fields)
 
 

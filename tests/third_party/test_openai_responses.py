@@ -85,12 +85,13 @@ def test_a_schema_is_kept(server: RunningServer, client: openai.OpenAI) -> None:
 def test_a_tool_is_called_and_its_result_continues_the_response(server: RunningServer, client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": server.base_model, "temperature": 0, "max_output_tokens": 64}
     fields["tools"] = [WEATHER]
-    for tool_choice in ("required", {"type": "function", "name": "weather"}):
-        response: Any = client.responses.parse(**fields, input=TOOL_QUESTION, tool_choice=tool_choice)  # type: ignore[arg-type]
+    named: Any = {"type": "function", "name": "weather"}
+    for choice in ({"tool_choice": "required", "parallel_tool_calls": False}, {"tool_choice": named}):
+        response: Any = client.responses.parse(**fields, input=TOOL_QUESTION, **choice)  # type: ignore[call-overload]
         (call,) = response.output
         assert (call.type, call.name, call.status) == ("function_call", "weather", "completed")
         Weather.model_validate_json(call.arguments)
-    with client.responses.stream(**fields, input=TOOL_QUESTION, tool_choice="required") as stream:
+    with client.responses.stream(**fields, input=TOOL_QUESTION, tool_choice=named) as stream:
         deltas = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
     assert "".join(deltas) == call.arguments
 

@@ -39,7 +39,7 @@ class ForcedFirst(AbstractCapability[Any]):
 
     def get_model_settings(self) -> Any:
         def settings(context: RunContext[Any]) -> ModelSettings:
-            return ModelSettings(tool_choice="required" if context.run_step == 1 else "none")
+            return ModelSettings(tool_choice="required" if context.run_step == 1 else "none", parallel_tool_calls=False)
 
         return settings
 

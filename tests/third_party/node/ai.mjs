@@ -45,7 +45,7 @@ const toolRequest = {
   prompt: TOOL_QUESTION,
   tools: { weather },
   stopWhen: stepCountIs(2),
-  prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "none" }),
+  prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? { type: "tool", toolName: "weather" } : "none" }),
 };
 
 /** @param {import("ai").StepResult<any>[]} steps */

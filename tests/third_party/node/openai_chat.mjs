@@ -45,7 +45,7 @@ const toolRequest = {
   model,
   messages: [{ role: "user", content: TOOL_QUESTION }],
   tools: [weather],
-  tool_choice: "required",
+  tool_choice: { type: "function", function: { name: "weather" } },
   temperature: 0,
   max_tokens: 64,
 };

@@ -37,7 +37,7 @@ const toolRequest = {
   model,
   input: TOOL_QUESTION,
   tools: [weather],
-  tool_choice: "required",
+  tool_choice: { type: "function", name: "weather" },
   temperature: 0,
   max_output_tokens: 64,
 };
