@@ -11,13 +11,15 @@ from deployments.config import ServeArgs, UIArgs
 
 
 def build_app(args: ServeArgs) -> Application:
-    """The OpenAI-compatible API: the ingress, the model replicas behind it, and the ledger."""
+    """The OpenAI-compatible API: the ingress, the model replicas behind it, the ledger and the stored responses."""
     from deployments.accounting.ledger import Ledger
     from deployments.api.ingress import ChatIngress
     from deployments.replica.model import LlamaModel
+    from deployments.responses.deployment import StoredResponses
 
-    ingress, ledger, model = (cast(Deployment, each) for each in (ChatIngress, Ledger, LlamaModel))
-    return ingress.bind(model.bind(args), ledger.bind(), args)
+    deployments = (ChatIngress, Ledger, LlamaModel, StoredResponses)
+    ingress, ledger, model, responses = (cast(Deployment, each) for each in deployments)
+    return ingress.bind(model.bind(args), ledger.bind(), responses.bind(args.stored_responses), args)
 
 
 def build_ui(args: UIArgs) -> Application:

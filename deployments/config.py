@@ -44,6 +44,13 @@ class EngineArgs(_StrictModel):
     num_threads: int | None = Field(None, ge=1, description="torch threads on a CPU; default: all cores")
 
 
+class StoredResponsesArgs(_StrictModel):
+    """How long the responses of `/v1/responses` are kept in `CORRAL_HOME/responses.db`, and how many."""
+
+    max_age_days: float = Field(30, gt=0, description="a response is deleted so many days after it was created")
+    max_gib: float = Field(1, ge=0.001, description="beyond this size of the file, the oldest are deleted")
+
+
 class ServeArgs(_StrictModel):
     """`args:` of `deployments.app:build_app`."""
 
@@ -54,6 +61,7 @@ class ServeArgs(_StrictModel):
     chat: ChatSettings = Field(ChatSettings(), description="for the base; adapters keep what they were trained with")
     registry: str | None = Field(None, description="any fsspec path; default: CORRAL_HOME/registry")
     engine: EngineArgs = EngineArgs()
+    stored_responses: StoredResponsesArgs = StoredResponsesArgs()
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")], ...] = Field(
         (), description="origins, such as https://example.com, whose web pages may use the API with a key; * for any"
     )

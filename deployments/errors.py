@@ -10,10 +10,14 @@ CorralError                        (training.errors; each message tells its read
     ├── CertificateError           a certificate that cannot be created or read; never sent over HTTP
     ├── ContextLengthExceeded 400  context_length_exceeded
     ├── ResponseFormatRefused 400
+    ├── InputRefused      400
+    ├── NotCancellable    400
+    ├── PreviousResponseNotFound 400  previous_response_not_found
     ├── InvalidKey        401      invalid_api_key
     ├── MissingScope      403      missing_scope
     ├── OriginRefused     403      origin_refused
     ├── ModelNotFound     404      model_not_found
+    ├── ResponseNotFound  404
     ├── BodyTooLarge      413
     ├── UnsupportedBody   415
     ├── RateLimited       429      rate_limit_exceeded
@@ -60,6 +64,22 @@ class ContextLengthExceeded(ServeError):
 
 class ResponseFormatRefused(ServeError):
     """An answer cannot be constrained to this `response_format`."""
+
+
+class InputRefused(ServeError):
+    """A response's `input`, or what comes before it, cannot be rendered."""
+
+
+class NotCancellable(ServeError):
+    """A response that is complete, as all stored responses are, cannot be cancelled."""
+
+
+class PreviousResponseNotFound(ServeError):
+    """The caller has stored no response with the id `previous_response_id`."""
+
+
+class ResponseNotFound(ServeError):
+    """The caller has stored no response, or no item of one, with this id."""
 
 
 class InvalidKey(ServeError):
@@ -113,11 +133,15 @@ _STATUS: list[tuple[type[CorralError], int, str | None]] = [
     (ChatFormatError, 400, None),
     (ContextLengthExceeded, 400, "context_length_exceeded"),
     (ResponseFormatRefused, 400, None),
+    (InputRefused, 400, None),
+    (NotCancellable, 400, None),
+    (PreviousResponseNotFound, 400, "previous_response_not_found"),
     (InvalidKey, 401, "invalid_api_key"),
     (MissingScope, 403, "missing_scope"),
     (OriginRefused, 403, "origin_refused"),
     (ModelNotFound, 404, "model_not_found"),
     (AdapterNotFound, 404, "model_not_found"),
+    (ResponseNotFound, 404, None),
     (RegistryConflict, 409, "registry_conflict"),
     (BodyTooLarge, 413, "body_too_large"),
     (UnsupportedBody, 415, "unsupported_body"),

@@ -1,8 +1,9 @@
 """ChatIngress: OpenAI's HTTP API in front of the model replicas.
 
 A request is validated (`protocol/`), rendered to token ids (`rendering.py`) and sent to a replica. The replica's token
-deltas become text (`outputs.py`) and then OpenAI's responses (`openai_responses.py`). Errors become status codes before
-the first byte of a response. `chat` and `models` offer the same to callers inside the cluster, by handle.
+deltas become text (`outputs.py`) and then OpenAI's formats (`openai_responses.py`, `response_writer.py`). Errors become
+status codes before the first byte of a response. `chat` and `models` offer the same to callers inside the cluster, by
+handle.
 """
 
 import asyncio
@@ -10,9 +11,9 @@ import sys
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
-from fastapi import Path, Response
+from fastapi import Path, Query, Response
 from fastapi.responses import StreamingResponse
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -24,6 +25,14 @@ from deployments.accounting.metrics import CONTENT_TYPE, engine_metrics
 from deployments.accounting.middleware import CurrentTrace, RequestTraceMiddleware
 from deployments.accounting.request_record import RequestTrace
 from deployments.api.adapter_admin import AdapterAdmin
+from deployments.api.declared_responses import (
+    ADMIN_ERRORS,
+    COMPLETION_RESPONSES,
+    ERRORS,
+    METRICS_RESPONSES,
+    STORED_ERRORS,
+    TOKENIZER_ERRORS,
+)
 from deployments.api.http_app import RequestId, create_api
 from deployments.api.model_catalog import ModelCatalog
 from deployments.api.openai_responses import (
@@ -37,6 +46,8 @@ from deployments.api.openai_responses import (
 )
 from deployments.api.outputs import PromptOutput, TextDelta, interleaved
 from deployments.api.rendering import RequestRenderer
+from deployments.api.response_writer import ResponseWriter, new_response
+from deployments.api.responses_api import ResponsesApi
 from deployments.asgi import CorsMiddleware
 from deployments.auth.caller import Caller
 from deployments.auth.dependencies import AdminCaller, ChatCaller
@@ -51,13 +62,16 @@ from deployments.protocol.adapters import (
     PromoteRequest,
     RollbackRequest,
 )
-from deployments.protocol.base import ErrorResponse
 from deployments.protocol.chat import AnyCompletionRequest, ChatCompletion, ChatCompletionRequest
 from deployments.protocol.completions import Completion, CompletionRequest
 from deployments.protocol.generation import StreamOptions
 from deployments.protocol.models import Model, ModelList
+from deployments.protocol.response_items import ItemList
+from deployments.protocol.response_request import ResponseRequest
+from deployments.protocol.responses import DeletedResponse, ResponseObject
 from deployments.protocol.tokenize import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from deployments.protocol.tools import ToolCallDelta
+from deployments.responses.client import StoredResponsesClient
 from deployments.structured_outputs.compiler import GrammarCompiler
 from deployments.text.vocabulary import Vocabulary
 from training.base_models.resolve import resolve_base_model
@@ -67,24 +81,6 @@ from training.registry.registry import AdapterRegistry
 
 _READY_TIMEOUT_S = 10.0
 _STATS_TIMEOUT_S = 2.0
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorResponse, "description": "The request is not valid; `param` names the field."},
-    404: {"model": ErrorResponse, "description": "No such model."},
-    413: {"model": ErrorResponse, "description": "The body is too large."},
-    415: {"model": ErrorResponse, "description": "The body is of another type than JSON, or compressed otherwise."},
-    429: {"model": ErrorResponse, "description": "A limit of the key is reached; `Retry-After` says how long to wait."},
-    500: {"model": ErrorResponse, "description": "The server failed."},
-    503: {"model": ErrorResponse, "description": "Temporarily unavailable; try again."},
-}
-_TOKENIZER_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (400, 404, 413, 500)}
-_ADMIN_ERRORS: dict[int | str, dict[str, Any]] = _TOKENIZER_ERRORS | {
-    409: {"model": ErrorResponse, "description": "An alias or a canary prevents the change."}
-}
-_COMPLETION_RESPONSES = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "The completion."}}
-_METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."},
-    503: _ERRORS[503],
-}
 
 
 def _replica() -> Any:
@@ -111,10 +107,17 @@ api.add_middleware(CorsMiddleware, origins=_cors_origins)
 class ChatIngress:
     """One replica of the API. Holds tokenizer and chat formats, no weights."""
 
-    def __init__(self, model: DeploymentHandle[Any], ledger: DeploymentHandle[Any], args: ServeArgs) -> None:
+    def __init__(
+        self,
+        model: DeploymentHandle[Any],
+        ledger: DeploymentHandle[Any],
+        stored_responses: DeploymentHandle[Any],
+        args: ServeArgs,
+    ) -> None:
         sys.setswitchinterval(0.001)  # 1 ms instead of 5: threads that render long prompts yield sooner
         self._model = model
         self.ledger = LedgerClient(ledger)
+        self._responses = ResponsesApi(StoredResponsesClient(stored_responses))
         self.cors_origins = args.cors_origins
         self._base = resolve_base_model(args.base_model, args.base_revision)
         self._registry = AdapterRegistry(args.registry)
@@ -136,7 +139,7 @@ class ChatIngress:
         """Called by Ray Serve before the replica stops."""
         await self.ledger.flush()
 
-    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_COMPLETION_RESPONSES)
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=COMPLETION_RESPONSES)
     async def chat_completions(self, body: ChatCompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Complete a chat with the base model or an adapter, as one response or as server-sent events."""
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -146,7 +149,7 @@ class ChatIngress:
         formatter = self._chat_formatter(body, completion_id, trace.model, output)
         return await self._respond(formatter, [output], body, caller, trace)
 
-    @api.post("/v1/completions", response_model=Completion, responses=_COMPLETION_RESPONSES)
+    @api.post("/v1/completions", response_model=Completion, responses=COMPLETION_RESPONSES)
     async def completions(self, body: CompletionRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
         """Continue or score texts with the base model or an adapter, as one response or as server-sent events."""
         completion_id = f"cmpl-{uuid.uuid4().hex}"
@@ -162,39 +165,82 @@ class ChatIngress:
         )
         return await self._respond(formatter, outputs, body, caller, trace)
 
-    @api.get("/v1/models", responses={500: _ERRORS[500]})
+    @api.post("/v1/responses", response_model=ResponseObject, responses=COMPLETION_RESPONSES)
+    async def create_response(self, body: ResponseRequest, caller: ChatCaller, trace: CurrentTrace) -> Response:
+        """Answer a text or messages, after a stored response if one is named, and store the answer."""
+        given = await self._responses.read_input(body, caller)
+        manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
+        trace.model = self._catalog.model_id(manifest)
+        writer = ResponseWriter(new_response(body, trace.model), self._vocabulary)
+        with given.placed_errors():
+            output = await self._chat_output(given.chat_request(body), manifest, writer.response.id)
+        batches = self._admit_and_generate([output], caller, trace)
+        return await self._responses.respond(writer, given, output, batches, body, caller, trace)
+
+    @api.get("/v1/responses/{response_id}", response_model=ResponseObject, responses=STORED_ERRORS)
+    async def retrieve_response(
+        self, response_id: str, caller: ChatCaller, stream: Literal["false"] = "false"
+    ) -> Response:
+        """Show a stored response of the caller's key."""
+        return await self._responses.retrieve(response_id, caller)
+
+    @api.delete("/v1/responses/{response_id}", responses=STORED_ERRORS)
+    async def delete_response(self, response_id: str, caller: ChatCaller) -> DeletedResponse:
+        """Delete a stored response. Responses that continue it keep what they need of it."""
+        return await self._responses.delete(response_id, caller)
+
+    @api.get("/v1/responses/{response_id}/input_items", responses=STORED_ERRORS)
+    async def list_input_items(
+        self,
+        response_id: str,
+        caller: ChatCaller,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: Annotated[str | None, Query(description="id of an item: the page begins after it")] = None,
+    ) -> ItemList:
+        """List the items that a stored response was made from, those of earlier responses included."""
+        return await self._responses.input_items(
+            response_id, caller, limit=limit, newest_first=order == "desc", after=after
+        )
+
+    @api.post("/v1/responses/{response_id}/cancel", responses=STORED_ERRORS)
+    async def cancel_response(self, response_id: str, caller: ChatCaller) -> ResponseObject:
+        """Refused: only responses in the background could be cancelled, and there are none."""
+        return await self._responses.cancel(response_id, caller)
+
+    @api.get("/v1/models", responses={500: ERRORS[500]})
     async def list_models(self, caller: ChatCaller) -> ModelList:
         """List the base model and every version of its adapters."""
         return ModelList(data=await self._catalog.models())
 
-    @api.get("/v1/models/{model_id:path}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
+    @api.get("/v1/models/{model_id:path}", responses={404: ERRORS[404], 500: ERRORS[500]})
     async def retrieve_model(self, model_id: str, caller: ChatCaller) -> Model:
         """Show one model, by any id that a request may name."""
         return await self._catalog.model(model_id)
 
-    @api.post("/tokenize", responses=_TOKENIZER_ERRORS)
+    @api.post("/tokenize", responses=TOKENIZER_ERRORS)
     async def tokenize(self, body: TokenizeRequest, caller: ChatCaller) -> TokenizeResponse:
         """The token ids that a text or messages become as a prompt."""
         manifest = await self._catalog.resolve(body.model or self._base.name)
         return await asyncio.to_thread(self._renderer.tokenize, body, manifest)
 
-    @api.post("/detokenize", responses=_TOKENIZER_ERRORS)
+    @api.post("/detokenize", responses=TOKENIZER_ERRORS)
     async def detokenize(self, body: DetokenizeRequest, caller: ChatCaller) -> DetokenizeResponse:
         """The text of token ids."""
         await self._catalog.resolve(body.model or self._base.name)
         return await asyncio.to_thread(self._renderer.detokenize, body)
 
-    @api.get("/v1/adapters", responses={500: _ERRORS[500]})
+    @api.get("/v1/adapters", responses={500: ERRORS[500]})
     async def list_adapters(self, caller: AdminCaller) -> AdapterList:
         """List all adapters with their versions, and where their traffic goes."""
         return AdapterList(data=await asyncio.to_thread(self._admin(caller).adapters))
 
-    @api.get("/v1/adapters/{name}", responses={404: _ERRORS[404], 500: _ERRORS[500]})
+    @api.get("/v1/adapters/{name}", responses={404: ERRORS[404], 500: ERRORS[500]})
     async def show_adapter(self, name: str, caller: AdminCaller) -> Adapter:
         """Show one adapter with its versions, and where its traffic goes."""
         return await asyncio.to_thread(self._admin(caller).adapter, name)
 
-    @api.post("/v1/adapters/{name}/promote", responses=_ADMIN_ERRORS)
+    @api.post("/v1/adapters/{name}/promote", responses=ADMIN_ERRORS)
     async def promote_adapter(
         self, name: str, body: PromoteRequest, caller: AdminCaller, request_id: RequestId = None
     ) -> AdapterChange:
@@ -202,7 +248,7 @@ class ChatIngress:
         admin = self._admin(caller, request_id)
         return await asyncio.to_thread(admin.promote, name, body.version, body.alias, body.percent)
 
-    @api.post("/v1/adapters/{name}/rollback", responses=_ADMIN_ERRORS)
+    @api.post("/v1/adapters/{name}/rollback", responses=ADMIN_ERRORS)
     async def roll_back_adapter(
         self, name: str, caller: AdminCaller, body: RollbackRequest | None = None, request_id: RequestId = None
     ) -> AdapterChange:
@@ -210,7 +256,7 @@ class ChatIngress:
         alias = (body or RollbackRequest()).alias
         return await asyncio.to_thread(self._admin(caller, request_id).rollback, name, alias)
 
-    @api.delete("/v1/adapters/{name}/versions/{version}", responses=_ADMIN_ERRORS)
+    @api.delete("/v1/adapters/{name}/versions/{version}", responses=ADMIN_ERRORS)
     async def delete_adapter_version(
         self,
         name: str,
@@ -226,7 +272,7 @@ class ChatIngress:
         """Liveness: the process responds."""
         return {"status": "ok"}
 
-    @api.get("/readyz", responses={503: _ERRORS[503]})
+    @api.get("/readyz", responses={503: ERRORS[503]})
     async def readyz(self) -> dict[str, str]:
         """Readiness: a token was generated recently, or can be generated now."""
         try:
@@ -235,7 +281,7 @@ class ChatIngress:
             raise NotReady("no model replica is ready: wait, or check the status of the Serve application") from error
         return {"status": "ready"}
 
-    @api.get("/metrics", response_class=Response, responses=_METRICS_RESPONSES)
+    @api.get("/metrics", response_class=Response, responses=METRICS_RESPONSES)
     async def metrics(self, caller: ChatCaller) -> Response:
         """Prometheus metrics: requests over all replicas of the API, and the state of every model replica."""
         requests, engines = await asyncio.gather(self.ledger.metrics(), self._engine_metrics())

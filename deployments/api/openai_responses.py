@@ -13,6 +13,7 @@ from contextlib import aclosing
 
 from pydantic import BaseModel
 
+from deployments.api.logprobs import MIN_LOGPROB, token_logprobs, token_text
 from deployments.api.outputs import PromptOutput, ScoredToken, TextDelta, merge_deltas
 from deployments.errors import error_response
 from deployments.protocol.base import ChatFinishReason, FinishReason, PromptTokensDetails, Usage
@@ -21,19 +22,15 @@ from deployments.protocol.chat import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatLogprobs,
-    ChatTokenLogprob,
     Choice,
     ChoiceDelta,
     ChunkChoice,
-    TopLogprob,
 )
 from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 from deployments.protocol.generation import StreamOptions
 from deployments.protocol.tools import AnswerToolCall, FunctionCall, FunctionCallDelta, ToolCallDelta
 from deployments.text.tool_calls import AnswerPart, CallFormat, CallScanner, CallStart
 from deployments.text.vocabulary import Vocabulary
-
-_MIN_LOGPROB = -9999.0  # OpenAI's; JSON has no -infinity
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,13 +72,6 @@ class ResponseFormatter(ABC):
     @abstractmethod
     def usage(self, usage: Usage) -> BaseModel:
         """The chunk after all completions, which has no choices."""
-
-    def _token_text(self, token_id: int) -> str:
-        spelling = self._vocabulary.spelling(token_id)
-        try:
-            return spelling.decode()
-        except UnicodeDecodeError:  # part of a multi-byte character
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
 
 class ChatFormatter(ResponseFormatter):
@@ -183,17 +173,7 @@ class ChatFormatter(ResponseFormatter):
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs:
-        content = []
-        for token in tokens:
-            assert token.logprob is not None  # chats have no echo
-            top = [self._top_logprob(token_id, logprob) for token_id, logprob in token.logprob.top]
-            own = self._top_logprob(token.token_id, token.logprob.logprob)
-            content.append(ChatTokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=top))
-        return ChatLogprobs(content=content)
-
-    def _top_logprob(self, token_id: int, logprob: float) -> TopLogprob:
-        spelling = list(self._vocabulary.spelling(token_id))
-        return TopLogprob(token=self._token_text(token_id), logprob=max(logprob, _MIN_LOGPROB), bytes=spelling)
+        return ChatLogprobs(content=token_logprobs(tokens, self._vocabulary))
 
 
 def _delta_of(part: AnswerPart, call_index: int) -> ChoiceDelta:
@@ -252,9 +232,9 @@ class CompletionFormatter(ResponseFormatter):
         )
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> CompletionLogprobs:
-        logprobs = [None if token.logprob is None else max(token.logprob.logprob, _MIN_LOGPROB) for token in tokens]
+        logprobs = [None if token.logprob is None else max(token.logprob.logprob, MIN_LOGPROB) for token in tokens]
         return CompletionLogprobs(
-            tokens=[self._token_text(token.token_id) for token in tokens],
+            tokens=[token_text(token.token_id, self._vocabulary) for token in tokens],
             token_logprobs=logprobs,
             top_logprobs=[self._top(token) for token in tokens],
             text_offset=[token.offset for token in tokens],
@@ -266,7 +246,7 @@ class CompletionFormatter(ResponseFormatter):
             return None
         top: dict[str, float] = {}
         for token_id, logprob in (*token.logprob.top, (token.token_id, token.logprob.logprob)):
-            top.setdefault(self._token_text(token_id), max(logprob, _MIN_LOGPROB))
+            top.setdefault(token_text(token_id, self._vocabulary), max(logprob, MIN_LOGPROB))
         return top
 
 

@@ -33,6 +33,7 @@ def _only(*values: Any, instead: str = "leave it out") -> ExtraField:
 
 
 _ANY = ExtraField(None)
+_ECHOED = ("metadata", "store", "prompt_cache_key", "prompt_cache_retention")  # fields of a response
 _JSON_SCHEMA = _only(instead="send response_format with type json_schema, whose schema may have enum and pattern")
 _FORMAT = _only(instead="the chat format follows from the model: leave it out")
 _READ_TEXT = "the models here read text only"
@@ -188,4 +189,75 @@ CALLED_FUNCTION: Mapping[str, ExtraField] = {
 
 STREAM_OPTIONS: Mapping[str, ExtraField] = {
     "include_obfuscation": _only(False, instead="chunks are not padded: leave it out"),
+}
+
+_RESPONSES_TEXT = _only(instead="send text.format with type json_schema, whose schema may have enum and pattern")
+_NO_TOOLS = "tool calls are not supported here yet: send text.format with the schema of the arguments"
+
+RESPONSE: Mapping[str, ExtraField] = {
+    **{name: field for name, field in GENERATION.items() if name not in _ECHOED},
+    **{name: _RESPONSES_TEXT for name, field in GENERATION.items() if field is _JSON_SCHEMA},
+    # OpenAI
+    "background": _only(False, instead="a response is complete when its request ends: send stream, or leave it out"),
+    "background_options": _only(instead="background is not supported: leave it out"),
+    "conversation": _only(instead="conversations are not kept: send previous_response_id"),
+    "context_management": _only(instead="nothing is cut or summarized silently: leave it out"),
+    "prompt": _only(instead="there are no prompt templates here: send instructions and input"),
+    "truncation": _only("disabled", instead="nothing is cut silently: leave it out, and shorten the input yourself"),
+    "tools": _only(instead=_NO_TOOLS),
+    "tool_choice": _only("none", "auto", instead=_NO_TOOLS),
+    "max_tool_calls": _ANY,  # it limits OpenAI's own tools
+    "moderation": _only(instead="nothing is moderated here: leave it out"),
+    "access_programs": _only({"cyber": "standard"}),
+    "image": _ANY,  # there are none to compress
+    # fields of chat completions
+    "messages": _only(instead="send input, which takes messages too"),
+    "max_tokens": _only(instead="send max_output_tokens"),
+    "max_completion_tokens": _only(instead="send max_output_tokens"),
+    "response_format": _only(instead="send text.format"),
+    "n": _only(1, instead="send one request for each, or send them to /v1/chat/completions"),
+    "logprobs": _only(False, instead='send include with "message.output_text.logprobs"'),
+    "functions": _only(instead=_NO_TOOLS),
+    "best_of": _only(1, instead="send one request for each and choose among them"),
+    "n_predict": _only(instead="send max_output_tokens"),
+    "verbosity": _ANY,
+    "reasoning_effort": CHAT["reasoning_effort"],
+    "include_reasoning": _ANY,  # there is none
+    "modalities": CHAT["modalities"],
+    "chat_template": _FORMAT,
+    "chat_template_kwargs": CHAT["chat_template_kwargs"],
+    "mm_processor_kwargs": _TEXT_ONLY,
+}
+
+RESPONSE_MESSAGE: Mapping[str, ExtraField] = {
+    **{name: field for name, field in MESSAGE.items() if name not in ("annotations", "tool_calls", "tool_call_id")},
+    "phase": _ANY,  # whether it was a final answer
+    "name": _ANY,
+    "created_by": _ANY,
+}
+
+RESPONSE_PART: Mapping[str, ExtraField] = {
+    **TEXT_PART,
+    "logprobs": _ANY,  # of an earlier answer: they are not part of a prompt
+    "parsed": _ANY,
+}
+
+REASONING: Mapping[str, ExtraField] = {
+    "effort": _only("none", "minimal", instead=_NO_REASONING),
+    "summary": _ANY,
+    "generate_summary": _ANY,
+    "context": _ANY,
+    "mode": _only("standard", instead=_NO_REASONING),
+}
+
+PROMPT_CACHE_OPTIONS: Mapping[str, ExtraField] = {
+    "mode": _ANY,
+    "ttl": _ANY,
+    "comparison_response_id": _ANY,
+    "prewarm": _only(False, instead="the request's prompt is cached when it is answered: leave it out"),
+}
+
+RESPONSE_STREAM_OPTIONS: Mapping[str, ExtraField] = {
+    **STREAM_OPTIONS,
+    "include_usage": _ANY,  # the last event has it anyway
 }

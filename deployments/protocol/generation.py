@@ -1,4 +1,4 @@
-"""Request fields that chat completions and completions share: sampling, and where a completion ends."""
+"""Request fields that the routes which generate text share: sampling, and where a text ends."""
 
 from typing import Annotated
 
@@ -22,13 +22,11 @@ class StreamOptions(StrictModel):
     continuous_usage_stats: bool = Field(False, description="with include_usage: every chunk has the usage so far")
 
 
-class GenerationFields(StrictModel):
-    """Fields of both kinds of request.
+class SamplingFields(StrictModel):
+    """Fields of every request that generates text.
 
     Names, defaults and ranges are OpenAI's; top_k, min_p, repetition_penalty, min_tokens and ignore_eos are vLLM's.
     """
-
-    extra_fields = GENERATION
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy")
@@ -43,9 +41,7 @@ class GenerationFields(StrictModel):
     )
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
-    n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="id of the end user: a canary gets all of a user's requests or none")
     safety_identifier: str | None = Field(None, description="newer name of user")
     service_tier: str | None = Field(None, description="there is one, `default`, which the response then names")
@@ -67,17 +63,10 @@ class GenerationFields(StrictModel):
             raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings of 1 to 256 characters")
         return stop
 
-    @field_validator("stream_options")
-    @classmethod
-    def _options_require_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if options is not None and options.model_fields_set and not info.data.get("stream"):
-            raise ValueError("requires stream: true")
-        return options
-
     @field_validator("min_tokens", check_fields=False)
     @classmethod
     def _min_within_max(cls, min_tokens: int, info: ValidationInfo) -> int:
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             limit = info.data.get(name)
             if limit is not None and min_tokens > limit:
                 raise ValueError(f"must not exceed {name}, which is {limit}")
@@ -97,3 +86,19 @@ class GenerationFields(StrictModel):
     def token_biases(self) -> dict[int, float]:
         """`logit_bias` by token id."""
         return {int(token_id): bias for token_id, bias in self.logit_bias.items()}
+
+
+class GenerationFields(SamplingFields):
+    """Fields of chat completions and of completions."""
+
+    extra_fields = GENERATION
+
+    n: int = Field(1, ge=1, le=MAX_N)
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stream_options")
+    @classmethod
+    def _options_require_stream(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and options.model_fields_set and not info.data.get("stream"):
+            raise ValueError("requires stream: true")
+        return options

@@ -18,6 +18,7 @@ from ray import serve
 from deployments.accounting.ledger import Ledger
 from deployments.api.ingress import ChatIngress
 from deployments.config import ServeArgs
+from deployments.responses.deployment import StoredResponses
 from tests.conftest import free_port
 
 
@@ -65,10 +66,11 @@ def behind(deployment: Any, *arguments: Any) -> Any:
 
 @contextlib.asynccontextmanager
 async def running_api(args: ServeArgs, model: Any) -> AsyncIterator[FastAPI]:
-    """The ASGI application of an ingress replica, with a ledger of its own; one in a process at a time."""
+    """The ASGI application of an ingress replica, with a ledger and a store of its own; one in a process at a time."""
     replica: Any = cast(serve.Deployment, ChatIngress).func_or_class
     ingress = replica.__new__(replica)
-    await ingress.__init__(Handle(model), Handle(behind(Ledger)), args)
+    stored = behind(StoredResponses, args.stored_responses)
+    await ingress.__init__(Handle(model), Handle(behind(Ledger)), Handle(stored), args)
     context = SimpleNamespace(servable_object=ingress)  # where the routes find their `self`
     with mock.patch.object(serve, "get_replica_context", return_value=context):
         yield ingress.app

@@ -162,7 +162,7 @@ async def build(base: BaseCheckpoint, replica: Replica) -> Api:
     ledger = LedgerHandle()
     wrapped: Any = cast(serve.Deployment, ChatIngress).func_or_class
     ingress = wrapped.__new__(wrapped)
-    await ingress.__init__(model, ledger, ServeArgs(base_model=str(base.path)))
+    await ingress.__init__(model, ledger, None, ServeArgs(base_model=str(base.path)))
     api = Api(ingress, ingress.app, replica, ledger, base.name)
     ingress.app.dependency_overrides[get_args(ChatCaller)[1].dependency] = lambda: api.caller
     return api
