@@ -20,7 +20,10 @@ from clients.doctor.check import Check
 from training.home import corral_home
 
 # Under CORRAL_HOME.
-_SECRETS = ("keys.json", "ui_secret", "usage.db", "usage.db-wal", "audit.jsonl", "certs", "certs/key.pem")
+_SECRETS = (
+    *("keys.json", "ui_secret", "usage.db", "usage.db-wal", "responses.db", "responses.db-wal", "audit.jsonl"),
+    *("certs", "certs/key.pem"),
+)
 _HTTP = ("haproxy", "ray::ProxyActor")  # the front ends of Serve
 _RAY = ("gcs_server", "raylet", "dashboard.py", *_HTTP)
 _HEAD = "gcs_server"

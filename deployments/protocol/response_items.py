@@ -31,6 +31,8 @@ class ContentPart(TextPart):
 
     extra_fields = RESPONSE_PART
 
+    text: EchoedText
+
 
 class MessageParam(StrictModel):
     """A message, with or without what the API adds to one. Only an assistant's message may lack content."""
@@ -41,7 +43,7 @@ class MessageParam(StrictModel):
     id: ItemId | None = Field(None, description="of an item that the API returned")
     status: ItemStatus | None = Field(None, description="of an item that the API returned")
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    content: EchoedText | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
 
     @field_validator("type", mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from deployments.protocol.base import StrictModel, field_error
 from deployments.protocol.chat import JsonSchemaFormat, ResponseFormat
@@ -143,15 +143,6 @@ class ResponseRequest(SamplingFields):
             if len(key) > 64 or len(value) > 512:
                 raise ValueError(f"{key[:64]!r} is too long: expected keys of up to 64 characters, values of up to 512")
         return metadata
-
-    @field_validator("stream_options")
-    @classmethod
-    def _options_require_stream(
-        cls, options: ResponseStreamOptions | None, info: ValidationInfo
-    ) -> ResponseStreamOptions | None:
-        if options is not None and options.model_fields_set and not info.data.get("stream"):
-            raise ValueError("requires stream: true")
-        return options
 
     @property
     def with_logprobs(self) -> bool:

@@ -18,6 +18,8 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     if isinstance(body["model"], str):
         body["model"] = os.environ["SERVED_MODEL"]
     lengths = ("max_tokens", "max_completion_tokens") if "completions" in case.path else ()
+    if case.path == "/v1/responses":
+        lengths = ("max_output_tokens",)
     for field in lengths:
         value = body.get(field)
         if value is None or (type(value) is int and value > 2):

@@ -57,7 +57,7 @@ def process_named(name: str, host: str = "127.0.0.1", **environment: str) -> Ite
         yield process.pid, int(process.stdout.readline())
 
 
-@pytest.mark.parametrize("name", ["keys.json", "usage.db", "audit.jsonl", "certs/key.pem"])
+@pytest.mark.parametrize("name", ["keys.json", "usage.db", "responses.db", "audit.jsonl", "certs/key.pem"])
 def test_a_secret_that_others_can_read_is_named_with_the_fix(home: Path, name: str) -> None:
     path = home / name
     path.parent.mkdir(mode=0o700, exist_ok=True)
