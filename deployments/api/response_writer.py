@@ -106,20 +106,19 @@ class ResponseWriter:
         self.response.incomplete_details = IncompleteDetails(reason="max_output_tokens") if self._is_cut else None
         self.response.usage = _usage(usage)
 
-    def end(self) -> StreamEvent:
+    def end(self) -> list[StreamEvent]:
         """The last event of a response that is finished."""
-        return self._lifecycle(f"response.{self.response.status}")
+        return [self._lifecycle(f"response.{self.response.status}")]
 
-    def fail(self, error: Exception, usage: Usage) -> StreamEvent:
-        """The last event of a response that is aborted; its output is what there is so far."""
-        if self._message is not None:
-            self._message.closed("incomplete")
+    def fail(self, error: Exception, usage: Usage) -> list[StreamEvent]:
+        """The last events of a response that is aborted; its output is what there is so far."""
+        events = [] if self._message is None else self._message.closed("incomplete")
         self.response.completed_at = None
         self.response.status = "failed"
         self.response.incomplete_details = None
         self.response.error = ResponseError(code="server_error", message=error_response(error)[1].error.message)
         self.response.usage = _usage(usage)
-        return self._lifecycle("response.failed")
+        return [*events, self._lifecycle("response.failed")]
 
     def _lifecycle(self, event_type: str) -> StreamEvent:
         return LifecycleEvent.model_validate(

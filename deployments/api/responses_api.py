@@ -173,17 +173,15 @@ class ResponsesApi:
             logger.exception("response %s was aborted", writer.response.id)
             trace.status = error_response(error)[0]
             last = writer.fail(error, usage_of([output]))
-        yield events + to_sse([last])
+        yield events + to_sse(last)
 
     async def _store(self, response: ResponseObject, given: ResponseInput, caller: Caller) -> None:
+        def to_stored() -> StoredResponse:
+            body = response.model_dump_json(exclude={"output"})
+            return StoredResponse(response.id, body, given.items, [to_store(item) for item in response.output])
+
         if response.store:
-            stored = StoredResponse(
-                response.id,
-                response.model_dump_json(exclude={"output"}),
-                given.items,
-                [to_store(item) for item in response.output],
-            )
-            await self._stored.add(caller, stored)
+            await self._stored.add(caller, await asyncio.to_thread(to_stored))
 
 
 def _not_found(response_id: str) -> ResponseNotFound:

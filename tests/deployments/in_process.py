@@ -65,11 +65,15 @@ def behind(deployment: Any, *arguments: Any) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def running_api(args: ServeArgs, model: Any) -> AsyncIterator[FastAPI]:
-    """The ASGI application of an ingress replica, with a ledger and a store of its own; one in a process at a time."""
+async def running_api(args: ServeArgs, model: Any, stored: Any = None) -> AsyncIterator[FastAPI]:
+    """The ASGI application of an ingress replica, with a ledger of its own; one in a process at a time.
+
+    Args:
+        stored: the owner of stored responses, by default one of its own.
+    """
     replica: Any = cast(serve.Deployment, ChatIngress).func_or_class
     ingress = replica.__new__(replica)
-    stored = behind(StoredResponses, args.stored_responses)
+    stored = stored or behind(StoredResponses, args.stored_responses)
     await ingress.__init__(Handle(model), Handle(behind(Ledger)), Handle(stored), args)
     context = SimpleNamespace(servable_object=ingress)  # where the routes find their `self`
     with mock.patch.object(serve, "get_replica_context", return_value=context):
@@ -78,14 +82,14 @@ async def running_api(args: ServeArgs, model: Any) -> AsyncIterator[FastAPI]:
 
 
 @contextlib.contextmanager
-def serving(args: ServeArgs, model: Any) -> Iterator[str]:
+def serving(args: ServeArgs, model: Any, stored: Any = None) -> Iterator[str]:
     """The API on a loopback port, served by a thread; yields its URL."""
     port = free_port()
     started = threading.Event()
     servers: list[uvicorn.Server] = []
 
     async def run() -> None:
-        async with running_api(args, model) as api:
+        async with running_api(args, model, stored) as api:
             server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="critical"))
             servers.append(server)
             running = asyncio.ensure_future(server.serve())

@@ -375,7 +375,11 @@ def test_what_changes_nothing_is_accepted(tiny_api: InProcessApi, changes: dict[
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "needs schema"),
         ({"text": {"format": {"type": "text", "schema": {"a": 1}}}}, "text.format.schema", "send json_schema"),
         (
-            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "array", "uniqueItems": True}}}},
+            {
+                "text": {
+                    "format": {"type": "json_schema", "name": "a", "schema": {"type": "array", "uniqueItems": True}}
+                }
+            },
             "text.format.schema.uniqueItems",
             "text.format.schema.uniqueItems: ",
         ),
