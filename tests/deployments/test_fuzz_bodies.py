@@ -48,6 +48,16 @@ SAMPLING: dict[str, st.SearchStrategy[Any]] = {
     "user": texts,
     "ignore_eos": st.booleans(),
 }
+RESPONSE_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "instructions": good_texts,
+    "include": st.just(["message.output_text.logprobs"]),
+    "top_logprobs": st.integers(0, 20),
+    "metadata": st.dictionaries(good_texts, good_texts, max_size=3),
+    "store": st.booleans(),
+    "text": st.fixed_dictionaries({"format": st.just({"type": "json_object"})}),
+    "reasoning": st.just({"effort": None, "summary": "auto"}),
+    "tools": st.just([]),
+}
 parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": good_texts}), min_size=1, max_size=3)
 turns = st.lists(st.one_of(good_texts, parts), min_size=1, max_size=5).map(
     lambda messages: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
@@ -68,6 +78,10 @@ def bodies(draw: st.DrawFn, route: str) -> Body:
         body |= draw(st.fixed_dictionaries({"messages": dialogs}, optional=SAMPLING | {"logprobs": st.booleans()}))
         if body.get("logprobs"):
             body["top_logprobs"] = draw(st.integers(0, 20))
+    elif route == "responses":
+        body["max_output_tokens"] = body.pop("max_tokens")
+        fields = {name: SAMPLING[name] for name in SAMPLING if name != "n"} | RESPONSE_FIELDS
+        return body | draw(st.fixed_dictionaries({"input": st.one_of(good_texts, dialogs)}, optional=fields))
     else:
         more = {"logprobs": st.integers(0, 20), "echo": st.booleans()}
         body |= draw(st.fixed_dictionaries({"prompt": prompts}, optional=SAMPLING | more))
@@ -121,6 +135,9 @@ def check_answer(response: httpx.Response) -> None:
         assert error["message"]
         assert error["param"] is None or isinstance(error["param"], str)
     elif response.headers["content-type"].startswith("text/event-stream"):
+        if response.text.startswith("event: "):
+            assert response.text.split("event: ")[-1].startswith(("response.completed", "response.incomplete"))
+            return
         lines = [line for line in response.text.split("\n\n") if line]
         assert lines[-1] == "data: [DONE]"
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
@@ -129,6 +146,9 @@ def check_answer(response: httpx.Response) -> None:
         check_counts([choice for chunk in chunks for choice in chunk["choices"]])
     else:
         answer = response.json()
+        if answer["object"] == "response":
+            assert answer["status"] in ("completed", "incomplete")
+            return
         check_counts(answer["choices"])
         usage = answer["usage"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -169,8 +189,15 @@ def test_b_any_prompt_is_answered_or_refused_as_openai_does(client: httpx.Client
     check_answer(post(client, "completions", json.dumps(body).encode()))
 
 
+@pytest.mark.promise("F3")
+@given(body=spoiled("responses"))
+@fuzzed(300)
+def test_any_input_is_answered_or_refused_as_openai_does(client: httpx.Client, body: Body) -> None:
+    check_answer(post(client, "responses", json.dumps(body).encode()))
+
+
 @pytest.mark.promise("B1")
-@given(value=json_values, route=st.sampled_from(["chat/completions", "completions"]))
+@given(value=json_values, route=st.sampled_from(["chat/completions", "completions", "responses"]))
 @example(value={"model": "tiny-llama"}, route="completions")
 @fuzzed(100)
 def test_any_json_is_refused_as_openai_does(client: httpx.Client, value: Any, route: str) -> None:
