@@ -33,7 +33,7 @@ from deployments.protocol.response_items import (
 )
 from deployments.protocol.response_request import ResponseRequest
 from deployments.responses.store import Earlier, StoredItem
-from deployments.structured_outputs.grammars import SCHEMA_PATH
+from deployments.structured_outputs.grammar import SCHEMA_PARAM
 from training.errors import ChatFormatError
 
 _ITEM: TypeAdapter[InputMessage | OutputMessage] = TypeAdapter(Item)
@@ -84,7 +84,7 @@ class ResponseInput:
             raise ContextLengthExceeded(message, param) from error
         except ResponseFormatRefused as error:
             message, param = (
-                text.replace(SCHEMA_PATH, "text.format.schema", 1) for text in (str(error), error.param or "")
+                text.replace(SCHEMA_PARAM, "text.format.schema", 1) for text in (str(error), error.param or "")
             )
             raise ResponseFormatRefused(message, param) from error
 

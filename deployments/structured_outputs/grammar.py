@@ -13,7 +13,7 @@ from deployments.structured_outputs.simplify import moved_to
 from deployments.text.tool_calls import CallFormat
 from training.chat.tools import CallSyntax
 
-_SCHEMA_PARAM = "response_format.json_schema.schema"
+SCHEMA_PARAM = "response_format.json_schema.schema"
 # At most one space after a comma or colon, none elsewhere: given free whitespace, small models write little else.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _FIXED_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -58,7 +58,7 @@ def grammar_of(
     content = _json_schema(response_format)
     functions = tools.callable_tools if tools is not None else []
     if tools is None or syntax is None or not tools.tools or (not functions and content is not None):
-        return None if content is None else Grammar(f"answer: {_json(content)}\n", _SCHEMA_PARAM, is_json=True)
+        return None if content is None else Grammar(f"answer: {_json(content)}\n", SCHEMA_PARAM, is_json=True)
     if not functions:
         return Grammar(f"answer: TEXT\nTEXT: {_ANY_TEXT} & ~{_text_with(syntax.trigger)}\n", "tool_choice")
     calls = CallFormat(syntax, tuple(function.name for _, function in functions), only_first=content is not None)
@@ -81,7 +81,7 @@ def _json_schema(response_format: ResponseFormat | None) -> dict[str, Any] | Non
         return None
     if response_format.json_schema is not None:
         json_schema = response_format.json_schema
-        return supported_schema(json_schema.schema_, _SCHEMA_PARAM, strict=bool(json_schema.strict))
+        return supported_schema(json_schema.schema_, SCHEMA_PARAM, strict=bool(json_schema.strict))
     if response_format.schema_ is not None:
         return supported_schema(response_format.schema_, "response_format.schema")
     return {"type": "object"}

@@ -230,7 +230,7 @@ def _completion_request(
     turns: list[Turn],
     model: str | None,
     system: str,
-    tools: str,
+    tools: str | None,
     max_tokens: int,
     temperature: float,
     top_p: float,

@@ -66,13 +66,13 @@ class Reply:
         return [*text, *calls]
 
 
-def read_tools(text: str) -> list[Tool]:
-    """The tools that the user has typed as JSON.
+def read_tools(text: str | None) -> list[Tool]:
+    """The tools that the user has typed as JSON; None before anything was.
 
     Raises:
         CorralError: they are not a list of tools as OpenAI's API takes them.
     """
-    if not text.strip():
+    if not text or not text.strip():
         return []
     try:
         return _TOOLS.validate_python(json.loads(text))
