@@ -171,9 +171,11 @@ class ChatIngress:
         given = await self._responses.read_input(body, caller)
         manifest = await self._catalog.resolve(body.model, caller.identity(body.end_user))
         trace.model = self._catalog.model_id(manifest)
-        writer = ResponseWriter(new_response(body, trace.model), self._vocabulary)
+        response = new_response(body, trace.model)
         with given.placed_errors():
-            output = await self._chat_output(given.chat_request(body), manifest, writer.response.id)
+            output = await self._chat_output(given.chat_request(body), manifest, response.id)
+        grammar = output.generation.grammar
+        writer = ResponseWriter(response, self._vocabulary, calls=None if grammar is None else grammar.calls)
         batches = self._admit_and_generate([output], caller, trace)
         return await self._responses.respond(writer, given, output, batches, body, caller, trace)
 

@@ -1,10 +1,11 @@
 """A response's input, together with what is stored before it -> items to store, and the chat that renders them.
 
-A kind of item is read in `_item`, and becomes messages in `_message`. Errors in the chat are raised with the places of
-the response's request. Knows nothing of HTTP.
+A kind of item is read in `_item`, and becomes part of the chat in `_add_to_chat`. Errors in the chat are raised with
+the places of the response's request. Knows nothing of HTTP.
 """
 
 import json
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from deployments.errors import (
 from deployments.protocol.chat import ChatCompletionRequest, ChatMessage
 from deployments.protocol.generation import SamplingFields
 from deployments.protocol.response_items import (
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    FunctionCallOutputParam,
+    FunctionCallParam,
     InputMessage,
     InputText,
     Item,
@@ -30,13 +35,15 @@ from deployments.protocol.response_items import (
     MessageParam,
     OutputMessage,
     OutputText,
+    ReasoningParam,
 )
 from deployments.protocol.response_request import ResponseRequest
+from deployments.protocol.tools import CalledFunction, MessageToolCall, ToolCallFields
 from deployments.responses.store import Earlier, StoredItem
-from deployments.structured_outputs.grammar import SCHEMA_PARAM
 from training.errors import ChatFormatError
 
-_ITEM: TypeAdapter[InputMessage | OutputMessage] = TypeAdapter(Item)
+_ITEM: TypeAdapter[Item] = TypeAdapter(Item)
+_SCHEMA_PLACES = ((r"^tools\.(\d+)\.function\.", r"tools.\1."), (r"^response_format\.json_schema\.", "text.format."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,8 @@ class ResponseInput:
     def chat_request(self, body: ResponseRequest) -> ChatCompletionRequest:
         """The chat completion that answers a request with this input."""
         fields: dict[str, Any] = {name: getattr(body, name) for name in SamplingFields.model_fields}
+        tools = body.tool_fields()
+        fields |= {name: getattr(tools, name) for name in ToolCallFields.model_fields}
         if body.with_logprobs:
             fields |= {"logprobs": True, "top_logprobs": body.top_logprobs}
         return ChatCompletionRequest(
@@ -75,7 +84,9 @@ class ResponseInput:
             if error.message_index is None:
                 raise InputRefused("input has no messages: expected at least one", "input") from error
             place = self.places[error.message_index]
-            message = str(error).removeprefix(f"messages[{error.message_index}]")
+            message = (
+                str(error).removeprefix(f"messages[{error.message_index}]").replace(".tool_call_id", ".call_id", 1)
+            )
             raise InputRefused(f"{place}{message}", place) from error
         except ContextLengthExceeded as error:
             message = str(error).replace("the messages take", "the input takes")
@@ -83,9 +94,7 @@ class ResponseInput:
             param = {"messages": "input", "max_tokens": "max_output_tokens"}.get(error.param or "", error.param)
             raise ContextLengthExceeded(message, param) from error
         except ResponseFormatRefused as error:
-            message, param = (
-                text.replace(SCHEMA_PARAM, "text.format.schema", 1) for text in (str(error), error.param or "")
-            )
+            message, param = _schema_place(str(error)), _schema_place(error.param or "")
             raise ResponseFormatRefused(message, param) from error
 
 
@@ -109,27 +118,29 @@ def read_input(body: ResponseRequest, earlier: Earlier) -> ResponseInput:
         items = [*earlier.previous.input_items, *earlier.previous.output_items]
         placed += [("previous_response_id", item) for item in items]
     placed += _given_items(body, earlier.items)
-    messages = [(place, _message(stored.body)) for place, stored in placed]
+    messages: list[tuple[str, ChatMessage]] = []
     if body.instructions:
-        messages.insert(0, ("instructions", ChatMessage(role="system", content=body.instructions)))
+        messages.append(("instructions", ChatMessage(role="system", content=body.instructions)))
+    for place, stored in placed:
+        _add_to_chat(messages, place, read_stored(stored))
     return ResponseInput(
         [item for _, item in placed], [message for _, message in messages], [place for place, _ in messages]
     )
 
 
-def read_stored(stored: StoredItem) -> InputMessage | OutputMessage:
+def read_stored(stored: StoredItem) -> Item:
     """A stored item as the API returns it."""
     return _ITEM.validate_python({**json.loads(stored.body), "id": stored.id})
 
 
-def to_store(item: InputMessage | OutputMessage) -> StoredItem:
+def to_store(item: Item) -> StoredItem:
     """An item as it is stored."""
     return StoredItem(item.id, item.model_dump_json(exclude={"id"}))
 
 
-def new_item_id() -> str:
-    """An id for a message."""
-    return f"msg_{uuid.uuid4().hex}"
+def new_item_id(prefix: str) -> str:
+    """An id for an item, which begins with its kind's prefix."""
+    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 def _given_items(body: ResponseRequest, referenced: Sequence[StoredItem | None]) -> list[tuple[str, StoredItem]]:
@@ -138,26 +149,54 @@ def _given_items(body: ResponseRequest, referenced: Sequence[StoredItem | None])
     placed = []
     references = iter(referenced)
     for index, item in enumerate(body.input):
-        if isinstance(item, MessageParam):
-            placed.append((f"input.{index}", _item(item)))
-        elif isinstance(item, ItemReferenceParam):
+        if isinstance(item, ItemReferenceParam):
             stored = next(references)
             if stored is None:
                 raise ResponseNotFound(f"Item with id {item.id!r} not found.", f"input.{index}.id")
             placed.append((f"input.{index}", stored))
+        elif not isinstance(item, ReasoningParam):
+            placed.append((f"input.{index}", _item(item)))
     return placed
 
 
-def _item(message: MessageParam) -> StoredItem:
+def _item(given: MessageParam | FunctionCallParam | FunctionCallOutputParam) -> StoredItem:
     """An item as it is sent -> as it is stored."""
-    item_id, status, texts = message.id or new_item_id(), message.status or "completed", message.texts()
-    if message.role == "assistant":
+    status = given.status or "completed"
+    if isinstance(given, FunctionCallParam):
+        item_id = given.id or new_item_id("fc")
+        return to_store(
+            FunctionCallItem(
+                id=item_id, status=status, call_id=given.call_id, name=given.name, arguments=given.arguments
+            )
+        )
+    if isinstance(given, FunctionCallOutputParam):
+        item_id = given.id or new_item_id("fco")
+        return to_store(FunctionCallOutputItem(id=item_id, status=status, call_id=given.call_id, output=given.text()))
+    item_id, texts = given.id or new_item_id("msg"), given.texts()
+    if given.role == "assistant":
         return to_store(OutputMessage(id=item_id, status=status, content=[OutputText(text=text) for text in texts]))
     content = [InputText(text=text) for text in texts]
-    return to_store(InputMessage(id=item_id, status=status, role=message.role, content=content))
+    return to_store(InputMessage(id=item_id, status=status, role=given.role, content=content))
 
 
-def _message(body: str) -> ChatMessage:
-    """An item as it is stored -> a message of the chat."""
-    item = json.loads(body)
-    return ChatMessage(role=item["role"], content="".join(part["text"] for part in item["content"]))
+def _add_to_chat(messages: list[tuple[str, ChatMessage]], place: str, item: Item) -> None:
+    """Continue the chat with an item; the calls after an assistant's message are part of it."""
+    if isinstance(item, FunctionCallItem):
+        function = CalledFunction(name=item.name, arguments=item.arguments)
+        call = MessageToolCall(id=item.call_id, function=function)
+        if messages and messages[-1][1].role == "assistant":
+            messages[-1][1].tool_calls.append(call)
+        else:
+            messages.append((place, ChatMessage(role="assistant", tool_calls=[call])))
+    elif isinstance(item, FunctionCallOutputItem):
+        messages.append((place, ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)))
+    else:
+        content = "".join(part.text for part in item.content)
+        messages.append((place, ChatMessage(role=item.role, content=content, tool_calls=[])))
+
+
+def _schema_place(text: str) -> str:
+    """A path in a chat's request, or a message that begins with one, with the path in a response's request."""
+    for pattern, place in _SCHEMA_PLACES:
+        text = re.sub(pattern, place, text)
+    return text

@@ -1,7 +1,7 @@
 """Text deltas -> a response of `/v1/responses`, and the events that stream it.
 
-`ResponseWriter` has one output item open at a time: a text delta opens the message, and the last delta closes it. Knows
-nothing of HTTP, prompts or replicas.
+`ResponseWriter` has one output item open at a time, of a kind in `open_items.py`. Knows nothing of HTTP, prompts or
+replicas.
 """
 
 import itertools
@@ -10,19 +10,17 @@ import uuid
 from collections.abc import Iterable
 
 from deployments.api.logprobs import token_logprobs
-from deployments.api.outputs import TextDelta
-from deployments.api.response_input import new_item_id
+from deployments.api.open_items import OpenCall, OpenItem, OpenMessage
+from deployments.api.outputs import ScoredToken, TextDelta
 from deployments.errors import error_response
 from deployments.protocol.base import Usage
-from deployments.protocol.chat import ChatTokenLogprob
-from deployments.protocol.response_items import ItemStatus, OutputMessage, OutputText
+from deployments.protocol.response_items import ItemStatus
 from deployments.protocol.response_request import ResponseRequest
 from deployments.protocol.responses import (
-    ContentPartEvent,
+    FunctionTool,
     IncompleteDetails,
     InputTokensDetails,
     LifecycleEvent,
-    OutputItemEvent,
     PlainFormat,
     ResponseError,
     ResponseObject,
@@ -30,14 +28,14 @@ from deployments.protocol.responses import (
     SchemaFormat,
     StreamEvent,
     TextConfig,
-    TextDeltaEvent,
-    TextDoneEvent,
 )
+from deployments.text.tool_calls import AnswerPart, CallArguments, CallFormat, CallScanner, CallStart
 from deployments.text.vocabulary import Vocabulary
 
 
 def new_response(body: ResponseRequest, model: str) -> ResponseObject:
     """A response in progress, with the settings of its request."""
+    choice = body.tool_choice or "auto"
     return ResponseObject(
         id=f"resp_{uuid.uuid4().hex}",
         created_at=int(time.time()),
@@ -52,6 +50,8 @@ def new_response(body: ResponseRequest, model: str) -> ResponseObject:
         store=body.store,
         temperature=body.temperature,
         text=TextConfig(format=_format(body), verbosity=body.text and body.text.verbosity),
+        tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
+        tools=[FunctionTool.model_validate(tool.model_dump()) for tool in body.tools],
         top_logprobs=body.top_logprobs,
         top_p=body.top_p,
         presence_penalty=body.presence_penalty,
@@ -69,15 +69,20 @@ def to_sse(events: Iterable[StreamEvent]) -> str:
 class ResponseWriter:
     """Writes one response: `begin`, `add` for every delta, `finish`, and last `end` or `fail`.
 
+    Args:
+        calls: how the response may call functions, None if it may not.
+
     Attributes:
         response: as it is now; complete after `finish`.
     """
 
-    def __init__(self, response: ResponseObject, vocabulary: Vocabulary) -> None:
+    def __init__(self, response: ResponseObject, vocabulary: Vocabulary, calls: CallFormat | None = None) -> None:
         self.response = response
         self._vocabulary = vocabulary
+        self._scanner = None if calls is None else CallScanner(calls)
         self._numbers = itertools.count()
-        self._message: _OpenMessage | None = None
+        self._open: OpenItem | None = None
+        self._unsent_tokens: list[ScoredToken] = []  # of text that is held back, or of none
         self._is_cut = False
 
     def begin(self) -> list[StreamEvent]:
@@ -86,17 +91,14 @@ class ResponseWriter:
 
     def add(self, delta: TextDelta) -> list[StreamEvent]:
         """The events of a delta; those of the last one close the output."""
-        events: list[StreamEvent] = []
-        if self._message is None:
-            self._message = _OpenMessage(len(self.response.output), self._numbers)
-            self.response.output.append(self._message.item)
-            events += self._message.opened()
-        if delta.text or delta.tokens:
-            events.append(self._message.extended(delta, self._vocabulary))
-        if delta.finish_reason is not None:
+        self._unsent_tokens += delta.tokens
+        is_last = delta.finish_reason is not None
+        events = [event for part in self._parts(delta.text, is_last) for event in self._extend(part)]
+        if is_last:
             self._is_cut = delta.finish_reason == "length"
-            events += self._message.closed("incomplete" if self._is_cut else "completed")
-            self._message = None
+            if not self.response.output or (self._unsent_tokens and isinstance(self._open, OpenMessage)):
+                events += self._extend("")
+            events += self._close("incomplete" if self._is_cut and not self._call_is_complete() else "completed")
         return events
 
     def finish(self, usage: Usage) -> None:
@@ -112,7 +114,7 @@ class ResponseWriter:
 
     def fail(self, error: Exception, usage: Usage) -> list[StreamEvent]:
         """The last events of a response that is aborted; its output is what there is so far."""
-        events = [] if self._message is None else self._message.closed("incomplete")
+        events = self._close("incomplete")
         self.response.completed_at = None
         self.response.status = "failed"
         self.response.incomplete_details = None
@@ -120,67 +122,52 @@ class ResponseWriter:
         self.response.usage = _usage(usage)
         return [*events, self._lifecycle("response.failed")]
 
+    def _parts(self, text: str, is_last: bool) -> list[AnswerPart]:
+        """The text, and the calls in it, as far as they can be told apart."""
+        if self._scanner is None:
+            return [text] if text else []
+        parts = [*self._scanner.push(text)]
+        if is_last and (rest := self._scanner.flush()):
+            parts.append(rest)
+        return parts
+
+    def _extend(self, part: AnswerPart) -> list[StreamEvent]:
+        """Continue the open item, or close it and open the next."""
+        index = len(self.response.output)
+        if isinstance(part, CallStart):
+            self._unsent_tokens = []  # what a call consists of is not reported
+            return [*self._close("completed"), *self._begin(OpenCall(index, self._numbers, part.name))]
+        if isinstance(part, CallArguments):
+            assert isinstance(self._open, OpenCall)
+            self._unsent_tokens = []
+            return [self._open.extended(part.text, [])]
+        events: list[StreamEvent] = []
+        if not isinstance(self._open, OpenMessage):
+            events = [*self._close("completed"), *self._begin(OpenMessage(index, self._numbers))]
+        assert self._open is not None
+        logprobs = token_logprobs(self._unsent_tokens, self._vocabulary)
+        self._unsent_tokens = []
+        if part or logprobs:
+            events.append(self._open.extended(part, logprobs))
+        return events
+
+    def _begin(self, item: OpenItem) -> list[StreamEvent]:
+        self._open = item
+        self.response.output.append(item.item)
+        return item.opened()
+
+    def _close(self, status: ItemStatus) -> list[StreamEvent]:
+        events = [] if self._open is None else self._open.closed(status)
+        self._open = None
+        return events
+
+    def _call_is_complete(self) -> bool:
+        return isinstance(self._open, OpenCall) and self._scanner is not None and not self._scanner.in_arguments
+
     def _lifecycle(self, event_type: str) -> StreamEvent:
         return LifecycleEvent.model_validate(
             {"type": event_type, "sequence_number": next(self._numbers), "response": self.response}
         )
-
-
-class _OpenMessage:
-    """A message while it is generated, which has one part: its text."""
-
-    def __init__(self, output_index: int, numbers: "itertools.count[int]") -> None:
-        self.item = OutputMessage(id=new_item_id(), status="in_progress", content=[])
-        self._part = OutputText(text="")
-        self._texts: list[str] = []
-        self._logprobs: list[ChatTokenLogprob] = []
-        self._output_index = output_index
-        self._numbers = numbers
-
-    def opened(self) -> list[StreamEvent]:
-        return [self._item_event("response.output_item.added"), self._part_event("response.content_part.added")]
-
-    def extended(self, delta: TextDelta, vocabulary: Vocabulary) -> StreamEvent:
-        logprobs = token_logprobs(delta.tokens, vocabulary)
-        self._texts.append(delta.text)
-        self._logprobs += logprobs
-        return TextDeltaEvent(
-            sequence_number=next(self._numbers),
-            item_id=self.item.id,
-            output_index=self._output_index,
-            content_index=0,
-            delta=delta.text,
-            logprobs=logprobs,
-        )
-
-    def closed(self, status: ItemStatus) -> list[StreamEvent]:
-        self._part = OutputText(text="".join(self._texts), logprobs=self._logprobs)
-        self.item.content = [self._part]
-        self.item.status = status
-        done = TextDoneEvent(
-            sequence_number=next(self._numbers),
-            item_id=self.item.id,
-            output_index=self._output_index,
-            content_index=0,
-            text=self._part.text,
-            logprobs=self._part.logprobs,
-        )
-        return [
-            done,
-            self._part_event("response.content_part.done"),
-            self._item_event("response.output_item.done"),
-        ]
-
-    def _item_event(self, event_type: str) -> StreamEvent:
-        fields = {"type": event_type, "sequence_number": next(self._numbers)}
-        return OutputItemEvent.model_validate(
-            fields | {"output_index": self._output_index, "item": self.item.model_copy()}
-        )
-
-    def _part_event(self, event_type: str) -> StreamEvent:
-        fields = {"type": event_type, "sequence_number": next(self._numbers), "item_id": self.item.id}
-        place = {"output_index": self._output_index, "content_index": 0}
-        return ContentPartEvent.model_validate(fields | place | {"part": self._part})
 
 
 def _format(body: ResponseRequest) -> PlainFormat | SchemaFormat:

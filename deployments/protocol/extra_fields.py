@@ -192,7 +192,6 @@ STREAM_OPTIONS: Mapping[str, ExtraField] = {
 }
 
 _RESPONSES_TEXT = _only(instead="send text.format with type json_schema, whose schema may have enum and pattern")
-_NO_TOOLS = "tool calls are not supported here yet: send text.format with the schema of the arguments"
 
 RESPONSE: Mapping[str, ExtraField] = {
     **{name: field for name, field in GENERATION.items() if name not in _ECHOED},
@@ -204,8 +203,6 @@ RESPONSE: Mapping[str, ExtraField] = {
     "context_management": _only(instead="nothing is cut or summarized silently: leave it out"),
     "prompt": _only(instead="there are no prompt templates here: send instructions and input"),
     "truncation": _only("disabled", instead="nothing is cut silently: leave it out, and shorten the input yourself"),
-    "tools": _only(instead=_NO_TOOLS),
-    "tool_choice": _only("none", "auto", instead=_NO_TOOLS),
     "max_tool_calls": _ANY,  # it limits OpenAI's own tools
     "moderation": _only(instead="nothing is moderated here: leave it out"),
     "access_programs": _only({"cyber": "standard"}),
@@ -217,7 +214,8 @@ RESPONSE: Mapping[str, ExtraField] = {
     "response_format": _only(instead="send text.format"),
     "n": _only(1, instead="send one request for each, or send them to /v1/chat/completions"),
     "logprobs": _only(False, instead='send include with "message.output_text.logprobs"'),
-    "functions": _only(instead=_NO_TOOLS),
+    "functions": CHAT["functions"],
+    "function_call": CHAT["function_call"],
     "best_of": _only(1, instead="send one request for each and choose among them"),
     "n_predict": _only(instead="send max_output_tokens"),
     "verbosity": _ANY,
@@ -230,7 +228,10 @@ RESPONSE: Mapping[str, ExtraField] = {
 }
 
 RESPONSE_MESSAGE: Mapping[str, ExtraField] = {
-    **{name: field for name, field in MESSAGE.items() if name not in ("annotations", "tool_calls", "tool_call_id")},
+    **MESSAGE,
+    "function_call": _only(instead="send an item of type function_call"),
+    "tool_calls": _only(instead="send items of type function_call"),
+    "tool_call_id": _only(instead="send an item of type function_call_output"),
     "phase": _ANY,  # whether it was a final answer
     "name": _ANY,
     "created_by": _ANY,
@@ -240,6 +241,23 @@ RESPONSE_PART: Mapping[str, ExtraField] = {
     **TEXT_PART,
     "logprobs": _ANY,  # of an earlier answer: they are not part of a prompt
     "parsed": _ANY,
+}
+
+RESPONSE_TOOL: Mapping[str, ExtraField] = {
+    **TOOL,
+    **TOOL_FUNCTION,
+    "function": _only(instead="send its members as fields of the tool"),
+    "allowed_callers": _only(["direct"]),
+    "async": _only(False),
+    "output_schema": _ANY,
+}
+
+RESPONSE_CALL: Mapping[str, ExtraField] = {
+    "caller": _ANY,
+    "namespace": _ANY,
+    "async": _ANY,
+    "created_by": _ANY,
+    "parsed_arguments": _ANY,  # what OpenAI's package adds
 }
 
 REASONING: Mapping[str, ExtraField] = {

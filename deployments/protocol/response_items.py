@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, field
 
 from deployments.protocol.base import StrictModel, field_error
 from deployments.protocol.chat import ChatTokenLogprob, TextPart
-from deployments.protocol.extra_fields import RESPONSE_MESSAGE, RESPONSE_PART
+from deployments.protocol.extra_fields import RESPONSE_CALL, RESPONSE_MESSAGE, RESPONSE_PART
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -49,9 +49,7 @@ class MessageParam(StrictModel):
     @classmethod
     def _only_messages(cls, item_type: Any) -> Any:
         if isinstance(item_type, str) and item_type != "message":
-            if item_type in ("function_call", "function_call_output"):
-                raise ValueError(f"{item_type} is not supported yet: send what it says as a message")
-            raise ValueError(f"{item_type:.40} is not supported: send items of type message or item_reference")
+            raise ValueError(f"{item_type:.40} is not supported: send messages, function calls or their outputs")
         return item_type
 
     @model_validator(mode="after")
@@ -63,6 +61,36 @@ class MessageParam(StrictModel):
     def texts(self) -> list[str]:
         """The text of each part."""
         return [self.content] if isinstance(self.content, str) else [part.text for part in self.content or []]
+
+
+class FunctionCallParam(StrictModel):
+    """A call of a function by the model."""
+
+    extra_fields = RESPONSE_CALL
+
+    type: Literal["function_call"]
+    id: ItemId | None = Field(None, description="of an item that the API returned")
+    status: ItemStatus | None = Field(None, description="of an item that the API returned")
+    call_id: ItemId
+    name: EchoedText
+    arguments: EchoedText = Field("", description="JSON text of an object")
+
+
+class FunctionCallOutputParam(StrictModel):
+    """What a called function returned."""
+
+    extra_fields = RESPONSE_CALL
+
+    type: Literal["function_call_output"]
+    id: ItemId | None = Field(None, description="of an item that the API returned")
+    status: ItemStatus | None = Field(None, description="of an item that the API returned")
+    call_id: ItemId = Field(description="of the call that it is the result of")
+    name: EchoedText | None = Field(None, description="accepted but not used")
+    output: EchoedText | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
+
+    def text(self) -> str:
+        """The output as one string."""
+        return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
 
 
 class ItemReferenceParam(StrictModel):
@@ -78,19 +106,24 @@ class ReasoningParam(BaseModel):
     type: Literal["reasoning"]
 
 
+_OTHER_KINDS = ("item_reference", "reasoning", "function_call", "function_call_output")
+
+
 def _kind(item: Any) -> str:
     """The tag of an item's type. What is none of the others is taken for a message, whose type names the mistake."""
     if not isinstance(item, dict):
         return str(getattr(item, "type", "message"))
     if item.get("type") is None and item.get("role") is None and item.get("id") is not None:
         return "item_reference"
-    return item["type"] if item.get("type") in ("item_reference", "reasoning") else "message"
+    return item["type"] if item.get("type") in _OTHER_KINDS else "message"
 
 
 ItemParam = Annotated[
     Annotated[MessageParam, Tag("message")]
     | Annotated[ItemReferenceParam, Tag("item_reference")]
-    | Annotated[ReasoningParam, Tag("reasoning")],
+    | Annotated[ReasoningParam, Tag("reasoning")]
+    | Annotated[FunctionCallParam, Tag("function_call")]
+    | Annotated[FunctionCallOutputParam, Tag("function_call_output")],
     Discriminator(_kind),
 ]
 
@@ -131,8 +164,29 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
-OutputItem = OutputMessage
-Item = Annotated[InputMessage | OutputMessage, Field(discriminator="role")]
+class FunctionCallItem(BaseModel):
+    """A call of a function by the model; `arguments` is JSON text, cut off if the status is incomplete."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    status: ItemStatus = "completed"
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionCallOutputItem(BaseModel):
+    """What a called function returned."""
+
+    type: Literal["function_call_output"] = "function_call_output"
+    id: str
+    status: ItemStatus = "completed"
+    call_id: str
+    output: str
+
+
+OutputItem = OutputMessage | FunctionCallItem
+Item = InputMessage | OutputMessage | FunctionCallItem | FunctionCallOutputItem
 
 
 class ItemList(BaseModel):

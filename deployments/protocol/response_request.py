@@ -9,6 +9,7 @@ from deployments.protocol.chat import JsonSchemaFormat, ResponseFormat
 from deployments.protocol.extra_fields import PROMPT_CACHE_OPTIONS, REASONING, RESPONSE, RESPONSE_STREAM_OPTIONS
 from deployments.protocol.generation import MAX_LOGPROBS, SamplingFields
 from deployments.protocol.response_items import EchoedText, ItemParam
+from deployments.protocol.response_tools import ResponseToolFields
 
 MAX_METADATA = 16
 OUTPUT_LOGPROBS = "message.output_text.logprobs"
@@ -83,7 +84,7 @@ class ResponseStreamOptions(StrictModel):
     extra_fields = RESPONSE_STREAM_OPTIONS
 
 
-class ResponseRequest(SamplingFields):
+class ResponseRequest(SamplingFields, ResponseToolFields):
     """Body of `POST /v1/responses`."""
 
     extra_fields = RESPONSE
@@ -106,7 +107,6 @@ class ResponseRequest(SamplingFields):
     metadata: dict[EchoedText, EchoedText] = Field({}, description="up to 16 pairs, echoed")
     user: EchoedText | None = Field(None, description="id of the end user: a canary gets all of their requests or none")
     safety_identifier: EchoedText | None = Field(None, description="newer name of user")
-    parallel_tool_calls: bool = Field(True, description="echoed")
     prompt_cache_key: EchoedText | None = Field(None, description="echoed: all prompts share one prefix cache")
     prompt_cache_retention: EchoedText | None = Field(None, description="echoed, and not used")
     prompt_cache_options: PromptCacheOptions | None = None

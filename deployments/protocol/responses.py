@@ -76,6 +76,16 @@ class ReasoningConfig(BaseModel):
     summary: None = None
 
 
+class FunctionTool(BaseModel):
+    """One of `tools` of a response."""
+
+    type: Literal["function"] = "function"
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
 class ResponseObject(BaseModel):
     """A response with its output and the settings of its request."""
 
@@ -102,8 +112,8 @@ class ResponseObject(BaseModel):
     store: bool
     temperature: float
     text: TextConfig
-    tool_choice: Literal["none", "auto"] = "auto"
-    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any]
+    tools: list[FunctionTool]
     top_logprobs: int
     top_p: float
     presence_penalty: float
@@ -173,3 +183,23 @@ class TextDoneEvent(_PartEvent):
     type: Literal["response.output_text.done"] = "response.output_text.done"
     text: str
     logprobs: list[ChatTokenLogprob] = []
+
+
+class _CallEvent(StreamEvent):
+    item_id: str
+    output_index: int
+
+
+class ArgumentsDeltaEvent(_CallEvent):
+    """JSON text that continues the arguments of a call."""
+
+    type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
+    delta: str
+
+
+class ArgumentsDoneEvent(_CallEvent):
+    """The whole arguments of a call."""
+
+    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+    name: str
+    arguments: str
