@@ -80,6 +80,7 @@ def test_promote_and_rollback_take_effect_at_once(
     AdapterPromoter(registry).delete(quickstart.name, second.version)
 
 
+@pytest.mark.slow
 @pytest.mark.promise("E4")
 def test_peft_loads_the_registered_folder_and_answers_the_same(quickstart: AdapterManifest) -> None:
     """AutoPeftModelForCausalLM beside the engine on three questions, by the user's command."""

@@ -60,7 +60,7 @@ def neighbours(api: InProcessApi, rng: random.Random) -> list[dict[str, Any]]:
 
 
 @pytest.mark.promise("A7")
-@pytest.mark.parametrize("which", ["base", "adapter"])
+@pytest.mark.parametrize("which", [pytest.param("base", marks=pytest.mark.slow), "adapter"])
 def test_same_seed_same_text_alone_and_in_any_batch(tiny_api: InProcessApi, which: str) -> None:
     model = tiny_api.base.name if which == "base" else f"{tiny_api.adapter}@1"
     user = {"role": "user", "content": "hi"}

@@ -152,7 +152,9 @@ def test_folder_asks_as_the_adapter_was_trained_and_stops_where_it_stops(
 # GGUF
 
 
-@pytest.mark.parametrize(("gguf_type", "tolerance"), [("BF16", 1e-6), ("Q4_1", 0.7)])
+@pytest.mark.parametrize(
+    ("gguf_type", "tolerance"), [("BF16", 1e-6), pytest.param("Q4_1", 0.7, marks=pytest.mark.slow)]
+)
 def test_gguf_loads_and_gives_the_logits_of_the_merged_model(
     registry: AdapterRegistry,
     manifest: AdapterManifest,

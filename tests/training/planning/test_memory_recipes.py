@@ -127,9 +127,9 @@ def count_step(config: TrainConfig, shape: dict[str, int], batch_size: int) -> t
     ("recipe", "shape", "num_layers", "batch_size", "checkpointing"),
     [
         ("llama2_7b_guanaco", LLAMA_7B, 3, 8, False),
-        ("llama3.1_8b_guanaco", LLAMA_31_8B, 3, 8, False),
+        pytest.param("llama3.1_8b_guanaco", LLAMA_31_8B, 3, 8, False, marks=pytest.mark.slow),
         ("llama3.1_8b_guanaco", LLAMA_31_8B, 4, 16, True),
-        ("llama2_13b_guanaco", LLAMA_13B, 40, 16, True),
+        pytest.param("llama2_13b_guanaco", LLAMA_13B, 40, 16, True, marks=pytest.mark.slow),
     ],
 )
 def test_estimate_is_what_a_step_of_the_recipe_holds(

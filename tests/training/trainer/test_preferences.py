@@ -309,7 +309,7 @@ def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_a_step_is_train_batch_size_rows_however_they_are_divided(
     tiny_base: BaseCheckpoint, tmp_path: Path, method: str
 ) -> None:

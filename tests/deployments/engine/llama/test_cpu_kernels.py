@@ -31,7 +31,7 @@ def linear(model: torch.nn.Module, layer: int, target: LlamaLinear) -> torch.nn.
     return model.get_submodule(f"model.layers.{layer}.{module_path(target)}")
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("double_quant", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_are_bit_equal_to_those_that_training_multiplies_by(
     embedded_base: BaseCheckpoint, dtype: ComputeDtype, double_quant: bool
@@ -55,7 +55,7 @@ def test_linears_take_4_13_bits_a_parameter(embedded_base: BaseCheckpoint) -> No
 
 
 @pytest.mark.promise("A7")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_logits_are_bit_equal_alone_in_a_batch_and_in_chunks(
     embedded_base: BaseCheckpoint, dtype: ComputeDtype
 ) -> None:
