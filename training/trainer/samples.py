@@ -63,6 +63,7 @@ def generate_answers(
         input_ids=torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_tokens,
+        use_cache=True,  # the trainer turns it off in the model's configuration
         synced_gpus=with_all_ranks,
         do_sample=False,
         temperature=None,
