@@ -19,7 +19,7 @@ from training.registry.safetensors_header import refuse, shortened
 
 _DEFAULT = ("q_proj", "v_proj")  # PEFT's for a Llama
 _ACCEPTED = ", ".join(sorted(LLAMA_LINEARS))
-_MATCHING_S = 5.0
+_MATCHING_S = 10.0  # far more than a busy machine needs to start Python
 _MATCHER = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)

@@ -107,7 +107,7 @@ def test_pattern_that_never_ends_is_refused_in_seconds(key: str) -> None:
     pattern = r"(?:(?:.*)*)*x"
     keys = {"target_modules": pattern} if key == "target_modules" else {"rank_pattern": {pattern: 8}}
     started = time.monotonic()
-    with pytest.raises(AdapterRefused, match="takes more than 5 s to match"):
+    with pytest.raises(AdapterRefused, match="takes more than 10 s to match"):
         resolved(**keys)
     assert time.monotonic() - started < 30
 
