@@ -44,13 +44,23 @@ def test_whole_and_streamed_are_the_plain_answer(server: RunningServer, client: 
     assert response.usage is not None
     assert response.usage.input_tokens == expected["prompt_tokens"]
     with client.responses.stream(model=model, input=QUESTION, **BRIEF) as stream:
-        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
-        final = stream.get_final_response()
+        events = list(stream)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert len(deltas) > 1
-    assert "".join(deltas) == final.output_text == expected["text"]
-    assert final.status == response.status == "incomplete"
-    assert response.incomplete_details is not None
-    assert response.incomplete_details.reason == "max_output_tokens"
+    final: Any = events[-1]
+    assert "".join(deltas) == final.response.output_text == expected["text"]
+    assert final.type == f"response.{response.status}"
+
+
+@pytest.mark.promise("F7")
+def test_an_answer_that_is_cut_off_says_so(server: RunningServer, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": server.base_model, "input": QUESTION, "temperature": 0, "max_output_tokens": 2}
+    response = client.responses.create(**fields)
+    *_, last = client.responses.create(**fields, stream=True)
+    for cut_off in (response, last.response):
+        assert cut_off.status == "incomplete"
+        assert cut_off.incomplete_details.reason == "max_output_tokens"
+        assert cut_off.usage.output_tokens == 2
 
 
 @pytest.mark.promise("F7")

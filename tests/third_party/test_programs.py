@@ -79,7 +79,6 @@ def test_structured_output_by_the_clients_default(program: str, answers: Answers
     value = answer(answers, "structured")["value"]
     if program == "ai openai-compatible":  # by default it asks for any object
         assert isinstance(value, dict)
-        assert value
     else:
         check_city(value)
 
