@@ -26,7 +26,9 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 @pytest.fixture(scope="module")
 def renderer(embedded_base: BaseCheckpoint) -> RequestRenderer:
     tokenizer = load_tokenizer(embedded_base)
-    return RequestRenderer(embedded_base, "auto", tokenizer, Vocabulary(tokenizer), max_model_len=64)
+    return RequestRenderer(
+        embedded_base, "auto", tokenizer, Vocabulary(tokenizer), max_model_len=64, default_system="none"
+    )
 
 
 def text_encoder(base: BaseCheckpoint) -> TextEncoder:
