@@ -76,7 +76,7 @@ BAD_ROWS: list[tuple[str, bytes, str]] = [
     ("a list", b"[1]", "expected a JSON object, got list"),
     ("other shape", b'{"question": "q", "answer": "a"}', "has the keys answer, question"),
     ("sharegpt", b'{"conversations": [{"from": "human", "value": "q"}]}', "last message from the assistant"),
-    ("sharegpt role", b'{"conversations": [{"from": "observation", "value": "q"}]}', "has role 'observation'"),
+    ("sharegpt role", b'{"conversations": [{"from": "narrator", "value": "q"}]}', "has role 'narrator'"),
     ("sharegpt keys", b'{"conversations": [{"from": "human", "text": "q"}]}', "conversations[0]: value missing"),
     ("alpaca output", b'{"instruction": "i", "output": 3}', "output: expected a string, got 3"),
     (
