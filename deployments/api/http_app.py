@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 
 from deployments.api.docs_page import add_docs
 from deployments.asgi import MAX_BODY_BYTES, BodyLimitMiddleware, HeadMiddleware, JsonBodyMiddleware, mount_prefix
@@ -98,8 +99,8 @@ async def _http_exception_response(request: Request, error: Exception) -> Respon
     assert isinstance(error, HTTPException)
     message, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 405:
-        methods = sorted({*headers.get("Allow", headers.get("allow", "")).split(", "), "OPTIONS"} - {""})
-        headers = {"allow": ", ".join(methods + (["HEAD"] if "GET" in methods else []))}
+        methods = _methods(request, headers.get("Allow", headers.get("allow", "")))
+        headers = {"allow": ", ".join(methods)}
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=headers)
         message = f"{request.method} is not allowed here: send one of {headers['allow']}"
@@ -108,6 +109,16 @@ async def _http_exception_response(request: Request, error: Exception) -> Respon
     elif message == "There was an error parsing the body":  # FastAPI's text when its JSON parser raises
         message = "the body cannot be parsed as JSON: it is nested too deeply, is not UTF-8 or has too long a number"
     return JSONResponse(error_body(error.status_code, message).model_dump(), error.status_code, headers)
+
+
+def _methods(request: Request, of_one_route: str) -> list[str]:
+    """The methods of all routes of a path; Starlette names those of one route."""
+    path = request.url.path.removeprefix(mount_prefix(request))
+    routes = request.app.openapi()["paths"]  # made once
+    matching = [operations for template, operations in routes.items() if compile_path(template)[0].match(path)]
+    named = {*of_one_route.split(", "), *(method.upper() for operations in matching for method in operations)}
+    methods = sorted((named | {"OPTIONS"}) - {"", "HEAD"})
+    return [*methods, "HEAD"] if "GET" in methods else methods
 
 
 def _unknown_route(request: Request) -> str:

@@ -111,7 +111,7 @@ class ChatFormatter(ResponseFormatter):
 
     def first_chunks(self, num_completions: int) -> list[BaseModel]:
         """The role of each completion."""
-        role = ChoiceDelta(role="assistant", content="")
+        role = ChoiceDelta(role="assistant", content="" if self._calls is None else None)
         return [self._chunk([ChunkChoice(index=i, delta=role, finish_reason=None)]) for i in range(num_completions)]
 
     def chunks(self, delta: TextDelta) -> list[ChatCompletionChunk]:

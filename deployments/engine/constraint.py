@@ -27,7 +27,7 @@ class Guard(Protocol):
         """An independent guard of the same text."""
 
     def restrict(self, mask: PackedMask) -> PackedMask:
-        """The mask without what is not wanted; never empty, unless it was."""
+        """The mask without what is not wanted; empty only where the text may end, and then has to."""
 
     def accept(self, token_id: int) -> None:
         """The answer goes on with an allowed token."""
@@ -68,6 +68,8 @@ class Constraint:
                 self._fail()
             return None
         mask = self._guard.restrict(mask)
+        if not mask.any():
+            return None
         if may_end:
             for token_id in stop_token_ids:
                 mask[token_id >> 3] |= 1 << (token_id & 7)

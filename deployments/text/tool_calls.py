@@ -91,6 +91,11 @@ class CallScanner:
                 self.in_arguments = True
                 yield CallStart(name)
 
+    @property
+    def is_after_call(self) -> bool:
+        """Whether a call is complete, and nothing stands after it."""
+        return bool(self.num_calls) and not (self.in_arguments or self._expected or self._held)
+
     def flush(self) -> str:
         """Text held back at the end of the answer; the beginning of a call that was cut off is left out."""
         text = self._take(len(self._held))

@@ -237,7 +237,12 @@ def test_head_and_options_are_answered(tiny_api: InProcessApi) -> None:
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == models.headers["content-length"]
     assert httpx.head(f"{tiny_api.url}{CHAT}").status_code == 405
-    for route, methods in ((CHAT, {"POST", "OPTIONS"}), ("/v1/models", {"GET", "HEAD", "OPTIONS"})):
+    for route, methods in (
+        (CHAT, {"POST", "OPTIONS"}),
+        ("/v1/models", {"GET", "HEAD", "OPTIONS"}),
+        ("/v1/models/a/b", {"GET", "HEAD", "OPTIONS"}),
+        ("/v1/responses/x", {"GET", "DELETE", "HEAD", "OPTIONS"}),
+    ):
         options = httpx.options(f"{tiny_api.url}{route}")
         assert (options.status_code, set(options.headers["allow"].split(", "))) == (204, methods)
     refused = httpx.get(f"{tiny_api.url}{CHAT}")

@@ -95,6 +95,7 @@ def test_what_an_answer_with_tools_may_be(kind: Kind) -> None:
         (two, [auto, single, required]),
         (both, [auto, required]),
         (kind.syntax.separator.join([one, one]), [auto, required]),  # a named function is called once
+        (kind.syntax.separator.join([one, two, one, two]), []),  # nothing follows a call that was made before
         (f"Let me see.\n{one}", [auto, single]),
         (f"Let me see.\n{both}", [auto]),
     ):
