@@ -228,13 +228,13 @@ def test_chat_in_a_terminal_remembers_clears_and_quits(server: RunningServer) ->
     with subprocess.Popen(
         command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        os.write(ours, b"My name is Ada.\nWhat is my name?\n/nonsense\n/clear\n/quit\n")
+        os.write(ours, b"The secret word is tulip.\nWhat is the secret word?\n/nonsense\n/clear\n/quit\n")
         output, _ = process.communicate(timeout=300)
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0, output
     second_answer = output.split("> ")[2]
-    assert "Ada" in second_answer
+    assert "tulip" in second_answer
     assert "unknown command '/nonsense'" in output
     assert "cleared" in output
 
