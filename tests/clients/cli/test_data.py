@@ -56,7 +56,7 @@ def test_check_shows_what_a_run_would_see(check: Any, csv_file: Path) -> None:
         f"{csv_file}:61: messages[1]: the answer is empty",
         'the row starts with \'{"question": "Who hums?", "answer": ""}\'',
         "Rows that are too long: 1",
-        f"{csv_file}:62: too long: 174 tokens, max_length is 100",
+        f"{csv_file}:62: too long: 195 tokens, max_length is 100",
         "Duplicates: 1",
         f"{csv_file}:60: duplicates {csv_file}:9",
         "1 too long",
@@ -77,10 +77,10 @@ def test_check_as_json_is_the_report(check: Any, csv_file: Path) -> None:
 
 def test_check_says_which_keys_are_not_used(check: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    row = {"instruction": "Say hi.", "output": "Hi.", "tools": [{"name": "wave"}]}
-    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"instruction": "Say ho.", "tools": None}) + "\n")
-    assert "not used  tools (1 rows)\n" in check(path).stdout
-    assert json.loads(check(path, "--json").stdout)["unused_keys"] == {"tools": 1}
+    row = {"instruction": "Say hi.", "output": "Hi.", "topics": ["wave"]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"instruction": "Say ho.", "topics": None}) + "\n")
+    assert "not used  topics (1 rows)\n" in check(path).stdout
+    assert json.loads(check(path, "--json").stdout)["unused_keys"] == {"topics": 1}
 
 
 def test_check_of_a_training_yaml_sees_its_settings(
