@@ -51,7 +51,12 @@ def bodies(url: str) -> list[tuple[str, dict[str, Any], str]]:
         ("template fields", {"chat_template_kwargs": {"url": url}}, "chat_template_kwargs"),
         ("guided", {"guided_json": {"$ref": f"{url}/schema.json"}}, "guided_json"),
         ("guided decoding", {"guided_grammar": "root ::= 'a'"}, "guided_grammar"),
-        ("tools", {"tools": [{"type": "function", "function": {"name": url}}]}, "tools"),
+        ("tool", {"tools": [{"type": "mcp", "server_url": url}]}, "tools.0.server_url"),
+        (
+            "a tool's schema",
+            {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"$ref": f"{url}/schema.json"}}}]},
+            "tools.0.function.parameters.$ref",
+        ),
         ("model", {"model": f"{url}/model"}, "model"),
         ("hub id", {"model": "meta-llama/Llama-2-7b-chat-hf"}, "model"),
     ]  # fmt: skip
