@@ -60,6 +60,7 @@ def config(tiny_base: BaseCheckpoint, tmp_path: Path) -> TrainConfig:
             "max_steps": 5,
             "learning_rate": 5e-3,
             "weight_decay": 0.01,
+            "chat": {"default_system": "none"},
             "max_length": 96,
             "sample_prompts": 0,
         }
