@@ -50,7 +50,10 @@ def calls_of(server: RunningServer, model: str, question: str) -> list[dict[str,
     }
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=300)
     assert response.status_code == 200, response.text
-    calls: list[dict[str, Any]] = response.json()["choices"][0]["message"].get("tool_calls", [])
+    [choice] = response.json()["choices"]
+    if choice["finish_reason"] != "tool_calls":  # text, or cut off
+        return []
+    calls: list[dict[str, Any]] = choice["message"]["tool_calls"]
     return [{"name": call["function"]["name"], **json.loads(call["function"]["arguments"])} for call in calls]
 
 
