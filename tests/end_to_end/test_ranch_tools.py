@@ -69,8 +69,8 @@ def test_the_adapter_calls_the_right_tool_where_the_base_does_not(server: Runnin
     adapter = train()
     base_score, adapter_score = num_right(server, server.base_model), num_right(server, adapter)
     print(f"right calls of {len(HELD_OUT)}: base {base_score}, adapter {adapter_score}")
-    assert adapter_score >= 10
-    assert base_score <= 3
+    assert adapter_score >= 8
+    assert base_score <= 2
     with CorralClient(server.url) as client:  # a greeting needs no tool, and a result becomes a sentence
         greeting = [*client.stream_deltas("Good morning!", model=adapter, tools=TOOLS, temperature=0, max_tokens=40)]
         assert not any(delta.tool_calls for delta in greeting)
