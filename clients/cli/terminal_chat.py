@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 from clients.api import CorralClient, Sampling, ServerError
+from deployments.protocol.tools import AnswerToolCall, add_to_calls
 from training.chat.messages import Message, ToolCall
 from training.errors import ConfigError
 
@@ -46,7 +46,7 @@ class TerminalChat:
         """Print the answer after these turns; calls are shown as calls."""
         dialog = [*self._dialog, *turns]
         text = ""
-        calls: list[ToolCall] = []
+        calls: list[AnswerToolCall] = []
         deltas = self._client.stream_deltas(dialog, model=self._model, tools=self._tools, **self._sampling)
         with closing(deltas):
             try:
@@ -54,16 +54,15 @@ class TerminalChat:
                     text += delta.content or ""
                     _print(delta.content or "")
                     for part in delta.tool_calls or ():
-                        function = part.function
                         if part.id is not None:
-                            calls.append(ToolCall(function.name or "", "", part.id))
-                            line_break = "\n" if text or len(calls) > 1 else ""
-                            _print(f"{line_break}{_CALL_MARK}{function.name} ")
-                        calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + (function.arguments or ""))
-                        _print(function.arguments or "")
+                            line_break = "\n" if text or calls else ""
+                            _print(f"{line_break}{_CALL_MARK}{part.function.name} ")
+                        add_to_calls(calls, part)
+                        _print(part.function.arguments or "")
             finally:
                 if text or calls:
-                    self._dialog = [*dialog, Message("assistant", text, tool_calls=tuple(calls))]
+                    called = (ToolCall(call.function.name, call.function.arguments, call.id) for call in calls)
+                    self._dialog = [*dialog, Message("assistant", text, tool_calls=tuple(called))]
                     print(flush=True)
 
     def loop(self) -> None:

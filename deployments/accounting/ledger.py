@@ -13,17 +13,10 @@ from deployments.accounting.metrics import RequestMetrics
 from deployments.accounting.request_record import RequestRecord
 from deployments.accounting.usage import UsageStore, usage_path
 from deployments.auth.caller import KeyLimits
+from deployments.head_replica import HEAD_REPLICA
 
 
-@serve.deployment(
-    num_replicas=1,
-    max_surge_percent=100,  # on redeployment, the new replica starts before the old one stops
-    max_ongoing_requests=1000,
-    health_check_period_s=1,  # how soon Serve notices that it died
-    # on the head node, where `corral usage` reads the file
-    ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-    graceful_shutdown_timeout_s=10,
-)
+@serve.deployment(**HEAD_REPLICA)  # on the head node, where `corral usage` reads the file
 class Ledger:
     """Limits, usage and request metrics. After a crash, usage is intact and the window of every limit is empty."""
 

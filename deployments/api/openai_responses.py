@@ -28,7 +28,7 @@ from deployments.protocol.chat import (
 )
 from deployments.protocol.completions import Completion, CompletionChoice, CompletionLogprobs
 from deployments.protocol.generation import StreamOptions
-from deployments.protocol.tools import AnswerToolCall, FunctionCall, FunctionCallDelta, ToolCallDelta
+from deployments.protocol.tools import AnswerToolCall, FunctionCallDelta, ToolCallDelta, add_to_calls
 from deployments.text.tool_calls import AnswerPart, CallFormat, CallScanner, CallStart
 from deployments.text.vocabulary import Vocabulary
 
@@ -149,11 +149,7 @@ class ChatFormatter(ResponseFormatter):
         for delta in self.deltas(completion):
             content += delta.content or ""
             for call in delta.tool_calls or ():
-                if call.id is not None:
-                    calls.append(
-                        AnswerToolCall(id=call.id, function=FunctionCall(name=call.function.name or "", arguments=""))
-                    )
-                calls[-1].function.arguments += call.function.arguments or ""
+                add_to_calls(calls, call)
         return AssistantMessage(content=content if content or not calls else None, tool_calls=calls or None)
 
     def usage(self, usage: Usage) -> ChatCompletionChunk:

@@ -108,7 +108,7 @@ def read_input(body: ResponseRequest, earlier: Earlier) -> ResponseInput:
 
     Raises:
         PreviousResponseNotFound: there is no such response.
-        ResponseNotFound: there is no item that the input refers to.
+        ResponseNotFound: the input refers to an item that is not stored.
     """
     placed: list[tuple[str, StoredItem]] = []
     if body.previous_response_id is not None:

@@ -9,7 +9,7 @@ from deployments.protocol.base import ChatFinishReason, StrictModel, Usage, fiel
 from deployments.protocol.completions import CompletionRequest
 from deployments.protocol.extra_fields import CHAT, MESSAGE, TEXT_PART
 from deployments.protocol.generation import MAX_LOGPROBS, GenerationFields
-from deployments.protocol.tools import AnswerToolCall, MessageToolCall, ToolCallDelta, ToolCallFields, to_calls
+from deployments.protocol.tools import AnswerToolCall, MessageToolCall, ToolCallDelta, ToolCallFields
 from training.chat.messages import ROLE_ALIASES, Message
 from training.chat.tools import with_tools
 
@@ -67,7 +67,7 @@ def dialog(messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()
         Message(
             ROLE_ALIASES.get(message.role, message.role),  # type: ignore[arg-type]  # any str so far
             message.text(),
-            tool_calls=to_calls(message.tool_calls),
+            tool_calls=tuple(call.to_call() for call in message.tool_calls),
             tool_call_id=message.tool_call_id or "",
         )
         for message in messages

@@ -1,7 +1,6 @@
 """Wire types of tools and their calls in chat completions, named as in OpenAI's API."""
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -9,9 +8,9 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from deployments.protocol.base import StrictModel, field_error
 from deployments.protocol.extra_fields import CALLED_FUNCTION, TOOL, TOOL_CALL, TOOL_FUNCTION
 from training.chat.messages import ToolCall
+from training.chat.tools import TOOL_NAME
 
 MAX_TOOLS = 128
-_NAME = r"^[a-zA-Z0-9_.:/-]{1,128}$"  # OpenAI's, and what agent frameworks put before it to tell servers apart
 
 
 class FunctionDefinition(StrictModel):
@@ -19,7 +18,7 @@ class FunctionDefinition(StrictModel):
 
     extra_fields = TOOL_FUNCTION
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=f"^{TOOL_NAME}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
         None, description="JSON Schema 2020-12 of an object; unsupported keywords are refused; default: no parameters"
@@ -202,6 +201,9 @@ class ToolCallDelta(BaseModel):
     function: FunctionCallDelta
 
 
-def to_calls(calls: Sequence[MessageToolCall] | None) -> tuple[ToolCall, ...]:
-    """The calls of a message for a chat format."""
-    return tuple(call.to_call() for call in calls or ())
+def add_to_calls(calls: list[AnswerToolCall], delta: ToolCallDelta) -> None:
+    """Continue the last of the calls, or begin the next; the deltas of one answer come in order."""
+    if delta.id is not None:
+        function = FunctionCall(name=delta.function.name or "", arguments="")
+        calls.append(AnswerToolCall(id=delta.id, function=function))
+    calls[-1].function.arguments += delta.function.arguments or ""

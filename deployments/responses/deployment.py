@@ -13,6 +13,7 @@ from typing import TypeVar
 from ray import serve
 
 from deployments.config import StoredResponsesArgs
+from deployments.head_replica import HEAD_REPLICA
 from deployments.responses.store import Earlier, ResponseStore, StoredResponse, responses_path
 
 _EVICTION_PERIOD_S = 60.0
@@ -24,15 +25,7 @@ _T = TypeVar("_T")
 logger = logging.getLogger("ray.serve")
 
 
-@serve.deployment(
-    num_replicas=1,
-    max_surge_percent=100,  # on redeployment, the new replica starts before the old one stops
-    max_ongoing_requests=1000,
-    health_check_period_s=1,  # how soon Serve notices that it died
-    # on the head node, whose disk keeps the file
-    ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-    graceful_shutdown_timeout_s=10,
-)
+@serve.deployment(**HEAD_REPLICA)
 class StoredResponses:
     """Responses on disk. Owners are ids of keys, and the empty string for callers without one."""
 

@@ -67,12 +67,13 @@ def grammar_of(
         content = None
     if content is not None and not syntax.begin_tag:
         return Grammar(f"answer: {_json_or_call(content, calls, schemas)}\n", "tools", is_json=True, calls=calls)
-    rules = _CallRules(calls, schemas, tag_ids or {}, parallel=tools.several_calls)
+    call_rules = _CallRules(calls, schemas, tag_ids or {}, parallel=tools.several_calls)
+    rules = call_rules.text()
     if tools.must_call:
-        return Grammar(f"answer: {rules.calls()}\n{rules}", "tools", calls=calls)
+        return Grammar(f"answer: {call_rules.calls()}\n{rules}", "tools", calls=calls)
     if content is not None:
-        return Grammar(f"answer: {_json(content)} | {rules.calls()}\n{rules}", "tools", is_json=True, calls=calls)
-    return Grammar(f"answer: TEXT | {rules.calls(after_text=True)}\n{rules}", "tools", calls=calls)
+        return Grammar(f"answer: {_json(content)} | {call_rules.calls()}\n{rules}", "tools", is_json=True, calls=calls)
+    return Grammar(f"answer: TEXT | {call_rules.calls(after_text=True)}\n{rules}", "tools", calls=calls)
 
 
 def _json_schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
@@ -126,7 +127,7 @@ def _json_or_call(content: dict[str, Any], calls: CallFormat, schemas: Sequence[
 
 
 class _CallRules:
-    """The rules of calls, as text, and the expressions that refer to them."""
+    """The rules of calls, and the expression that refers to them."""
 
     def __init__(
         self, calls: CallFormat, schemas: Sequence[dict[str, Any]], tag_ids: Mapping[str, int], *, parallel: bool
@@ -143,7 +144,8 @@ class _CallRules:
         others = f" ({json.dumps(syntax.separator)} {self._trigger} call)*" if self._parallel else ""
         return f"{first} call{others}"
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """The rules."""
         syntax = self._calls.syntax
         begin = syntax.begin if syntax.begin_tag else ""  # otherwise it is the trigger
         ending = " ".join(filter(None, [json.dumps(syntax.end), self._tag(syntax.end_tag)]))

@@ -54,7 +54,10 @@ class CallScanner:
     def __init__(self, call_format: CallFormat) -> None:
         syntax = call_format.syntax
         self._format = call_format
-        self._openings = {f"{syntax.begin_tag}{syntax.begin}{name}{syntax.middle}": name for name in call_format.names}
+        openings = {f"{syntax.begin_tag}{syntax.begin}{name}{syntax.middle}": name for name in call_format.names}
+        self._first_openings, self._next_openings = (
+            openings | {lead + opening: name for opening, name in openings.items()} for lead in ("\n", syntax.separator)
+        )
         self._ending = syntax.end + syntax.end_tag
         self._held = ""
         self._expected = ""  # the rest of a call whose arguments are complete
@@ -109,8 +112,7 @@ class CallScanner:
         """How many characters are text before anything that may be a call; then, if complete, its opening and name."""
         if self._format.only_first and self._has_text:
             return len(self._held), "", ""
-        lead = self._format.syntax.separator if self.num_calls else "\n"
-        openings = self._openings | {lead + opening: name for opening, name in self._openings.items()}
+        openings = self._next_openings if self.num_calls else self._first_openings
         first_characters = {opening[0] for opening in openings}
         for position, character in enumerate(self._held):
             if character in first_characters:

@@ -11,7 +11,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.protocol.chat import ChatMessage
-from deployments.protocol.tools import CalledFunction, MessageToolCall, Tool, ToolCallDelta
+from deployments.protocol.tools import (
+    AnswerToolCall,
+    CalledFunction,
+    MessageToolCall,
+    Tool,
+    ToolCallDelta,
+    add_to_calls,
+)
 from deployments.ui.plain_text import shown, typed
 from training.errors import CorralError
 
@@ -39,17 +46,14 @@ class Reply:
 
     def __init__(self) -> None:
         self.text = ""
-        self._calls: list[tuple[str, str]] = []  # name and arguments
+        self._calls: list[AnswerToolCall] = []
 
     def add(self, part: str | ToolCallDelta) -> None:
         """The answer goes on with text, or with a part of a call."""
         if isinstance(part, str):
             self.text += part
-            return
-        if part.id is not None:
-            self._calls.append((part.function.name or "", ""))
-        name, arguments = self._calls[-1]
-        self._calls[-1] = (name, arguments + (part.function.arguments or ""))
+        else:
+            add_to_calls(self._calls, part)
 
     @property
     def is_empty(self) -> bool:
@@ -60,8 +64,9 @@ class Reply:
         """The turns of the conversation that it becomes."""
         text = [turn("assistant", self.text)] if self.text.strip() else []
         calls = [
-            turn("assistant", f"```json\n{arguments}\n```") | {"metadata": {"title": f"{_TITLE}{name}"}}
-            for name, arguments in self._calls
+            turn("assistant", f"```json\n{call.function.arguments}\n```")
+            | {"metadata": {"title": f"{_TITLE}{call.function.name}"}}
+            for call in self._calls
         ]
         return [*text, *calls]
 

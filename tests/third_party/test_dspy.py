@@ -107,7 +107,7 @@ def test_an_agent_calls_a_tool_and_submits_after_its_result(lm: dspy.LM) -> None
         prediction = agent(question=TOOL_QUESTION)
     assert prediction.city in ("Paris", "Rome")
     called, submitted = lm.history[-2:]
-    *_, asked, result, again = submitted["messages"]
-    assert [asked["role"], result["role"], again["role"]] == ["assistant", "tool", "user"]
+    *_, call_turn, result, again = submitted["messages"]
+    assert [call_turn["role"], result["role"], again["role"]] == ["assistant", "tool", "user"]
     assert "18 degrees in" in str(result)
     assert submitted["usage"]["prompt_tokens"] > called["usage"]["prompt_tokens"]

@@ -67,8 +67,8 @@ WEATHER = {
 
 @pytest.mark.promise("F7")
 def test_a_tool_is_called_and_its_result_goes_back(server: RunningServer) -> None:
-    asked = {"role": "user", "content": TOOL_QUESTION}
-    fields = arguments(server, messages=[asked], tools=[WEATHER], max_tokens=64)
+    question = {"role": "user", "content": TOOL_QUESTION}
+    fields = arguments(server, messages=[question], tools=[WEATHER], max_tokens=64)
     fields["tool_choice"] = {"type": "function", "function": {"name": "weather"}}
     completion: Any = litellm.completion(**fields)
     message = completion.choices[0].message
@@ -79,16 +79,16 @@ def test_a_tool_is_called_and_its_result_goes_back(server: RunningServer) -> Non
     streamed: Any = litellm.stream_chunk_builder(list(litellm.completion(**fields, stream=True)))
     assert streamed.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
     result = {"role": "tool", "tool_call_id": call.id, "content": "18 degrees"}
-    final: Any = litellm.completion(**fields | {"messages": [asked, message, result], "tool_choice": "none"})
+    final: Any = litellm.completion(**fields | {"messages": [question, message, result], "tool_choice": "none"})
     assert final.choices[0].message.content
     assert final.usage.prompt_tokens > completion.usage.prompt_tokens
 
 
 @pytest.mark.promise("F7")
 def test_a_second_turn_continues_the_first(server: RunningServer) -> None:
-    asked, again = ({"role": "user", "content": text} for text in (QUESTION, SECOND_QUESTION))
-    first: Any = litellm.completion(**arguments(server, messages=[asked], max_tokens=16)).choices[0].message  # type: ignore[union-attr]
-    second: Any = litellm.completion(**arguments(server, messages=[asked, first, again], max_tokens=16))
+    question, again = ({"role": "user", "content": text} for text in (QUESTION, SECOND_QUESTION))
+    first: Any = litellm.completion(**arguments(server, messages=[question], max_tokens=16)).choices[0].message  # type: ignore[union-attr]
+    second: Any = litellm.completion(**arguments(server, messages=[question, first, again], max_tokens=16))
     expected = plain(server, QUESTION, first.content, SECOND_QUESTION)
     assert second.choices[0].message.content == expected["text"]
     assert second.usage.prompt_tokens == expected["prompt_tokens"]

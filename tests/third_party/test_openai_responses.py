@@ -67,14 +67,14 @@ def test_an_answer_that_is_cut_off_says_so(server: RunningServer, client: openai
 def test_a_second_turn_by_id_by_items_and_by_messages(server: RunningServer, client: openai.OpenAI) -> None:
     first = client.responses.create(model=server.base_model, input=QUESTION, **BRIEF)
     expected = plain(server, QUESTION, first.output_text, SECOND_QUESTION)["text"]
-    asked: Any = {"role": "user", "content": QUESTION}
+    question: Any = {"role": "user", "content": QUESTION}
     second: Any = {"role": "user", "content": SECOND_QUESTION}
     by_id = client.responses.create(
         model=server.base_model, previous_response_id=first.id, input=SECOND_QUESTION, **BRIEF
     )
-    items: Any = [asked, *first.output, second]
+    items: Any = [question, *first.output, second]
     by_items = client.responses.create(model=server.base_model, input=items, store=False, **BRIEF)
-    messages: Any = [asked, {"role": "assistant", "content": first.output_text}, second]
+    messages: Any = [question, {"role": "assistant", "content": first.output_text}, second]
     by_messages = client.responses.create(model=server.base_model, input=messages, **BRIEF)
     assert [by_id.output_text, by_items.output_text, by_messages.output_text] == [expected] * 3
     assert by_id.previous_response_id == first.id

@@ -115,19 +115,19 @@ class _Step:
 def _opening_turn(steps: Sequence[_Step], name: str) -> DefaultSystem | None:
     """A complete system turn that is written only if the first message is not from the system."""
     begin, end = _TURNS[name]
-    found: set[str] = set()
+    systems: set[str] = set()
     for step in steps:
         text = step.text()
         if step.variable is None and text is not None and text.startswith(begin) and text.endswith(end):
             if not _only_without_system(step.conditions):
                 raise _Unclear
-            found.add(text.removeprefix(begin).removesuffix(end))
-    if not found:
+            systems.add(text.removeprefix(begin).removesuffix(end))
+    if not systems:
         return None
     writes_bos_first = any(step.operands == ("bos_token",) and not step.conditions for step in steps)
-    if len(found) > 1 or (name == "llama-3" and not writes_bos_first):
+    if len(systems) > 1 or (name == "llama-3" and not writes_bos_first):
         raise _Unclear
-    (system,) = found
+    (system,) = systems
     if not system or system != system.strip() or "<|" in system:
         raise _Unclear
     return DefaultSystem(system)

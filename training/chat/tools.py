@@ -11,6 +11,7 @@ from typing import Any
 
 from training.chat.messages import Message, ToolCall
 
+TOOL_NAME = "[a-zA-Z0-9_.:/-]{1,128}"  # OpenAI's, and what agent frameworks put before it to tell servers apart
 TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
 TOOL_RESPONSE_TAGS = ("<tool_response>", "</tool_response>")
 # Some vocabularies have a token for each of these. It adds its text to an answer, as no control token does.

@@ -1,13 +1,23 @@
 """What a dataset row becomes before it is tokenized: a dialog, a text, a preference pair or an unpaired example."""
 
+import json
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from training.chat.messages import Message
 from training.config.data_config import DatasetFormat
 
+_EXCERPT_CHARS = 80
+
 
 class BadRow(Exception):
     """A row that cannot be used; the message gives the reason and names the key, not the file."""
+
+
+def raise_unexpected(where: str, expected: str, value: Any) -> NoReturn:
+    """Raise BadRow for a value of the wrong form, with its first characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    raise BadRow(f"{where}: expected {expected}, got {text[:_EXCERPT_CHARS]}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,23 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from training.chat.messages import ROLE_ALIASES, Message, Role, check_dialog
 from training.chat.tools import with_tools
 from training.config.data_config import DatasetFormat
-from training.data.examples import BadRow, Dialog, Example, PreferencePair, TextExample, UnpairedExample
+from training.data.examples import (
+    BadRow,
+    Dialog,
+    Example,
+    PreferencePair,
+    TextExample,
+    UnpairedExample,
+    raise_unexpected,
+)
 from training.data.tools import check_calls, openai_calls, row_tools, sharegpt_calls
 from training.errors import ChatFormatError
 
-_EXCERPT_CHARS = 80
 # Whether a message carries loss: OpenAI's `weight`, 0 or 1, and the two names in Axolotl's examples, true or false.
 TRAINED_KEYS = ("weight", "train", "training")
 _GUANACO_TURN = re.compile(r"### (Human|Assistant):")
@@ -48,7 +55,7 @@ def _from_alpaca(fields: dict[str, Any]) -> Dialog:
 def _alpaca_prompt(fields: dict[str, Any]) -> Iterator[Message]:
     history = fields.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
-        _raise_unexpected("history", "a list of [question, answer] pairs", history)
+        raise_unexpected("history", "a list of [question, answer] pairs", history)
     for index, (question, answer) in enumerate(history):
         yield Message("user", _content(question, f"history[{index}][0]"))
         yield Message("assistant", _content(answer, f"history[{index}][1]"))
@@ -101,7 +108,7 @@ def _from_preference(fields: dict[str, Any]) -> PreferencePair:
 def _from_unpaired(fields: dict[str, Any]) -> UnpairedExample:
     label = parse_label(fields["label"])
     if label is None:
-        _raise_unexpected("label", "true or false", fields["label"])
+        raise_unexpected("label", "true or false", fields["label"])
     completion = _turns(fields, "completion", "assistant")
     if len(completion) != 1 or completion[0].role != "assistant":
         raise BadRow(f"completion: expected one answer from the assistant, got {len(completion)} messages")
@@ -209,12 +216,12 @@ def _messages(items: Any, key: str, sharegpt: bool = False) -> Iterator[Message]
         except (ValueError, RecursionError) as error:
             raise BadRow(f"{key}: not valid JSON ({error})") from error
     if not isinstance(items, list):
-        _raise_unexpected(key, "a list of messages", items)
+        raise_unexpected(key, "a list of messages", items)
     names = ("from", "value") if sharegpt else ("role", "content")
     for index, item in enumerate(items):
         where = f"{key}[{index}]"
         if not isinstance(item, dict):
-            _raise_unexpected(where, f"an object with {' and '.join(names)}", item)
+            raise_unexpected(where, f"an object with {' and '.join(names)}", item)
         if sharegpt and "from" not in item and "role" in item:
             names = ("role", "content")
         calls = openai_calls(item, where)
@@ -251,7 +258,7 @@ def _is_trained(item: dict[str, Any], role: Any, where: str) -> bool:
     marks = {key: item[key] for key in TRAINED_KEYS if item.get(key) is not None}  # Parquet has null for missing keys
     for key, mark in marks.items():
         if mark not in (0, 1):  # false and true are equal to them
-            _raise_unexpected(f"{where}.{key}", "0 or 1" if key == "weight" else "true or false", mark)
+            raise_unexpected(f"{where}.{key}", "0 or 1" if key == "weight" else "true or false", mark)
         if mark and role != "assistant":
             raise BadRow(f"{where}.{key}: only assistant messages can be trained, got {json.dumps(mark)}")
     return all(marks.values())
@@ -265,19 +272,14 @@ def _content(content: Any, where: str, expected: str = "a string or a list of te
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or expected == "a string":
-        _raise_unexpected(where, expected, content)
+        raise_unexpected(where, expected, content)
     texts = []
     for index, part in enumerate(content):
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
-            _raise_unexpected(f"{where}[{index}]", 'a part {"type": "text", "text": "..."}', part)
+            raise_unexpected(f"{where}[{index}]", 'a part {"type": "text", "text": "..."}', part)
         texts.append(text)
     return "".join(texts)
-
-
-def _raise_unexpected(where: str, expected: str, value: Any) -> NoReturn:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    raise BadRow(f"{where}: expected {expected}, got {text[:_EXCERPT_CHARS]}")
 
 
 PARSERS: dict[DatasetFormat, Callable[[dict[str, Any]], Example]] = {

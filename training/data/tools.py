@@ -5,11 +5,10 @@ import re
 from typing import Any
 
 from training.chat.messages import ToolCall
-from training.data.examples import BadRow
+from training.chat.tools import TOOL_NAME
+from training.data.examples import BadRow, raise_unexpected
 
 TOOL_COLUMNS = ("tools", "functions")  # OpenAI's name, and its older one
-_NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # as the API takes them
-_EXCERPT_CHARS = 80
 
 
 def row_tools(fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -23,7 +22,7 @@ def row_tools(fields: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     items = _parsed(fields[column], column)
     if not isinstance(items, list):
-        raise BadRow(f"{column}: expected a list of tools, got {_excerpt(items)}")
+        raise_unexpected(column, "a list of tools", items)
     tools = [_tool(item, f"{column}[{index}]") for index, item in enumerate(items)]
     names = [tool["function"]["name"] for tool in tools]
     if repeated := next((name for index, name in enumerate(names) if name in names[:index]), None):
@@ -35,7 +34,7 @@ def openai_calls(item: dict[str, Any], where: str) -> tuple[ToolCall, ...]:
     """The calls of a message: `tool_calls`, or the older `function_call`."""
     if calls := item.get("tool_calls"):
         if not isinstance(calls, list):
-            raise BadRow(f"{where}.tool_calls: expected a list of calls, got {_excerpt(calls)}")
+            raise_unexpected(f"{where}.tool_calls", "a list of calls", calls)
         return tuple(_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls))
     if call := item.get("function_call"):
         return (_call(call, f"{where}.function_call"),)
@@ -47,7 +46,7 @@ def sharegpt_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
     calls = _parsed(value, where)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
-        raise BadRow(f"{where}: expected a call, got an empty list")
+        raise_unexpected(where, "a call", calls)
     return tuple(_call(call, where) for call in calls)
 
 
@@ -66,14 +65,14 @@ def check_calls(calls: tuple[ToolCall, ...], tools: list[dict[str, Any]], where:
 def _tool(item: Any, where: str) -> dict[str, Any]:
     function = item.get("function", item) if isinstance(item, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f'{where}: expected {{"type": "function", "function": {{"name": ...}}}}, got {_excerpt(item)}')
-    if not _NAME.fullmatch(function["name"]):
+        raise_unexpected(where, '{"type": "function", "function": {"name": ...}}', item)
+    if not re.fullmatch(TOOL_NAME, function["name"]):
         raise BadRow(f"{where}: the name {function['name']!r:.80} has other characters than letters, digits and _.:/-")
     parameters = function.get("parameters")
     if parameters is not None:
         parameters = _parsed(parameters, f"{where}.parameters")
         if not isinstance(parameters, dict):
-            raise BadRow(f"{where}.parameters: expected a JSON schema, got {_excerpt(parameters)}")
+            raise_unexpected(f"{where}.parameters", "a JSON schema", parameters)
     description = function.get("description")
     return {
         "type": "function",
@@ -84,10 +83,10 @@ def _tool(item: Any, where: str) -> dict[str, Any]:
 def _call(item: Any, where: str) -> ToolCall:
     function = item.get("function", item) if isinstance(item, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(f'{where}: expected a call {{"name": ..., "arguments": {{...}}}}, got {_excerpt(item)}')
+        raise_unexpected(where, 'a call {"name": ..., "arguments": {...}}', item)
     arguments = _parsed(function.get("arguments") or {}, f"{where}.arguments")
     if not isinstance(arguments, dict):
-        raise BadRow(f"{where}.arguments: expected a JSON object, got {_excerpt(arguments)}")
+        raise_unexpected(f"{where}.arguments", "a JSON object", arguments)
     call_id = item.get("id")
     text = json.dumps(arguments, ensure_ascii=False)
     return ToolCall(function["name"], text, call_id if isinstance(call_id, str) else "")
@@ -99,8 +98,4 @@ def _parsed(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: not valid JSON ({error}), got {_excerpt(value)}") from error
-
-
-def _excerpt(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)[:_EXCERPT_CHARS]
+        raise BadRow(f"{where}: not valid JSON ({error}), got {json.dumps(value, ensure_ascii=False)[:80]}") from error

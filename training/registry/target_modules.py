@@ -92,10 +92,10 @@ def _match(path: Path, patterns: Sequence[_Pattern], modules: Sequence[str]) -> 
     if answer.returncode != 0:
         reason = shortened(answer.stderr.strip().rpartition("\n")[2])
         refuse(path, f"has a pattern that is no regular expression: {reason}; give a list of {_ACCEPTED}")
-    found = [
+    matched = [
         frozenset(name for name, hit in zip(modules, row, strict=True) if hit) for row in json.loads(answer.stdout)
     ]
-    return dict(zip(patterns, found, strict=True))
+    return dict(zip(patterns, matched, strict=True))
 
 
 def _select(names: list[str] | str, modules: Sequence[str], matches: _Matches) -> list[str]:
@@ -150,8 +150,8 @@ def _one_value(
         return default
     values = {}
     for name in selected:
-        found = (value for pattern, value in pattern_values.items() if name in matches[_value_pattern(pattern)])
-        values[name] = next(found, default)
+        matching = (value for pattern, value in pattern_values.items() if name in matches[_value_pattern(pattern)])
+        values[name] = next(matching, default)
     first = values[selected[0]]
     if other := next((name for name in selected if values[name] != first), None):
         refuse(

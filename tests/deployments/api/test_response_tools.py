@@ -25,11 +25,11 @@ MANY: dict[str, Any] = {"tools": FLAT, "max_output_tokens": 100, "temperature": 
 
 def calls(response: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls of a response, whose arguments follow their schemas."""
-    found = [item for item in response["output"] if item["type"] == "function_call"]
-    for call in found:
+    items = [item for item in response["output"] if item["type"] == "function_call"]
+    for call in items:
         assert (call["id"][:3], call["call_id"][:5], call["status"]) == ("fc_", "call_", "completed")
         jsonschema.validate(json.loads(call["arguments"]), SCHEMAS[call["name"]])
-    return found
+    return items
 
 
 @pytest.mark.promise("F2")

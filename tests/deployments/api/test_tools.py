@@ -147,18 +147,18 @@ def test_results_are_paired_by_their_ids(tiny_api: InProcessApi) -> None:
     def result(call_id: str, text: str) -> dict[str, Any]:
         return {"role": "tool", "tool_call_id": call_id, "content": text}
 
-    asked = [USER, {"role": "assistant", "content": None, "tool_calls": [call("a", "Rome"), call("b", "Paris")]}]
+    dialog = [USER, {"role": "assistant", "content": None, "tool_calls": [call("a", "Rome"), call("b", "Paris")]}]
     first, second = result("a", "22"), result("b", [{"type": "text", "text": "19"}])  # type: ignore[arg-type]
 
     def tokens(messages: list[dict[str, Any]]) -> Any:
         return httpx.post(f"{tiny_api.url}/tokenize", json={"messages": messages, "tools": TOOLS}).json()["tokens"]
 
-    assert tokens([*asked, first, second]) == tokens([*asked, second, first])
-    assert tokens([*asked, first]) != tokens([*asked, first, second])
+    assert tokens([*dialog, first, second]) == tokens([*dialog, second, first])
+    assert tokens([*dialog, first]) != tokens([*dialog, first, second])
     for messages, index, words in (
-        ([*asked, result("c", "1")], 2, "'c', which is not among them: the calls before it are a, b"),
-        ([*asked, first, first], 3, "has a result already"),
-        ([*asked, second], 1, "'a' without a result"),
+        ([*dialog, result("c", "1")], 2, "'c', which is not among them: the calls before it are a, b"),
+        ([*dialog, first, first], 3, "has a result already"),
+        ([*dialog, second], 1, "'a' without a result"),
         ([USER, first], 1, "no call stands before it"),
     ):
         error = post(tiny_api, messages=messages).json()["error"]

@@ -18,7 +18,7 @@ def user(text: str) -> dict[str, str]:
 
 
 def answer(*messages: dict[str, str]) -> dict[str, Any]:
-    completion = client.create(response_model=None, messages=list(messages), max_tokens=16, **BRIEF)  # type: ignore
+    completion = client.create(response_model=None, messages=list(messages), max_tokens=16, **BRIEF)
     return {"text": completion.choices[0].message.content, "prompt_tokens": completion.usage.prompt_tokens}
 
 
@@ -27,17 +27,17 @@ def chat() -> dict[str, Any]:
 
 
 def stream() -> dict[str, Any]:
-    chunks = client.create(response_model=None, messages=[user(QUESTION)], max_tokens=16, stream=True, **BRIEF)  # type: ignore
+    chunks = client.create(response_model=None, messages=[user(QUESTION)], max_tokens=16, stream=True, **BRIEF)
     return {"pieces": [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]}
 
 
 def structured() -> dict[str, Any]:
-    city = client.create(response_model=City, messages=[user(QUESTION)], max_tokens=64, **BRIEF)  # type: ignore
+    city = client.create(response_model=City, messages=[user(QUESTION)], max_tokens=64, **BRIEF)
     return {"value": city.model_dump()}
 
 
 def streamed_structured() -> dict[str, Any]:
-    cities = client.create_partial(response_model=City, messages=[user(QUESTION)], max_tokens=64, **BRIEF)  # type: ignore
+    cities = client.create_partial(response_model=City, messages=[user(QUESTION)], max_tokens=64, **BRIEF)
     *_, city = cities
     return {"value": city.model_dump()}
 
@@ -64,7 +64,7 @@ def tool() -> dict[str, Any]:
     try:
         final = client.create(
             response_model=weather, messages=[user(QUESTION)], max_tokens=64, **BRIEF | {"max_retries": 1}
-        )  # type: ignore
+        )
     finally:
         client.off("completion:response", completions.append)
     first = completions[0].choices[0]

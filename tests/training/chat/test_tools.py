@@ -161,9 +161,13 @@ def test_prompts_are_prefixes_of_what_is_trained(content: str, arguments: str, t
     """Whether an earlier call carries loss changes no id of it."""
     chat_format = FORMATS[name]
     call = ToolCall("get_weather", arguments)
-    asked = with_tools([Message("user", "x")], [WEATHER])
-    dialog = [*asked, Message("assistant", content, trained, tool_calls=(call,)), Message("tool", "</tool_response>1")]
-    prompts = [chat_format.render_prompt(asked), chat_format.render_prompt(dialog)]
+    question = with_tools([Message("user", "x")], [WEATHER])
+    dialog = [
+        *question,
+        Message("assistant", content, trained, tool_calls=(call,)),
+        Message("tool", "</tool_response>1"),
+    ]
+    prompts = [chat_format.render_prompt(question), chat_format.render_prompt(dialog)]
     rendered = chat_format.render_training([*dialog, Message("assistant", "y")])
     for prompt in prompts:
         assert rendered.input_ids[: len(prompt)] == prompt
